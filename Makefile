@@ -1,0 +1,34 @@
+# make venv | demo | test | lint | bench: each sets up what it needs, in this folder only.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test lint bench clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
+
+test: venv
+	$(BIN)/python -m pytest
+
+# mypy has to see the root folder under the package's own name.
+PACKAGE := __init__.py errors.py py.typed backend qcow2 virtio
+build/types/pyvirtio: Makefile
+	rm -rf $@
+	mkdir -p $@
+	ln -s $(PACKAGE:%=../../../%) $@/
+	touch $@
+
+lint: venv build/types/pyvirtio
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p pyvirtio
+
+clean:
+	rm -rf $(VENV) build .cache *.egg-info

@@ -1,0 +1,75 @@
+"""pyvirtio: the disk for emulators and VMMs written in Python.
+
+A virtio-blk device model on top, a qcow2 driver below, and a block layer between them. Start at
+:func:`open_disk`, :class:`VirtioBlk` and :class:`VirtioMmio`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .backend.registry import register_format as _register_format
+
+__version__ = "0.1.0"
+
+_register_format("qcow2", f"{__name__}.qcow2")
+_register_format("raw", f"{__name__}.backend.raw")
+
+# Public name -> module. Imported at first use, so that `import pyvirtio` stays quick.
+_HOMES = {
+    "BackendError": "errors",
+    "GuestError": "errors",
+    "ImageError": "errors",
+    "InUseError": "errors",
+    "PyvirtioError": "errors",
+    "UnsupportedError": "errors",
+    "Disk": "backend.disk",
+    "DiskInfo": "backend.disk",
+    "Extent": "backend.disk",
+    "Limits": "backend.disk",
+    "FileDisk": "backend.file",
+    "MemoryDisk": "backend.memory",
+    "NullDisk": "backend.null",
+    "RawDisk": "backend.raw",
+    "FileReference": "backend.open",
+    "create_disk": "backend.open",
+    "open_disk": "backend.open",
+    "GuestMemory": "virtio.memory",
+    "VirtioBlk": "virtio.blk",
+    "VirtioMmio": "virtio.mmio",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from .backend.disk import Disk, DiskInfo, Extent, Limits
+    from .backend.file import FileDisk
+    from .backend.memory import MemoryDisk
+    from .backend.null import NullDisk
+    from .backend.open import FileReference, create_disk, open_disk
+    from .backend.raw import RawDisk
+    from .errors import (
+        BackendError,
+        GuestError,
+        ImageError,
+        InUseError,
+        PyvirtioError,
+        UnsupportedError,
+    )
+    from .virtio.blk import VirtioBlk
+    from .virtio.memory import GuestMemory
+    from .virtio.mmio import VirtioMmio
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

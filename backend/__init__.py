@@ -1,0 +1,1 @@
+"""The ground: the Disk interface, the files and memories under it, and opening by name."""

@@ -1,0 +1,355 @@
+"""The one interface that everything speaks: formats, filters and protocols are all Disks.
+
+A Disk is an array of ``size`` bytes. Requests are synchronous and may come from any number of
+threads at once; each is either done whole or raises. What a class of disks has to provide are the
+methods with a leading underscore; the public ones check the request and call them.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import BackendError, UnsupportedError
+from .buffers import as_views
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+__all__ = ["Disk", "DiskInfo", "Extent", "Limits"]
+
+_ZERO_CHUNK = 1 << 20
+"""Bytes of zeroes written at a time where zero clusters cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests a disk likes; all in bytes. Requests beyond them still work, only slower."""
+
+    request_alignment: int = 1
+    """Reads and writes aligned to this need no bounce buffer and no read-modify-write."""
+    write_zeroes_alignment: int = 1
+    """Only a range aligned to this becomes zeroes without being written."""
+    discard_alignment: int = 1
+    """Only a range aligned to this is discarded; the rest of the request is ignored."""
+    max_transfer: int = 0
+    """Largest read or write done in one piece; 0 is no limit."""
+    optimal_io_size: int = 0
+    """Reads and writes of this size do best; 0 is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in one state (QEMU's ``BDRV_BLOCK_*``, ``qemu-img map``)."""
+
+    length: int
+    """Bytes, never more than was asked for."""
+    data: bool
+    """Reads come from stored data (possibly stored zeroes)."""
+    zero: bool
+    """Reads give zeroes."""
+    allocated: bool
+    """The contents come from this layer, not from one below it in the backing chain."""
+    compressed: bool = False
+    depth: int = 0
+    """Which layer of the backing chain answers: 0 is the disk asked, 1 its backing file, …"""
+    host_offset: int | None = None
+    """Where the run starts in ``file``, in bytes, if it lies there contiguously as it is read."""
+    file: Disk | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskInfo:
+    """What a disk says of itself (``qemu-img info``)."""
+
+    format: str
+    virtual_size: int
+    """Bytes."""
+    actual_size: int | None = None
+    """Bytes that the host's storage really uses, if it can tell."""
+    filename: str | None = None
+    cluster_size: int | None = None
+    specific: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the format's own, under QEMU's names (``ImageInfoSpecific``)."""
+
+
+class Disk(ABC):
+    """A guest's disk, or a layer of one."""
+
+    format_name: str = "disk"
+    """The name QEMU's ``-f`` knows it by."""
+
+    def __init__(self, size: int, *, read_only: bool = False, limits: Limits | None = None) -> None:
+        self.size = size
+        """Bytes. Changes only by :meth:`truncate` (or :meth:`invalidate`)."""
+        self.read_only = read_only
+        self.limits = limits if limits is not None else Limits()
+        self.closed = False
+        self._resize_listeners: list[Callable[[int], None]] = []
+
+    # -- reading and writing -----------------------------------------------------------------
+
+    def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
+        """Read from byte ``offset`` on into ``buffers``, all of them, whole.
+
+        Raises ValueError where the request leaves the disk, BackendError or ImageError where the
+        data cannot be had; the buffers' contents are then undefined.
+        """
+        views, length = as_views(buffers)
+        if self.closed or offset < 0 or offset + length > self.size:
+            self._refuse(offset, length)
+        if length:
+            self._readv(offset, views, length)
+
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """Write ``buffers`` to byte ``offset`` on; with ``fua`` they are on stable storage then."""
+        views, length = as_views(buffers)
+        if self.closed or self.read_only or offset < 0 or offset + length > self.size:
+            self._refuse(offset, length, writing=True)
+        if length:
+            self._writev(offset, views, length)
+        if fua:
+            self._flush()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from byte ``offset`` on, as one bytes object."""
+        if self.closed or offset < 0 or length < 0 or offset + length > self.size:
+            self._refuse(offset, length)
+        data = bytearray(length)
+        if length:
+            self._readv(offset, [memoryview(data)], length)
+        return bytes(data)
+
+    def write(self, offset: int, data: ReadableBuffer, *, fua: bool = False) -> None:
+        """Write one buffer; see :meth:`writev`."""
+        self.writev(offset, (data,), fua=fua)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fallback: bool = True
+    ) -> None:
+        """Make ``length`` bytes from ``offset`` on read as zeroes.
+
+        The part aligned to ``limits.write_zeroes_alignment`` is done without writing data where
+        the disk can; the rest is written. ``unmap`` allows the space to be given back.
+        ``fallback=False`` raises UnsupportedError instead of writing zeroes for the aligned part.
+        """
+        if self.closed or self.read_only or offset < 0 or length < 0 or offset + length > self.size:
+            self._refuse(offset, length, writing=True)
+        start, end = self._aligned(offset, length, self.limits.write_zeroes_alignment)
+        if start >= end:
+            self._write_zero_bytes(offset, length)
+            return
+        self._write_zero_bytes(offset, start - offset)
+        try:
+            self._write_zeroes(start, end - start, unmap)
+        except UnsupportedError:
+            if not fallback:
+                raise
+            self._write_zero_bytes(start, end - start)
+        self._write_zero_bytes(end, offset + length - end)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Say that these bytes are no longer needed: a hint.
+
+        Only the part aligned to ``limits.discard_alignment`` is acted on. What a read gives
+        afterwards is what the format says (zeroes, the backing file's data, or the old data).
+        """
+        if self.closed or self.read_only or offset < 0 or length < 0 or offset + length > self.size:
+            self._refuse(offset, length, writing=True)
+        start, end = self._aligned(offset, length, self.limits.discard_alignment)
+        if start < end:
+            self._discard(start, end - start)
+
+    def flush(self) -> None:
+        """Bring everything written before to stable storage."""
+        if self.closed:
+            self._refuse(0, 0)
+        self._flush()
+
+    def write_compressed(self, offset: int, buffers: Iterable[ReadableBuffer]) -> None:
+        """Write whole clusters compressed, where the format can. Raises UnsupportedError else."""
+        views, length = as_views(buffers)
+        if self.closed or self.read_only or offset < 0 or offset + length > self.size:
+            self._refuse(offset, length, writing=True)
+        if length:
+            self._write_compressed(offset, views, length)
+
+    # -- asking ------------------------------------------------------------------------------
+
+    def block_status(self, offset: int, length: int) -> Extent:
+        """The state of the run that starts at ``offset``, at most ``length`` (> 0) bytes long."""
+        if self.closed or offset < 0 or length <= 0 or offset + length > self.size:
+            self._refuse(offset, length)
+        return self._block_status(offset, length)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Every run from ``offset`` on, one after the other, without a gap."""
+        end = self.size if length is None else offset + length
+        while offset < end:
+            extent = self.block_status(offset, end - offset)
+            yield extent
+            offset += extent.length
+
+    @property
+    def has_zero_init(self) -> bool:
+        """True if a disk of this kind just created reads as zeroes everywhere."""
+        return False
+
+    @property
+    def children(self) -> Mapping[str, Disk]:
+        """The disks below this one by role (``file``, ``backing``, ``data-file``, …)."""
+        return {}
+
+    @property
+    def backing(self) -> Disk | None:
+        """The backing file, if there is one."""
+        return self.children.get("backing")
+
+    @property
+    def filename(self) -> str | None:
+        """The path or URL this disk was opened by, if there is one."""
+        file = self.children.get("file")
+        return None if file is None else file.filename
+
+    def info(self) -> DiskInfo:
+        """Facts about the disk."""
+        file = self.children.get("file")
+        return DiskInfo(
+            format=self.format_name,
+            virtual_size=self.size,
+            actual_size=None if file is None else file.info().actual_size,
+            filename=self.filename,
+        )
+
+    # -- life --------------------------------------------------------------------------------
+
+    def truncate(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the size to ``size`` bytes; new space reads as zeroes.
+
+        ``preallocation`` is ``off``, ``metadata``, ``falloc`` or ``full``. Making a disk smaller
+        loses data and must be asked for with ``shrink``.
+        """
+        if self.closed or self.read_only or size < 0:
+            self._refuse(0, 0, writing=True)
+        if size < self.size and not shrink:
+            raise ValueError("shrinking a disk loses data and must be asked for (shrink=True)")
+        self._truncate(size, preallocation)
+
+    def on_resize(self, listener: Callable[[int], None]) -> Callable[[], None]:
+        """Have ``listener(size)`` called after every change of size; returns how to stop that."""
+        self._resize_listeners.append(listener)
+        return lambda: self._resize_listeners.remove(listener)
+
+    def drain(self) -> None:
+        """Wait until no request is under way."""
+
+    def reopen(self, *, read_only: bool) -> None:
+        """Change between read-only and read-write without losing what was written."""
+        if read_only != self.read_only:
+            raise UnsupportedError(f"{self.format_name}: cannot be reopened", feature="reopen")
+
+    def invalidate(self) -> None:
+        """Forget everything cached: somebody else has changed what lies below."""
+
+    def debug_event(self, name: str) -> None:
+        """A named point inside a driver above has been reached (QEMU's ``BLKDBG_*`` events).
+
+        Drivers call this on the disk below them; a fault-injecting filter acts on it.
+        """
+
+    def close(self) -> None:
+        """Flush, and give up the disk and what it opened. A second call does nothing."""
+        if self.closed:
+            return
+        try:
+            if not self.read_only:
+                self._flush()
+        finally:
+            self.closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = f" {self.filename!r}" if self.filename else ""
+        state = " closed" if self.closed else " read-only" if self.read_only else ""
+        return f"<{type(self).__name__}{name} {self.size} bytes{state}>"
+
+    # -- what a class of disks provides --------------------------------------------------------
+    # Offsets and lengths are checked: inside the disk, length > 0. Views are flat bytes.
+
+    @abstractmethod
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None: ...
+
+    @abstractmethod
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None: ...
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Aligned to the limits, but for an end at the end of the disk."""
+        raise UnsupportedError(f"{self.format_name}: no zeroes without writing", feature="zeroes")
+
+    def _discard(self, offset: int, length: int) -> None:
+        """Aligned to the limits, but for an end at the end of the disk."""
+
+    def _flush(self) -> None:
+        """Everything written before is on stable storage after."""
+
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        raise UnsupportedError(f"{self.format_name}: no compression", feature="compression")
+
+    def _block_status(self, offset: int, length: int) -> Extent:
+        return Extent(length, data=True, zero=False, allocated=True)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        raise UnsupportedError(f"{self.format_name}: cannot be resized", feature="truncate")
+
+    def _close(self) -> None:
+        """Release what the disk holds; ``closed`` is set, the flush is done."""
+
+    # -- help for the above --------------------------------------------------------------------
+
+    def _set_size(self, size: int) -> None:
+        """Note a new size and tell the listeners."""
+        if size != self.size:
+            self.size = size
+            for listener in list(self._resize_listeners):
+                listener(size)
+
+    def _aligned(self, offset: int, length: int, alignment: int) -> tuple[int, int]:
+        """The aligned part of a range as (start, end); the end of the disk counts as aligned."""
+        start = -(-offset // alignment) * alignment
+        end = offset + length
+        if end != self.size:
+            end = end // alignment * alignment
+        return start, end
+
+    def _write_zero_bytes(self, offset: int, length: int) -> None:
+        while length > 0:
+            part = min(length, _ZERO_CHUNK)
+            self._writev(offset, [memoryview(bytes(part))], part)
+            offset += part
+            length -= part
+
+    def _refuse(self, offset: int, length: int, *, writing: bool = False) -> None:
+        """Raise for a request that failed one of the checks above."""
+        if self.closed:
+            raise ValueError(f"{self.format_name}: the disk is closed")
+        if writing and self.read_only:
+            raise BackendError(errno.EPERM, "the disk is read-only", self.filename)
+        raise ValueError(
+            f"{self.format_name}: {length} bytes at {offset} are not inside the disk "
+            f"of {self.size} bytes"
+        )

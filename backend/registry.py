@@ -1,0 +1,71 @@
+"""The image formats by name; where others add theirs.
+
+A format is code that turns one Disk (the file) into another (the guest's disk). The library's own
+are registered by the package's root and imported at first use; others' come from the entry point
+group ``pyvirtio.formats``, each a :class:`Format`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from .disk import Disk
+
+__all__ = ["PROBE_SIZE", "Format", "find_format", "format_names", "formats", "register_format"]
+
+PROBE_SIZE = 2048
+"""Bytes at the start of a file that a probe may look at (QEMU's ``BLOCK_PROBE_BUF_SIZE``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An image format."""
+
+    name: str
+    """QEMU's name for it (``qcow2``, ``raw``)."""
+    probe: Callable[[bytes], int]
+    """How sure the format is, 0 to 100, that a file which starts with these bytes is its own."""
+    open: Callable[..., Disk]
+    """``open(file, *, read_only, policy, **options) -> Disk``: owns ``file`` once it succeeded."""
+    create: Callable[..., None] | None = None
+    """``create(file, size, **options)``: write an empty image into the disk ``file``."""
+
+
+_loaders: dict[str, Callable[[], Format]] = {}
+
+
+def register_format(name: str, module: str, attribute: str = "FORMAT") -> None:
+    """Have format ``name`` found as ``attribute`` of ``module``, which is imported when needed."""
+    _loaders[name] = cache(lambda: getattr(import_module(module), attribute))
+
+
+@cache
+def _register_entry_points() -> None:
+    for point in entry_points(group="pyvirtio.formats"):
+        _loaders.setdefault(point.name, cache(point.load))
+
+
+def format_names() -> list[str]:
+    """The names of all formats, sorted."""
+    _register_entry_points()
+    return sorted(_loaders)
+
+
+def find_format(name: str) -> Format:
+    """The format of that name. Raises ValueError (QEMU's text) if there is none."""
+    _register_entry_points()
+    try:
+        loader = _loaders[name]
+    except KeyError:
+        raise ValueError(f"Unknown driver '{name}'") from None
+    return loader()
+
+
+def formats() -> Iterator[Format]:
+    """All formats."""
+    for name in format_names():
+        yield _loaders[name]()

@@ -1,0 +1,1 @@
+"""The format: a qcow2 driver that reads and writes."""
