@@ -133,9 +133,7 @@ class _Check:
         for snapshot in snapshots:
             self.check_snapshot(snapshot)
         self.refer(header.snapshots_offset, snapshot_table)
-        self.refer(
-            header.refcount_table_offset, header.refcount_table_clusters << self.bits
-        )
+        self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
         self.check_blocks()
         self.compare()
         self.check_copied()

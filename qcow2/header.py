@@ -9,7 +9,7 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
 from .geometry import Geometry
-from .layout import Autoclear, Compatible, CompressionType, CryptMethod, ExtensionType, Incompatible
+from .layout import CompressionType, CryptMethod, ExtensionType, Incompatible
 
 __all__ = ["Header", "probe", "read_header"]
 
@@ -67,9 +67,7 @@ class Header:
     def _pack(self, feature_names: bool) -> bytes:
         extensions = bytearray()
         if self.backing_format:
-            extensions += _extension(
-                ExtensionType.BACKING_FORMAT, self.backing_format.encode()
-            )
+            extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())

@@ -18,7 +18,9 @@ __all__ = ["Reader"]
 class Reader:
     """Serves reads of one image: from its clusters, its backing file, or as zeroes."""
 
-    def __init__(self, metadata: Metadata, backing: Disk | None, missing_backing: str | None) -> None:
+    def __init__(
+        self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
+    ) -> None:
         self._metadata = metadata
         self.backing = backing
         self._missing = missing_backing

@@ -16,7 +16,6 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
-from .geometry import Geometry
 from .header import Header
 from .health import Health
 from .refcount_codec import codec_for
@@ -172,10 +171,11 @@ class Refcounts:
         """Take exactly ``count`` clusters in a row; the first of them."""
         while True:
             first = self._find_contiguous(count)
-            blocks = range(
-                first >> self._block_bits, ((first + count - 1) >> self._block_bits) + 1
-            )
-            if all([self._ensure_block(block << self._block_bits) for block in blocks]):
+            last = (first + count - 1) >> self._block_bits
+            ready = True
+            for block in range(first >> self._block_bits, last + 1):
+                ready = self._ensure_block(block << self._block_bits) and ready
+            if ready:
                 return self._take(first, count)[0]
 
     def _take(self, first: int, count: int) -> tuple[int, int, bool]:

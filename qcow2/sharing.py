@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from ..errors import ImageError
 from . import layout
@@ -51,9 +52,7 @@ def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
     special = layout.COMPRESSED
     if not any(entries):
         return []
-    clusters = [
-        (entry & mask) >> bits for entry in entries if entry & mask and not entry & special
-    ]
+    clusters = [(entry & mask) >> bits for entry in entries if entry & mask and not entry & special]
     for entry in entries:
         if entry & compressed:
             offset, length = metadata.geometry.compressed_extent(entry)
@@ -80,7 +79,7 @@ def _apply(clusters: list[int], action: Callable[[int, int], object]) -> None:
     """Cover each cluster as often as it is listed."""
     while clusters:
         clusters.sort()
-        repeated = [b for a, b in zip(clusters, clusters[1:], strict=False) if a == b]
+        repeated = [b for a, b in pairwise(clusters) if a == b]
         for first, count in merge_runs(set(clusters) if repeated else clusters):
             action(first, count)
         clusters = repeated

@@ -39,8 +39,9 @@ class Snapshot:
 
     def pack(self) -> bytes:
         """The table entry, padded to a multiple of 8 bytes."""
-        identity, name = self.id.encode(errors="surrogateescape"), self.name.encode(
-            errors="surrogateescape"
+        identity, name = (
+            self.id.encode(errors="surrogateescape"),
+            self.name.encode(errors="surrogateescape"),
         )
         icount = layout.NO_ICOUNT if self.icount is None else self.icount
         extra = layout.SNAPSHOT_EXTRA_DATA.pack(self.vm_state_size, self.disk_size, icount)

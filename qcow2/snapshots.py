@@ -33,6 +33,11 @@ class Snapshots:
         self._resized = resized
         self._list, self._table_length = read_snapshots(metadata.file, metadata.header)
 
+    @property
+    def table_length(self) -> int:
+        """Bytes of the snapshot table."""
+        return self._table_length
+
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(list(self._list))
 
@@ -185,7 +190,4 @@ class Snapshots:
             self._list, self._table_length = snapshots, len(table)
             clusters = metadata.geometry.clusters(old_length)
             if clusters:
-                metadata.lower(
-                    old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT
-                )
-
+                metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)

@@ -104,7 +104,9 @@ class Tables:
         if kind is _NORMAL or kind is _ZERO_ALLOCATED:
             offset = entry & layout.OFFSET_MASK
             if offset & (self._cluster_size - 1):
-                what = "Preallocated zero cluster" if kind is _ZERO_ALLOCATED else "Cluster allocation"
+                what = (
+                    "Preallocated zero cluster" if kind is _ZERO_ALLOCATED else "Cluster allocation"
+                )
                 raise ImageError(
                     f"{what} offset {offset:#x} unaligned (guest offset: "
                     f"{cluster << self._cluster_bits:#x})",
