@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
@@ -235,10 +236,28 @@ class Qcow2Disk(Disk):
                 f"Unsupported preallocation mode '{preallocation}'", feature="preallocation"
             )
         self._metadata.check_writable()
-        if size != self.size:
-            with self._metadata.exclusive():
-                resize.grow(self._metadata, size)
-            self._set_size(size)
+        metadata, old_size = self._metadata, self._header.size
+        if size == old_size:
+            return
+        with metadata.exclusive():
+            resize.make_room(metadata, size)
+        backing = self._reader.backing
+        if backing is not None and backing.size > old_size:
+            # What the backing file has there must not show.
+            hidden = min(size, backing.size) - old_size
+            self._zero_past_end(old_size, hidden)
+        with metadata.exclusive():
+            resize.set_size(metadata, size)
+        self._set_size(size)
+
+    def _zero_past_end(self, offset: int, length: int) -> None:
+        """Make a part of the disk's L1 coverage past its end read as zeroes."""
+        aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
+        end = offset + length
+        if self._header.version >= 3 and aligned < end:
+            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False)
+            end = aligned
+        self._write_zero_bytes(offset, end - offset)
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -261,10 +280,11 @@ class Qcow2Disk(Disk):
             self._close()
 
     def _close(self) -> None:
-        self._metadata.close()
-        if self._reader.backing is not None:
-            self._reader.backing.close()
-        self._file.close()
+        with ExitStack() as stack:
+            stack.callback(self._file.close)
+            if self._reader.backing is not None:
+                stack.callback(self._reader.backing.close)
+            stack.callback(self._metadata.close)
 
 
 def _refuse_what_is_missing(header: Header) -> None:

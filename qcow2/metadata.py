@@ -159,17 +159,18 @@ class Metadata:
     def release(self, dropped: DroppedReferences) -> None:
         """Lower the refcounts of references whose drop is stable and unobserved (lock held)."""
         while dropped.runs:
-            first, count, kind = dropped.runs[-1]
-            try:
-                self.lower(first, count, kind)
-            except BackendError:
-                # The refcounts cannot be had now: the clusters stay in quarantine.
-                self.dropped.extend(dropped)
-                return
-            except ImageError as error:
-                self.health.poison(str(error))
-                return
-            dropped.runs.pop()
+            first, count, kind = dropped.runs.pop()
+            for start, length in self.refcounts.slices(first, count):
+                try:
+                    self.lower(start, length, kind)
+                except BackendError:
+                    # The refcounts cannot be had now: the rest stays in quarantine.
+                    dropped.runs.append((start, first + count - start, kind))
+                    self.dropped.extend(dropped)
+                    return
+                except ImageError as error:
+                    self.health.poison(str(error))
+                    return
 
     def lower(self, first: int, count: int, kind: DiscardKind) -> None:
         """Lower refcounts now (lock held); what becomes free is discarded if the policy says so.

@@ -22,6 +22,10 @@ class Reader:
         self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
     ) -> None:
         self._metadata = metadata
+        self._file = metadata.file
+        self._gate = metadata.gate
+        self._lock = metadata.lock
+        self._map = metadata.tables.map
         self.backing = backing
         self._missing = missing_backing
         """The name of a backing file that was not opened."""
@@ -31,40 +35,46 @@ class Reader:
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
-        metadata = self._metadata
-        gate, lock = metadata.gate, metadata.lock
+        gate, lock = self._gate, self._lock
         with lock:
             epoch = gate.enter()
-        try:
-            while True:
+            try:
                 kind, host, run = self._map(offset, length)
-                if run == length:
-                    self.read_run(kind, host, offset, views, length)
-                    return
-                self.read_run(kind, host, offset, split(views, 0, run), run)
-                views = split(views, run, length - run)
-                offset += run
-                length -= run
+            except CacheFull:
+                run = 0
+            except BaseException:
+                gate.leave(epoch)
+                raise
+        try:
+            if run == length:
+                self.read_run(kind, host, offset, views, length)
+            else:
+                self._read_runs(offset, views, length)
         finally:
             with lock:
                 gate.leave(epoch)
 
-    def _map(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
-        metadata = self._metadata
-        while True:
+    def _read_runs(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Read what is more than one run."""
+        while length:
             try:
-                with metadata.lock:
-                    return metadata.tables.map(offset, length)
+                with self._lock:
+                    kind, host, run = self._map(offset, length)
             except CacheFull:
-                metadata.flush_inside()
+                self._metadata.flush_inside()
+                continue
+            self.read_run(kind, host, offset, split(views, 0, run), run)
+            views = split(views, run, length - run)
+            offset += run
+            length -= run
 
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
         if kind is ClusterKind.NORMAL:
-            self._metadata.file.debug_event("read_aio")
-            self._metadata.file.readv(host, views)
+            self._file.debug_event("read_aio")
+            self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:
             self._read_backing(offset, views, length)
         elif kind is ClusterKind.COMPRESSED:

@@ -116,6 +116,14 @@ class Refcounts:
         for _, _, values in self._load(cluster, count):
             yield values
 
+    def slices(self, cluster: int, count: int) -> Iterator[tuple[int, int]]:
+        """A range of clusters cut where the cache's slices end: (first, count) each."""
+        end = cluster + count
+        while cluster < end:
+            part = min(end - cluster, self._slice_entries - (cluster & (self._slice_entries - 1)))
+            yield cluster, part
+            cluster += part
+
     # -- changing counts -----------------------------------------------------------------------
 
     def check_raise(self, cluster: int, count: int) -> None:
@@ -132,7 +140,8 @@ class Refcounts:
     def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Add ``delta`` (1 or -1) to each count in the range; the clusters that became free.
 
-        Raises ImageError where a count would leave its range; counts before that stay changed.
+        Raises ImageError where a count would leave its range, BackendError where it cannot be had;
+        what was changed before stays so, but a slice of the cache is changed whole or not at all.
         """
         freed = []
         for slot, index, values in self._load(cluster, count):

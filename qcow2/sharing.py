@@ -11,13 +11,20 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from ..errors import ImageError
+from ..errors import BackendError, ImageError
 from . import layout
 from .metadata import Metadata
 from .quarantine import merge_runs
 from .refcounts import pack_table
 
-__all__ = ["for_each_run", "l2_tables", "read_entries", "strip_copied", "update_copied"]
+__all__ = [
+    "for_each_run",
+    "l2_tables",
+    "raise_references",
+    "read_entries",
+    "strip_copied",
+    "update_copied",
+]
 
 _BATCH = 1 << 17
 """Cluster numbers that are sorted at a time."""
@@ -73,6 +80,33 @@ def for_each_run(
             _apply(pending, action)
             pending = []
     _apply(pending, action)
+
+
+def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
+    """One reference more to all that the L1 table reaches; all of it or nothing (lock held).
+
+    Raises ImageError where a refcount has reached what its width can hold.
+    """
+    done = 0
+
+    def add(first: int, count: int) -> None:
+        nonlocal done
+        for start, length in metadata.refcounts.slices(first, count):
+            metadata.refcounts.add(start, length, 1)
+            done += 1
+
+    def take_back(first: int, count: int) -> None:
+        nonlocal done
+        for start, length in metadata.refcounts.slices(first, count):
+            if done:
+                metadata.refcounts.add(start, length, -1)
+                done -= 1
+
+    try:
+        for_each_run(metadata, l1, add)
+    except (ImageError, BackendError):
+        for_each_run(metadata, l1, take_back)
+        raise
 
 
 def _apply(clusters: list[int], action: Callable[[int, int], object]) -> None:
