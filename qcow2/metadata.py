@@ -172,12 +172,13 @@ class Metadata:
                     self.health.poison(str(error))
                     return
 
-    def lower(self, first: int, count: int, kind: DiscardKind) -> None:
-        """Lower refcounts now (lock held); what becomes free is discarded if the policy says so.
+    def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
+        """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
+        policy says so.
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -1)):
+        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)

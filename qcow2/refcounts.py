@@ -126,10 +126,10 @@ class Refcounts:
 
     # -- changing counts -----------------------------------------------------------------------
 
-    def check_raise(self, cluster: int, count: int) -> None:
-        """Raise ImageError unless every count in the range can be raised by one."""
+    def check_raise(self, cluster: int, count: int, times: int) -> None:
+        """Raise ImageError unless every count in the range can be raised by ``times``."""
         for values in self.counts(cluster, count):
-            if max(values) >= self._codec.max:
+            if max(values) + times > self._codec.max:
                 raise ImageError(
                     "Reference count limit reached: a cluster cannot be shared more often",
                     field="refcount",
@@ -138,14 +138,14 @@ class Refcounts:
                 )
 
     def add(self, cluster: int, count: int, delta: int) -> list[int]:
-        """Add ``delta`` (1 or -1) to each count in the range; the clusters that became free.
+        """Add ``delta`` to each count in the range; returns the clusters that became free.
 
         Raises ImageError where a count would leave its range, BackendError where it cannot be had;
         what was changed before stays so, but a slice of the cache is changed whole or not at all.
         """
         freed = []
         for slot, index, values in self._load(cluster, count):
-            if slot < 0 or (min(values) < 1 if delta < 0 else max(values) >= self._codec.max):
+            if slot < 0 or min(values) + delta < 0 or max(values) + delta > self._codec.max:
                 raise ImageError(
                     f"Refcount of a cluster in {cluster:#x} to {cluster + count - 1:#x} "
                     f"cannot be changed by {delta}",

@@ -173,7 +173,11 @@ class Snapshots:
     def _lower(self, l1: array[int], offset: int, size: int) -> None:
         """Take back the references of an L1 table and the table itself (lock held)."""
         metadata = self._metadata
-        for_each_run(metadata, l1, lambda first, n: metadata.lower(first, n, DiscardKind.SNAPSHOT))
+
+        def lower(first: int, count: int, times: int) -> None:
+            metadata.lower(first, count, DiscardKind.SNAPSHOT, times)
+
+        for_each_run(metadata, l1, lower)
         clusters = metadata.geometry.clusters(8 * size)
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
