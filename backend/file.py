@@ -167,7 +167,7 @@ class FileDisk(Disk):
                 try:
                     if os.preadv(self._fd, buffers, offset) == length:
                         return
-                except OSError:
+                except (OSError, BufferError):
                     pass  # the long way finds out again, and what to say of it
         super().readv(offset, buffers)
 
@@ -181,7 +181,7 @@ class FileDisk(Disk):
                 try:
                     if os.pwritev(self._fd, buffers, offset) == length:
                         return
-                except OSError:
+                except (OSError, BufferError):
                     pass
         super().writev(offset, buffers, fua=fua)
 
@@ -259,8 +259,12 @@ class FileDisk(Disk):
 
     @property
     def filename(self) -> str:
-        """The path as it was given."""
+        """The path as it was given; to be set if the file has been moved."""
         return self._path
+
+    @filename.setter
+    def filename(self, path: str) -> None:
+        self._path = self._locks.filename = path
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -388,16 +392,6 @@ class FileDisk(Disk):
             self._refuse(0, 0)
         self._set_size(os.lseek(self._fd, 0, os.SEEK_END))
 
-    def rename(self, path: StrPath) -> None:
-        """Move the file to another name of the same file system, replacing what is there."""
-        name = os.fsdecode(path)
-        try:
-            os.replace(self._path, name)
-        except OSError as error:
-            raise self._failed(error, f"Could not rename to '{name}'") from error
-        self._path = name
-        self._locks.filename = name
-
     def _close(self) -> None:
         self._straight_read_end = self._straight_write_end = _NO_STRAIGHT
         fd, self._fd = self._fd, -1
@@ -459,7 +453,10 @@ def _open(path: str, read_only: bool, cache: str) -> int:
     try:
         # Asked before opening, since opening alone has effects on some devices. What passes and
         # then turns out to be a pipe is not waited for.
-        is_device = _kind_checked(os.stat(path), path)
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode) and not read_only:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        is_device = _kind_checked(status, path)
         return os.open(path, _flags(read_only, cache) | (0 if is_device else os.O_NONBLOCK))
     except BackendError:
         raise
