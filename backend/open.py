@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_CHAIN", "FileReference", "Policy", "create_disk", "open_disk"]
 
 MAX_CHAIN = 200
-"""Files in one backing chain. QEMU has no such limit, and runs out of stack."""
+"""Files in one backing chain. QEMU has no such limit, and runs out of stack; Python's recursion
+limit may be met before."""
 
 _PROTOCOL = re.compile(r"([^/:]*):")
 
@@ -114,8 +116,13 @@ class _Opener:
     def open_file(self, path: str) -> FileDisk:
         """Open the file at ``path``; it must not be one of those that lead here."""
         # Looked at before it is opened: our own lock would refuse it with the wrong reason.
-        with suppress(OSError, ValueError):
-            self._check_loop(path, file_identity(os.stat(path)))
+        if self.chain:
+            try:
+                identity = file_identity(os.stat(path))
+            except (OSError, ValueError):
+                pass  # opening it says what is wrong
+            else:
+                self._check_loop(path, identity)
         file = FileDisk(
             path,
             read_only=self.read_only,
@@ -172,6 +179,15 @@ class _Opener:
                     f"Unknown driver '{reference.format}'", feature=reference.format
                 )
             return replace(self, read_only=True).open_path(path, reference.format, {})
+        except RecursionError:
+            if self.depth > 1:
+                raise  # told where the stack is short again
+            raise ImageError(
+                "The backing chain is too long for Python's recursion limit",
+                field="backing file",
+                value=reference.name,
+                limit=sys.getrecursionlimit(),
+            ) from None
         except PyvirtioError as error:
             role = "backing file" if reference.role == "backing" else reference.role
             _raise_prefixed(f"Could not open {role}: ", error)
