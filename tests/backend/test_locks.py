@@ -132,13 +132,9 @@ def test_two_opens_in_one_process(tmp_path):
         for read_only in (False, True):
             with pytest.raises(InUseError):
                 FileDisk(path, read_only=read_only)
-    with (
-        FileDisk(path, read_only=True) as first,
-        FileDisk(path, read_only=True) as second,
-        pytest.raises(InUseError),
-    ):
-        assert first.read(0, 1) == second.read(0, 1)
-        FileDisk(path)
+    with FileDisk(path, read_only=True), FileDisk(path, read_only=True):  # noqa: SIM117
+        with pytest.raises(InUseError):
+            FileDisk(path)
 
 
 def test_qemus_bytes_are_the_ones_locked(tmp_path):

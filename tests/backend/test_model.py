@@ -113,11 +113,11 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 class FileMachine(DiskMachine):
-    options = {}
+    cache = "writeback"
 
     def make(self, folder):
         self.path = os.path.join(folder, "disk")
-        return FileDisk.create(self.path, SIZE, growable=self.growable, **self.options)
+        return FileDisk.create(self.path, SIZE, growable=self.growable, cache=self.cache)
 
     def outside(self):
         with open(self.path, "rb") as file:
@@ -135,7 +135,7 @@ class GrowableFileMachine(FileMachine):
 
 class DirectFileMachine(FileMachine):
     growable = True
-    options = {"cache": "none"}
+    cache = "none"
 
 
 class MemoryMachine(DiskMachine):

@@ -3,6 +3,7 @@
 import errno
 import os
 import warnings
+from itertools import pairwise
 
 import pytest
 from pyvirtio import (
@@ -173,7 +174,7 @@ def test_a_backing_file_in_use_is_reported(tmp_path):
 @pytest.mark.parametrize("read_only", [False, True])
 def test_loops_are_found(tmp_path, names, read_only):
     image(tmp_path / "top", names[0])
-    for name, below in zip(names, names[1:], strict=False):
+    for name, below in pairwise(names):
         image(tmp_path / name, below)
     with pytest.raises(ImageError, match="loop"):
         open_disk(tmp_path / "top", read_only=read_only)
@@ -255,7 +256,7 @@ def test_a_policys_own_error_is_left_as_it_is(tmp_path):
     def policy(reference):
         raise PermissionError("no files today")
 
-    with pytest.raises(PermissionError, match="^no files today"):
+    with pytest.raises(PermissionError, match=r"^no files today"):
         open_disk(tmp_path / "top", backing=policy)
 
 
@@ -315,5 +316,5 @@ def test_create_does_not_touch_a_file_in_use(tmp_path):
 
 
 def test_create_in_a_missing_folder_is_reported(tmp_path):
-    with pytest.raises(BackendError, match="Could not create .*No such file or directory"):
+    with pytest.raises(BackendError, match=r"Could not create .*No such file or directory"):
         create_disk(tmp_path / "none" / "disk", 4096, format="raw")
