@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -125,6 +126,7 @@ class FileDisk(Disk):
         constructor's.
         """
         name = os.fsdecode(path)
+        _check_preallocation(preallocation)
         flags = os.O_RDWR | os.O_CREAT | _BASE_FLAGS
         try:
             os.close(os.open(name, flags | os.O_EXCL, mode))
@@ -302,10 +304,7 @@ class FileDisk(Disk):
             raise failure from error
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        if preallocation not in ("off", "falloc", "full"):
-            raise UnsupportedError(
-                f"Unsupported preallocation mode: {preallocation}", feature="preallocation"
-            )
+        _check_preallocation(preallocation)
         if self._is_device:
             self._truncate_device(size, preallocation)
             return
@@ -397,6 +396,15 @@ class FileDisk(Disk):
         fd, self._fd = self._fd, -1
         os.close(fd)
 
+    def __del__(self) -> None:
+        # A disk that was forgotten must not keep its image locked.
+        fd = getattr(self, "_fd", -1)
+        if fd >= 0:
+            self._fd = -1
+            os.close(fd)
+            message = f"unclosed disk {self._path!r}"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
     def _set_size(self, size: int) -> None:
         super()._set_size(size)
         self._aim()
@@ -434,6 +442,11 @@ def _check_modes(cache: str, discard: str) -> None:
         raise ValueError(f"Invalid discard option: {discard}")
 
 
+def _check_preallocation(mode: str) -> None:
+    if mode not in ("off", "falloc", "full"):
+        raise UnsupportedError(f"Unsupported preallocation mode: {mode}", feature="preallocation")
+
+
 def _kind_checked(status: os.stat_result, path: str) -> bool:
     """True for a block device, False for a regular file; anything else raises BackendError."""
     if stat.S_ISREG(status.st_mode):
@@ -463,7 +476,9 @@ def _open(path: str, read_only: bool, cache: str) -> int:
     except OSError as error:
         if cache == "none" and error.errno == errno.EINVAL:
             raise BackendError(
-                errno.EINVAL, f"Could not open '{path}': O_DIRECT is not supported here", path
+                errno.EINVAL,
+                f"Could not open '{path}': filesystem does not support O_DIRECT",
+                path,
             ) from error
         raise BackendError.wrap(error, f"Could not open '{path}'", path) from error
     except ValueError as error:  # a NUL in the name

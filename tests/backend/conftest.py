@@ -10,15 +10,20 @@ MAGIC = b"TOY!"
 
 
 class ToyDisk(Disk):
-    """A toy format: a magic, then the backing file's name and format, NUL-terminated each."""
+    """A toy format: a magic, then the backing file's name and format, NUL-terminated each.
+
+    A name that begins with ``data=`` is a data file's.
+    """
 
     format_name = "toy"
 
     def __init__(self, file, read_only, policy):
         self.file = file
         name, kind = file.read(4, 508).split(b"\0")[:2]
-        self._backing = None
-        if name:
+        self._backing = self._data = None
+        if name.startswith(b"data="):
+            self._data = policy(FileReference(name[5:].decode(), role="data-file"))
+        elif name:
             self._backing = policy(FileReference(name.decode(), kind.decode() or None))
         super().__init__(4096, read_only=read_only)
 
@@ -33,6 +38,8 @@ class ToyDisk(Disk):
         below = {"file": self.file}
         if self._backing is not None:
             below["backing"] = self._backing
+        if self._data is not None:
+            below["data-file"] = self._data
         return below
 
     def _close(self):

@@ -1,6 +1,7 @@
 """The checks and conveniences that every Disk inherits."""
 
 import errno
+import mmap
 
 import pytest
 from pyvirtio import BackendError, MemoryDisk, NullDisk, UnsupportedError
@@ -109,6 +110,14 @@ def test_a_memory_disk_is_the_callers_buffer():
     assert memory[4:7] == b"abc"
     with pytest.raises(UnsupportedError):
         disk.truncate(32)
+
+
+def test_a_closed_memory_disk_lets_the_callers_memory_go():
+    with mmap.mmap(-1, 4096) as memory:
+        disk = MemoryDisk(memory)
+        disk.write(0, b"abc")
+        disk.close()
+        assert memory[:3] == b"abc"
 
 
 def test_a_memory_disk_needs_a_writable_buffer_unless_read_only():

@@ -1,6 +1,7 @@
 """FileDisk: transfers, space, flush, resizing, and what may be opened."""
 
 import errno
+import gc
 import os
 import socket
 import threading
@@ -408,6 +409,21 @@ def test_a_failed_open_leaves_no_descriptor(tmp_path):
             with pytest.raises(OSError, match="lock"):
                 FileDisk(tmp_path / "disk")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forgotten_disk_gives_up_its_lock(tmp_path):
+    disk = FileDisk.create(tmp_path / "disk", 4096)
+    gc.collect()
+    with pytest.warns(ResourceWarning, match="unclosed disk"):
+        del disk
+    FileDisk(tmp_path / "disk").close()
+
+
+def test_create_with_an_unknown_preallocation_leaves_an_old_file_alone(tmp_path):
+    (tmp_path / "disk").write_bytes(b"precious")
+    with pytest.raises(UnsupportedError):
+        FileDisk.create(tmp_path / "disk", 4096, preallocation="metadata")
+    assert (tmp_path / "disk").read_bytes() == b"precious"
 
 
 def test_reopen_survives_a_change_of_directory(tmp_path, monkeypatch):

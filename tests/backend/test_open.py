@@ -136,6 +136,23 @@ def test_the_format_named_in_the_image_is_used(tmp_path):
         assert type(disk.backing) is RawDisk
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_data_file_is_a_bare_growable_file_opened_like_the_image(tmp_path, read_only):
+    (tmp_path / "data").write_bytes(b"TOY!")
+    image(tmp_path / "top", "data=data")
+    with open_disk(tmp_path / "top", read_only=read_only) as disk:
+        data = disk.children["data-file"]
+        assert type(data) is FileDisk
+        assert data.growable
+        assert data.read_only is read_only
+
+
+def test_a_data_file_that_is_missing_is_reported(tmp_path):
+    image(tmp_path / "top", "data=none")
+    with pytest.raises(BackendError, match=r"Could not open data-file: Could not open '.*none'"):
+        open_disk(tmp_path / "top")
+
+
 def test_a_backing_file_that_cannot_be_opened_is_reported_as_qemu_does(tmp_path):
     image(tmp_path / "top", "none")
     name = tmp_path / "none"
