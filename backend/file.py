@@ -137,6 +137,11 @@ class FileDisk(Disk):
             made = False
         except OSError as error:
             raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
+        if not made and not os.path.exists(name):  # a symbolic link to what is not there yet
+            try:
+                os.close(os.open(name, flags, mode))
+            except OSError as error:
+                raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
         try:
             disk = cls(name, **options)
             try:

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -296,18 +295,21 @@ def create_disk(
 
     with ExitStack() as cleanup:
         old = _replaceable(path, locking)
-        new_name = None if os.path.exists(path) else path
         if old is not None:
             cleanup.callback(old.close)
             new_name = _name_beside(path)
-        if new_name is not None:
             cleanup.callback(_unlink, new_name)
-        file = make(new_name or path)
+            file = make(new_name)
+        else:
+            is_new = not os.path.exists(path)
+            file = make(path)
+            if is_new:
+                cleanup.callback(_unlink, path)
         cleanup.callback(file.close)
         file.filename = path  # what it names itself is relative to this
         kind.create(file, size, **options)
         disk = opener.open_image(file, format, {})
-        if old is not None and new_name is not None:
+        if old is not None:
             cleanup.callback(disk.close)
             disk.flush()
             _move(new_name, os.path.realpath(path))
@@ -340,8 +342,9 @@ def _replaceable(path: str, locking: bool) -> FileDisk | None:
 def _name_beside(path: str) -> str:
     """A new empty file in the folder of the old one, with its mode and owner."""
     path = os.path.realpath(path)
+    name = f"{path}.{os.urandom(8).hex()}"
     try:
-        fd, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise BackendError.wrap(error, f"Could not create '{path}'", path) from error
     try:

@@ -340,6 +340,12 @@ def test_create_that_fails_leaves_no_file(tmp_path):
     assert not (tmp_path / "disk").exists()
 
 
+def test_create_follows_a_link_to_a_file_that_is_not_there_yet(tmp_path):
+    os.symlink("target", tmp_path / "link")
+    FileDisk.create(tmp_path / "link", 4096).close()
+    assert os.path.getsize(tmp_path / "target") == 4096
+
+
 def test_create_exclusive_needs_a_new_name(tmp_path):
     (tmp_path / "disk").write_bytes(b"precious")
     with pytest.raises(BackendError) as caught:
