@@ -161,36 +161,39 @@ class FileDisk(Disk):
         return disk
 
     # -- reading and writing -------------------------------------------------------------------
-    # The two public methods are overridden for speed alone: one buffer that lies inside the file,
-    # as nearly every request of a guest, goes to the system call with one comparison.
+    # The two public methods are overridden for speed alone: memoryviews inside the file, as nearly
+    # every request of a guest, go to the system call with one comparison.
 
     def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
         """See :meth:`Disk.readv`."""
-        if type(buffers) is not list:
-            buffers = list(buffers)
-        if len(buffers) == 1 and type(view := buffers[0]) is memoryview:
-            length = view.nbytes
-            if offset + length <= self._straight_read_end and offset >= 0:
-                try:
-                    if os.preadv(self._fd, buffers, offset) == length:
-                        return
-                except (OSError, BufferError):
-                    pass  # the long way finds out again, and what to say of it
-        super().readv(offset, buffers)
+        views: list[Any] = buffers if type(buffers) is list else list(buffers)
+        try:
+            length = views[0].nbytes if len(views) == 1 else sum([view.nbytes for view in views])
+            if (
+                offset + length <= self._straight_read_end
+                and offset >= 0
+                and os.preadv(self._fd, views, offset) == length
+            ):
+                return
+        except (AttributeError, BufferError, OSError):
+            pass  # the long way takes any buffers, and finds out again what to say of an error
+        super().readv(offset, views)
 
     def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
         """See :meth:`Disk.writev`."""
-        if type(buffers) is not list:
-            buffers = list(buffers)
-        if len(buffers) == 1 and not fua and type(view := buffers[0]) is memoryview:
-            length = view.nbytes
-            if offset + length <= self._straight_write_end and offset >= 0:
-                try:
-                    if os.pwritev(self._fd, buffers, offset) == length:
-                        return
-                except (OSError, BufferError):
-                    pass
-        super().writev(offset, buffers, fua=fua)
+        views: list[Any] = buffers if type(buffers) is list else list(buffers)
+        try:
+            length = views[0].nbytes if len(views) == 1 else sum([view.nbytes for view in views])
+            if (
+                offset + length <= self._straight_write_end
+                and offset >= 0
+                and not fua
+                and os.pwritev(self._fd, views, offset) == length
+            ):
+                return
+        except (AttributeError, BufferError, OSError):
+            pass
+        super().writev(offset, views, fua=fua)
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         try:

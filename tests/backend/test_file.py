@@ -52,6 +52,15 @@ def test_many_empty_buffers_do_not_look_like_the_end_of_the_file(disk):
     assert buffer == b"abc"
 
 
+def test_more_views_than_one_system_call_takes(disk):
+    count = transfer._IOV_MAX + 1
+    data = pattern(count * 2)
+    disk.writev(11, [memoryview(data)[i : i + 2] for i in range(0, len(data), 2)])
+    memory = bytearray(len(data))
+    disk.readv(11, [memoryview(memory)[i : i + 2] for i in range(0, len(data), 2)])
+    assert memory == data
+
+
 def test_views_of_other_types_and_any_iterable(disk):
     from array import array
 

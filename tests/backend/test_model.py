@@ -86,9 +86,8 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(size=st.integers(0, LIMIT))
     def truncate(self, size):
         self.disk.truncate(size, shrink=True)
-        size = self.disk.size
         del self.model[size:]
-        self.model.extend(bytes(size - len(self.model)))
+        self.model.extend(bytes(self.disk.size - len(self.model)))  # raw rounds up to a sector
 
     @rule()
     def flush(self):
