@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from struct import Struct
 from typing import Final
 
 from ..backend.disk import Disk
@@ -20,7 +19,6 @@ __all__ = ["VirtioBlk"]
 
 _log = logging.getLogger(__name__)
 
-_STATUS: Final = Struct("B")
 _MAX_RANGE_SECTORS: Final = 0x3F_FFFF
 """Sectors of one range of DISCARD or WRITE_ZEROES: just under 2 GiB, QEMU's limit."""
 _MAX_DISCARD_SEGMENTS: Final = 32
@@ -186,7 +184,7 @@ class VirtioBlk(VirtioDevice):
         The used length is the number of bytes written into the chain: data and status where it
         succeeded, the status byte alone where it did not.
         """
-        memory = self.memory
+        memory = self._memory
         request = parse_request(chain, memory, self.structs)
         written = 0
         status = at.VIRTIO_BLK_S_OK
@@ -213,28 +211,16 @@ class VirtioBlk(VirtioDevice):
             if not self.disk.closed:
                 raise
             status = at.VIRTIO_BLK_S_IOERR
-        memory.store(_STATUS, request.status, status)
+        memory.store_byte(request.status, status)
         return written + 1
-
-    def _offset(self, request: BlockRequest, segments: list[Segment]) -> tuple[int, int]:
-        """Where a read or write goes on the disk and how long it is, in bytes; checked."""
-        length = 0
-        for segment in segments:
-            length += segment[1]
-        if length % SECTOR_SIZE:
-            raise _RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
-        if request.sector + length // SECTOR_SIZE > self.capacity:
-            raise _RefusedError(  # BLK-37
-                f"{length} bytes at sector {request.sector} of {self.capacity}"
-            )
-        return request.sector * SECTOR_SIZE, length
 
     def _read(self, request: BlockRequest) -> int:
         segments = request.incoming
         if request.outgoing:
             raise _RefusedError("a read with data for the device")
-        offset, length = self._offset(request, segments)
-        memory = self.memory
+        memory = self._memory
+        offset = request.sector * SECTOR_SIZE
+        length = self._length(request.sector, segments)
         if length > memory.map_limit:
             memory.check(segments, True)
             for part, size in _pieces(segments, memory.map_limit):
@@ -245,13 +231,14 @@ class VirtioBlk(VirtioDevice):
         return length
 
     def _read_part(self, offset: int, segments: list[Segment]) -> None:
-        memory = self.memory
+        memory = self._memory
         views = memory.map(segments, True)
+        done = False
         try:
             self.disk.readv(offset, views)
-            memory.commit(segments, views)
+            done = True
         finally:
-            memory.release(views)
+            memory.unmap(segments, views, done)
 
     def _write(self, request: BlockRequest) -> None:
         segments = request.outgoing
@@ -260,8 +247,9 @@ class VirtioBlk(VirtioDevice):
             raise OSError("write to a read-only device")
         if request.incoming:
             raise _RefusedError("a write with room for data")
-        offset, length = self._offset(request, segments)
-        memory = self.memory
+        memory = self._memory
+        offset = request.sector * SECTOR_SIZE
+        length = self._length(request.sector, segments)
         if length > memory.map_limit:
             memory.check(segments, False)
             for part, size in _pieces(segments, memory.map_limit):
@@ -271,12 +259,23 @@ class VirtioBlk(VirtioDevice):
             self._write_part(offset, segments)
 
     def _write_part(self, offset: int, segments: list[Segment]) -> None:
-        memory = self.memory
+        memory = self._memory
         views = memory.map(segments, False)
         try:
             self.disk.writev(offset, views, fua=not self._writeback)
         finally:
-            memory.release(views)
+            memory.unmap(segments, views)
+
+    def _length(self, sector: int, segments: list[Segment]) -> int:
+        """How long a read or write is, in bytes. Refuses one that may not be."""
+        length = 0
+        for segment in segments:
+            length += segment[1]
+        if length % SECTOR_SIZE:
+            raise _RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
+        if sector + length // SECTOR_SIZE > self.capacity:
+            raise _RefusedError(f"{length} bytes at sector {sector} of {self.capacity}")  # BLK-37
+        return length
 
     def _flush(self, request: BlockRequest) -> int:
         self.disk.flush()
@@ -289,7 +288,7 @@ class VirtioBlk(VirtioDevice):
         for address, length in request.incoming:
             part = left[:length]
             if part:
-                self.memory.write(address, part)
+                self._memory.write(address, part)
             left = left[length:]
             written += len(part)
         return written
@@ -304,7 +303,7 @@ class VirtioBlk(VirtioDevice):
         total = sum(length for _, length in request.outgoing)
         if total % struct.size or total > most * struct.size:  # BLK-42, BLK-44, BLK-46
             raise _RefusedError(f"{total} bytes of ranges, at most {most} are allowed")
-        data = b"".join(self.memory.read(*segment) for segment in request.outgoing)
+        data = b"".join(self._memory.read(*segment) for segment in request.outgoing)
         ranges = []
         unmap = at.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
         for sector, count, flags in struct.iter_unpack(data):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +50,10 @@ _DRIVER_BITS = (
 _ROUNDS = 4
 """Chains that one kick may serve, in queue sizes. A driver that waits for its requests has one;
 this bounds what another can do by having the device write to its own rings."""
+
+
+_NO_MEMORY = GuestMemory.from_buffer(b"")
+"""The guest memory of a device that is not attached."""
 
 
 class Transport(Protocol):
@@ -108,7 +113,7 @@ class VirtioDevice(ABC):
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
-        self._memory: GuestMemory | None = None
+        self._memory: GuestMemory = _NO_MEMORY
         self._transport: Transport | None = None
         self._defer = False
         self._violation: GuestError | None = None
@@ -139,13 +144,6 @@ class VirtioDevice(ABC):
         self.structs = LITTLE if order == "little" else BIG
         self._defer = defer
         self.reset()
-
-    @property
-    def memory(self) -> GuestMemory:
-        """The guest's memory. Raises ValueError before :meth:`connect`."""
-        if self._memory is None:
-            raise ValueError("the device is not attached to a guest")
-        return self._memory
 
     # -- features ----------------------------------------------------------------------------
 
@@ -297,7 +295,7 @@ class VirtioDevice(ABC):
     def _make_ring(self, state: QueueState) -> Ring:
         return SplitRing(
             state,
-            self.memory,
+            self._memory,
             indirect=self.accepted(VIRTIO_F_INDIRECT_DESC),
             event_idx=self.accepted(VIRTIO_F_EVENT_IDX),
             structs=self.structs,
@@ -317,13 +315,13 @@ class VirtioDevice(ABC):
         ring = queue.ring
         if ring is None:
             return
-        if queue.serving:  # from inside an interrupt callback: the loop outside goes on
-            queue.pending = True
-        elif not self._defer:
+        if not self._defer and not queue.serving:
             self._serve(queue, ring)
         elif not queue.pending:
+            # To be polled, or called from inside an interrupt: the loop outside goes on.
             queue.pending = True
-            self._suppress(ring)
+            if not queue.serving:
+                self._suppress(ring)
 
     def poll(self) -> bool:
         """Serve every queue that was kicked and is not done yet; True if there was one."""
@@ -337,80 +335,66 @@ class VirtioDevice(ABC):
 
     def _suppress(self, ring: Ring) -> None:
         try:
-            ring.begin()
-            try:
-                ring.suppress()
-            finally:
-                ring.end()
+            ring.suppress()
         except GuestError as error:
             self.guest_error(error)
 
     def _serve(self, queue: Queue, ring: Ring) -> None:
         """Do everything that is available on ``queue``, within bounds."""
         queue.serving = True
-        queue.pending = False
         interrupt = False
         failure: Exception | None = None
+        process = self.process
+        budget = _ROUNDS * queue.state.size
         try:
-            ring.begin()
-            try:
-                interrupt = self._drain(queue, ring)
-            finally:
-                ring.end()
-        except GuestError as error:
-            failure = error
+            if ring.suppressed:
+                ring.publish()
+            while count := ring.ready():
+                budget -= count
+                if budget < 0:
+                    break
+                for _ in range(count):
+                    chain = ring.pop()
+                    written = process(chain)
+                    if queue.ring is not ring:  # reset from inside
+                        return
+                    ring.push(chain, written)
+                interrupt |= ring.publish()
+            queue.pending = budget < 0
         except Exception as error:
-            _log.exception("%s: error while serving queue %d", type(self).__name__, queue.index)
             failure = error
         finally:
             queue.serving = False
-        if queue.ring is ring:
-            # Interrupts only now: what they call may come back to this device, or reset it.
-            if interrupt and self._transport is not None:
-                self._transport.queue_interrupt(queue.index)
-            if failure is not None and queue.ring is ring:
-                self._fail(failure)
-        violation = self._violation
-        if violation is not None:
-            self._violation = None
-            raise violation
+        if failure is not None:
+            interrupt |= self._fail(failure, queue, ring)
+        # Interrupts only now: what they call may come back to this device, or reset it.
+        if interrupt and self._transport is not None:
+            self._transport.queue_interrupt(queue.index)
+        if failure is not None or self._violation is not None:
+            self._raise_strict(failure)
 
-    def _drain(self, queue: Queue, ring: Ring) -> bool:
-        """Pop, process and push until nothing is available; True if an interrupt is wanted."""
+    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> bool:
+        """Stop for an error of the driver's or our own; True if an interrupt is wanted before."""
         interrupt = False
-        staged = ring.suppressed
-        budget = _ROUNDS * queue.state.size
-        try:
-            while True:
-                chain = ring.pop()
-                if chain is None:
-                    if not staged:
-                        return interrupt
-                    interrupt |= ring.publish()
-                    staged = False
-                    continue
-                written = self.process(chain)
-                if queue.ring is not ring:  # reset from inside
-                    return False
-                ring.push(chain, written)
-                staged = True
-                budget -= 1
-                if not budget:
-                    queue.pending = True
-                    return interrupt | ring.publish()
-        except Exception:
-            # What was done before is the driver's to see; the rest is answered by NEEDS_RESET.
-            if staged and queue.ring is ring and ring.publish() and self._transport is not None:
-                self._transport.queue_interrupt(queue.index)
-            raise
-
-    def _fail(self, failure: Exception) -> None:
+        if queue.ring is ring:
+            with suppress(GuestError):  # what was done before it is the driver's to see
+                interrupt = ring.publish()
         if isinstance(failure, GuestError):
-            self.guest_error(failure)
-            return
+            _log.warning("%s needs a reset: %s", type(self).__name__, failure)
+        else:
+            _log.error(
+                "%s: error while serving queue %d",
+                type(self).__name__,
+                queue.index,
+                exc_info=failure,
+            )
         self._break()
-        if self.strict:
-            raise failure
+        return interrupt
+
+    def _raise_strict(self, failure: Exception | None) -> None:
+        error, self._violation = failure or self._violation, None
+        if self.strict and error is not None:
+            raise error
 
     def violation(self, error: GuestError) -> None:
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""

@@ -153,13 +153,15 @@ class Structs:
     Modern devices are little-endian; a legacy one has its guest's order (§2.7.3, §5.2.6.3).
     """
 
-    __slots__ = ("blk_config", "blk_request", "blk_segment", "desc", "order", "used_elem")
+    __slots__ = ("blk_config", "blk_request", "blk_segment", "desc", "order", "used_elem", "word")
 
     def __init__(self, order: ByteOrder) -> None:
         mark = "<" if order == "little" else ">"
         self.order: ByteOrder = order
         self.desc = Struct(mark + "QIHH")
         """addr, len, flags, next (§2.7.5)."""
+        self.word = Struct(mark + "H")
+        """The fields of both rings, but for the used elements."""
         self.used_elem = Struct(mark + "II")
         """id, len (§2.7.8)."""
         self.blk_request = Struct(mark + "IIQ")

@@ -102,8 +102,8 @@ class GuestMemory(ABC):
         """The fields of a structure, read once."""
 
     @abstractmethod
-    def store(self, struct: Struct, pa: int, *values: int) -> None:
-        """Write the fields of a structure."""
+    def store_byte(self, pa: int, value: int) -> None:
+        """Write one byte."""
 
     @abstractmethod
     def check(self, segments: Iterable[Segment], writable: bool) -> None:
@@ -111,20 +111,20 @@ class GuestMemory(ABC):
 
     @abstractmethod
     def map(self, segments: Iterable[Segment], writable: bool) -> list[memoryview]:
-        """Views of the segments, in their order; to be given back by :meth:`release`.
+        """Views of the segments, in their order; to be given back by :meth:`unmap`.
 
         Together at most ``map_limit`` bytes. Raises GuestError if any is not RAM, or ``writable``
         and not writable RAM.
         """
 
     @abstractmethod
-    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
-        """The views of a writable :meth:`map` now hold what the guest is to see."""
+    def unmap(
+        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
+    ) -> None:
+        """Give the views of a :meth:`map` back; none may be used after this.
 
-    def release(self, views: Iterable[memoryview]) -> None:
-        """Give views back. None may be used after this."""
-        for view in views:
-            view.release()
+        ``written``: they were writable, and hold what the guest is to see now.
+        """
 
     def slice(self, pa: int, length: int, writable: bool = False) -> list[memoryview]:
         """:meth:`map` of a single segment."""
@@ -145,13 +145,11 @@ class GuestMemory(ABC):
         """The same for writing: ``write(origin + offset, *fields)``."""
 
     @abstractmethod
-    def words(
-        self, pa: int, length: int, order: ByteOrder, writable: bool
-    ) -> tuple[Callable[[], Words], int]:
-        """``(open, first)``: 16-bit words inside a fixed piece of memory.
+    def words(self, pa: int, length: int, order: ByteOrder) -> tuple[Callable[[], Words], int]:
+        """``(open, first)``: 16-bit words inside a fixed piece of writable memory.
 
         ``open()`` gives the words, to be released after use; the piece's first word is number
-        ``first`` of them. Two pieces with equal ``open`` can share what it gives.
+        ``first`` of them.
         """
 
 
@@ -178,10 +176,7 @@ class _Region:
         return view if self.flat else view.cast("B")
 
     def open_words(self) -> Words:
-        view = memoryview(self.buffer)
-        if not self.flat:
-            view = view.cast("B")
-        return view.cast("H")
+        return self.bytes_view().cast("H")
 
 
 class BufferMemory(GuestMemory):
@@ -257,12 +252,12 @@ class BufferMemory(GuestMemory):
             return struct.unpack_from(buffer, pa - base)
         return struct.unpack(self.read(pa, struct.size))
 
-    def store(self, struct: Struct, pa: int, *values: int) -> None:
+    def store_byte(self, pa: int, value: int) -> None:
         base, end, buffer = self._main
-        if base <= pa and pa + struct.size <= end and self.on_write is None:
-            struct.pack_into(buffer, pa - base, *values)
+        if base <= pa < end and self.on_write is None:
+            buffer[pa - base] = value
         else:
-            self.write(pa, struct.pack(*values))
+            self.write(pa, bytes((value,)))
 
     def check(self, segments: Iterable[Segment], writable: bool) -> None:
         for pa, length in segments:
@@ -280,12 +275,16 @@ class BufferMemory(GuestMemory):
                     for region, start, stop in self._pieces(pa, length, writable):
                         views.append(region.bytes_view()[start:stop])
         except GuestError:
-            self.release(views)
+            self.unmap((), views)
             raise
         return views
 
-    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
-        if self.on_write is not None:
+    def unmap(
+        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
+    ) -> None:
+        for view in views:
+            view.release()
+        if written and self.on_write is not None:
             for pa, length in segments:
                 self.on_write(pa, length)
 
@@ -300,19 +299,17 @@ class BufferMemory(GuestMemory):
     def writer(self, struct: Struct, pa: int, length: int) -> tuple[Callable[..., None], int]:
         region = self._single(pa, length, True)
         if region is None or self.on_write is not None:
-            return partial(self.store, struct), pa
+            return partial(_write_struct, self, struct), pa
         return partial(struct.pack_into, region.buffer), pa - region.base
 
-    def words(
-        self, pa: int, length: int, order: ByteOrder, writable: bool
-    ) -> tuple[Callable[[], Words], int]:
-        region = self._single(pa, length, writable)
+    def words(self, pa: int, length: int, order: ByteOrder) -> tuple[Callable[[], Words], int]:
+        region = self._single(pa, length, True)
         if (
             region is None
             or order != sys.byteorder
             or (region.end - region.base) % 2
             or (pa - region.base) % 2
-            or (writable and self.on_write is not None)
+            or self.on_write is not None
         ):
             return partial(_SlowWords, self, pa, order), 0
         return region.open_words, (pa - region.base) // 2
@@ -352,8 +349,8 @@ class CallbackMemory(GuestMemory):
     def load(self, struct: Struct, pa: int) -> tuple[Any, ...]:
         return struct.unpack(self.read(pa, struct.size))
 
-    def store(self, struct: Struct, pa: int, *values: int) -> None:
-        self.write(pa, struct.pack(*values))
+    def store_byte(self, pa: int, value: int) -> None:
+        self.write(pa, bytes((value,)))
 
     def check(self, segments: Iterable[Segment], writable: bool) -> None:
         """What is RAM shows only when it is used; what can be told is the address space."""
@@ -370,9 +367,16 @@ class CallbackMemory(GuestMemory):
             return [memoryview(bytearray(length)) for _, length in segments]
         return [memoryview(self.read(pa, length)) for pa, length in segments]
 
-    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
-        for (pa, _), view in zip(segments, views, strict=True):
-            self.write(pa, view)
+    def unmap(
+        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
+    ) -> None:
+        try:
+            if written:
+                for (pa, _), view in zip(segments, views, strict=True):
+                    self.write(pa, view)
+        finally:
+            for view in views:
+                view.release()
 
     def reader(
         self, struct: Struct, pa: int, length: int
@@ -382,13 +386,15 @@ class CallbackMemory(GuestMemory):
 
     def writer(self, struct: Struct, pa: int, length: int) -> tuple[Callable[..., None], int]:
         self.read(pa, length)
-        return partial(self.store, struct), pa
+        return partial(_write_struct, self, struct), pa
 
-    def words(
-        self, pa: int, length: int, order: ByteOrder, writable: bool
-    ) -> tuple[Callable[[], Words], int]:
+    def words(self, pa: int, length: int, order: ByteOrder) -> tuple[Callable[[], Words], int]:
         self.read(pa, length)
         return partial(_SlowWords, self, pa, order), 0
+
+
+def _write_struct(memory: GuestMemory, struct: Struct, pa: int, *values: int) -> None:
+    memory.write(pa, struct.pack(*values))
 
 
 class _SlowWords:

@@ -106,7 +106,8 @@ class VirtioMmio:
     def queue_interrupt(self, index: int) -> None:
         """See :class:`~.device.Transport`."""
         self._interrupt_status |= at.MMIO_INTERRUPT_USED_BUFFER
-        self._update_level()
+        if not self._level:
+            self._update_level()
 
     def config_interrupt(self) -> None:
         """See :class:`~.device.Transport`."""

@@ -56,11 +56,13 @@ class Chain:
 class Ring(ABC):
     """A live virtqueue. One round of service is::
 
-    ring.begin()
-    while (chain := ring.pop()) is not None:
-        ring.push(chain, bytes_written)
-    interrupt = ring.publish()      # then pop() once more: the driver may have added some
-    ring.end()
+        while count := ring.ready():
+            for _ in range(count):
+                chain = ring.pop()
+                ring.push(chain, bytes_written)
+            interrupt |= ring.publish()
+
+    Nothing of guest memory stays referred to between two calls.
     """
 
     state: QueueState
@@ -69,16 +71,18 @@ class Ring(ABC):
     """Kicks are suppressed: the next round of service has to end with :meth:`publish`."""
 
     @abstractmethod
-    def begin(self) -> None:
-        """Open the ring's memory for one round of service."""
+    def ready(self) -> int:
+        """How many chains the driver has made available that were not taken yet.
+
+        Raises GuestError for a number that cannot be.
+        """
 
     @abstractmethod
-    def end(self) -> None:
-        """Close it again; nothing of guest memory stays referred to."""
+    def pop(self) -> Chain:
+        """Take the next chain; :meth:`ready` has said that there is one.
 
-    @abstractmethod
-    def pop(self) -> Chain | None:
-        """The next available chain, or None. Raises GuestError for a broken ring."""
+        Raises GuestError for a broken one.
+        """
 
     @abstractmethod
     def push(self, chain: Chain, written: int) -> None:
@@ -88,7 +92,8 @@ class Ring(ABC):
     def publish(self) -> bool:
         """Show the driver what was pushed, and have it kick for what comes next.
 
-        True if the driver wants an interrupt for it.
+        True if the driver wants an interrupt for it. :meth:`ready` must be asked once more after
+        this: the driver may not have kicked for what it added before.
         """
 
     @abstractmethod

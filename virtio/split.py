@@ -5,7 +5,8 @@
     device area       flags, idx, ring[size] of (id, len), avail_event
 
 Each field of guest memory is read once. ``idx`` and the events are read and written as single
-16-bit units, for drivers that run at the same time.
+16-bit units, for drivers that run at the same time (``struct`` reads so, but it clears the place
+before it writes: hence the words).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .layout import (
     VIRTQ_USED_F_NO_NOTIFY,
     Structs,
 )
-from .memory import GuestMemory, Segment, Words
+from .memory import GuestMemory, Segment
 from .ring import Chain, QueueState, Ring
 
 __all__ = ["SplitRing", "legacy_layout"]
@@ -84,46 +85,33 @@ class SplitRing(Ring):
             structs.desc, state.descriptor_area, VIRTQ_DESC_SIZE * size
         )
         avail_bytes = 6 + 2 * size if event_idx else 4 + 2 * size
-        self._open_avail, self._avail_first = memory.words(
-            state.driver_area, avail_bytes, structs.order, False
+        self._read_avail, self._avail_origin = memory.reader(
+            structs.word, state.driver_area, avail_bytes
         )
         used_bytes = 4 + VIRTQ_USED_ELEM_SIZE * size + (2 if event_idx else 0)
-        self._open_used, self._used_first = memory.words(
-            state.device_area, used_bytes, structs.order, True
+        self._write_used, self._used_origin = memory.writer(
+            structs.used_elem, state.device_area, used_bytes
         )
-        self._write_used, origin = memory.writer(structs.used_elem, state.device_area, used_bytes)
-        self._used_origin = origin + 4
-        self._same_words = self._open_avail == self._open_used
-        self._avail_seen = state.next_avail
+        self._open_used, self._used_first = memory.words(
+            state.device_area, used_bytes, structs.order
+        )
         self._published = state.used_index
-        self.suppressed = False
         self._fence = make_fence()
-        self._avail: Words
-        self._used: Words
 
-    def begin(self) -> None:
-        self._avail = avail = self._open_avail()
-        self._used = avail if self._same_words else self._open_used()
+    def ready(self) -> int:
+        (index,) = self._read_avail(self._avail_origin + 2)
+        count: int = (index - self.state.next_avail) & 0xFFFF
+        if count > self._mask + 1:
+            raise GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")
+        return count
 
-    def end(self) -> None:
-        self._avail.release()
-        self._used.release()
-        del self._avail, self._used
-
-    def pop(self) -> Chain | None:
+    def pop(self) -> Chain:
         state = self.state
-        position = state.next_avail
-        if position == self._avail_seen:
-            seen = self._avail[self._avail_first + 1]
-            ready = (seen - position) & 0xFFFF
-            if not ready:
-                return None
-            if ready > self._mask + 1:
-                raise GuestError(f"available index jumped by {ready}, the size is {state.size}")
-            self._avail_seen = seen
         mask = self._mask
-        head = index = self._avail[self._avail_first + 2 + (position & mask)]
+        position = state.next_avail
+        (index,) = self._read_avail(self._avail_origin + 4 + 2 * (position & mask))
         state.next_avail = (position + 1) & 0xFFFF
+        head: int = index
         readable: list[Segment] = []
         writable: list[Segment] = []
         read = self._read_desc
@@ -190,35 +178,39 @@ class SplitRing(Ring):
     def push(self, chain: Chain, written: int) -> None:
         state = self.state
         index = state.used_index
-        self._write_used(self._used_origin + 8 * (index & self._mask), chain.head, written)
+        self._write_used(self._used_origin + 4 + 8 * (index & self._mask), chain.head, written)
         state.used_index = (index + 1) & 0xFFFF
 
     def publish(self) -> bool:
         state = self.state
-        used = self._used
-        first = self._used_first
         old = self._published
         new = state.used_index
+        first = self._used_first
+        used = self._open_used()
         if new != old:
             used[first + 1] = self._published = new
         if self.event_idx:
             # Kick us for the very next chain: avail_event (§2.7.10.1).
-            used[first + 2 + 4 * state.size] = state.next_avail
+            used[first + 2 + 4 * (self._mask + 1)] = state.next_avail
         elif self.suppressed:
             used[first] = 0
+        used.release()
         self.suppressed = False
-        # Both indices are out before either of the driver's fields is looked at, here and in the
-        # pop() that follows.
+        # What was written is out before either of the driver's fields is looked at: here, and in
+        # the ready() that follows.
         self._fence()
         if new == old:
             return False
         if self.event_idx:
-            event = self._avail[self._avail_first + 2 + state.size]
-            return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
-        return not self._avail[self._avail_first] & VIRTQ_AVAIL_F_NO_INTERRUPT
+            (event,) = self._read_avail(self._avail_origin + 6 + 2 * self._mask)
+            return bool((new - event - 1) & 0xFFFF < (new - old) & 0xFFFF)
+        (flags,) = self._read_avail(self._avail_origin)
+        return not flags & VIRTQ_AVAIL_F_NO_INTERRUPT
 
     def suppress(self) -> None:
         # With an event index nothing needs doing: avail_event stays behind.
         if not self.event_idx and not self.suppressed:
-            self._used[self._used_first] = VIRTQ_USED_F_NO_NOTIFY
+            used = self._open_used()
+            used[self._used_first] = VIRTQ_USED_F_NO_NOTIFY
+            used.release()
         self.suppressed = True
