@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 
 import pytest
-
 import pyvirtio
 from pyvirtio import MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk
