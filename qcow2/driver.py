@@ -13,8 +13,9 @@ from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import header_update, layout, resize, zeroing
 from .check import CheckResult, check
+from .compressed_writing import CompressedWriter
 from .header import Header, read_header
-from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
+from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshots import Snapshots
@@ -22,10 +23,9 @@ from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT
+_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
-    Incompatible.COMPRESSION: "compression type",
     Incompatible.EXTENDED_L2: "extended L2 entries",
 }
 
@@ -62,6 +62,7 @@ class Qcow2Disk(Disk):
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
+        self._compressed_writer = CompressedWriter(metadata, self._writer)
         self.snapshots = Snapshots(metadata, self._set_size)
         """The internal snapshots."""
 
@@ -122,6 +123,9 @@ class Qcow2Disk(Disk):
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
         self._writer.write(offset, views, length)
+
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._compressed_writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
@@ -192,7 +196,7 @@ class Qcow2Disk(Disk):
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         if header.version >= 3:
             specific |= {
-                "compression-type": "zlib",
+                "compression-type": COMPRESSION_NAMES[header.compression_type],
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-from threading import Lock
-
 from ..backend.buffers import clear, copy_in, split
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from .cache import CacheFull
+from .compression import CompressedDataError, decompress
 from .layout import ClusterKind
 from .metadata import Metadata
 
@@ -34,9 +32,6 @@ class Reader:
         loop, whatever its length."""
         self._missing = missing_backing
         """The name of a backing file that was not opened."""
-        self._decompressed: tuple[int, bytes] = (0, b"")
-        """The last compressed cluster read: its L2 entry, its contents."""
-        self._decompressing = Lock()
 
     @property
     def file(self) -> Disk:
@@ -177,29 +172,20 @@ class Reader:
             clear(split(views, there, length - there))
 
     def decompress(self, entry: int) -> bytes:
-        """The whole guest cluster that a compressed L2 entry stands for."""
-        with self._decompressing:
-            known, contents = self._decompressed
-            if known == entry:
-                return contents
-            metadata = self._metadata
-            size = metadata.cluster_size
-            offset, length = metadata.geometry.compressed_extent(entry)
-            metadata.file.debug_event("read_compressed")
-            data = metadata.file.read(offset, length)
-            try:
-                contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-            except zlib.error as error:
-                raise _damaged(metadata, entry, str(error)) from error
-            if len(contents) != size:
-                raise _damaged(metadata, entry, f"{len(contents)} bytes instead of {size}")
-            self._decompressed = (entry, contents)
+        """The whole guest cluster that a compressed L2 entry stands for (inside the gate)."""
+        metadata = self._metadata
+        contents = metadata.decompressed.get(entry)
+        if contents is not None:
             return contents
-
-    def forget(self) -> None:
-        """Forget decompressed data: host clusters may have changed."""
-        with self._decompressing:
-            self._decompressed = (0, b"")
+        offset, length = metadata.geometry.compressed_extent(entry)
+        metadata.file.debug_event("read_compressed")
+        data = metadata.file.read(offset, length)
+        try:
+            contents = decompress(metadata.header.compression_type, data, metadata.cluster_size)
+        except CompressedDataError as error:
+            raise _damaged(metadata, entry, str(error)) from error
+        metadata.decompressed.put(entry, contents)
+        return contents
 
     def is_zero(self, kind: ClusterKind, offset: int, length: int) -> bool:
         """True if it costs nothing to know that these guest bytes, of this kind, are zeroes."""
