@@ -209,7 +209,10 @@ class VirtioDevice(ABC):
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
-                self.kick(queue.index)
+                if self._defer:
+                    queue.pending = queue.ring is not None
+                else:
+                    self.kick(queue.index)
 
     def reset(self) -> None:
         """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
