@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyvirtio.virtio import layout as at
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

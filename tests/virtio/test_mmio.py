@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyvirtio import VirtioBlk, VirtioMmio
+from pyvirtio import NullDisk, VirtioBlk, VirtioMmio
 from pyvirtio.virtio import layout as at
 
 WRITE_ONLY = [0x014, 0x020, 0x024, 0x030, 0x038, 0x050, 0x064, 0x080, 0x084, 0x0AC]
@@ -107,8 +107,8 @@ def test_read_only_registers_keep_their_value_mmio_15(make_machine: Any) -> None
         assert registers.load(offset) == before
 
 
-def test_config_answers_any_width_mmio_18(make_machine: Any, make_disk: Any) -> None:
-    machine = make_machine(disk=make_disk(0x1234567 * 512))
+def test_config_answers_any_width_mmio_18(make_machine: Any) -> None:
+    machine = make_machine(disk=NullDisk(0x1234567 * 512))
     read = machine.mmio.read
     expected = bytes(0x1234567.to_bytes(8, "little"))
     for size in (1, 2, 4, 8):
