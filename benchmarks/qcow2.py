@@ -99,7 +99,7 @@ def qemu_bench(path: Path, size: int, *mode: str) -> None:
 
 
 def create(path: Path, size: int) -> None:
-    pyvirtio.create_disk(path, size, format="qcow2")
+    pyvirtio.create_disk(path, size, format="qcow2").close()
 
 
 def walk(path: Path) -> None:

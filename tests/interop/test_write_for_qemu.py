@@ -17,7 +17,7 @@ from support.qemu import (
     qemu_img_json,
     qemu_read,
 )
-from support.workload import apply_to_model, assert_same, mixed, run_ours, run_qemu, runs
+from support.workload import apply_to_model, assert_same, create, mixed, run_ours, run_qemu, runs
 
 pytestmark = requires("qemu-img", "qemu-io")
 
@@ -49,18 +49,14 @@ def write_and_judge(path: Path, cluster_size: int, *, base: bytes = b"", v2: boo
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
 def test_every_cluster_size(tmp_path: Path, cluster_size: int, compat: str) -> None:
     image = tmp_path / "disk.qcow2"
-    pyvirtio.create_disk(
-        image, fits(cluster_size), format="qcow2", compat=compat, cluster_size=cluster_size
-    )
+    create(image, fits(cluster_size), compat=compat, cluster_size=cluster_size)
     write_and_judge(image, cluster_size)
 
 
 @pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
 def test_every_refcount_width(tmp_path: Path, refcount_bits: int) -> None:
     image = tmp_path / "disk.qcow2"
-    pyvirtio.create_disk(
-        image, 1 << 20, format="qcow2", cluster_size=512, refcount_bits=refcount_bits
-    )
+    create(image, 1 << 20, cluster_size=512, refcount_bits=refcount_bits)
     write_and_judge(image, 512)
     specific = qemu_img_json("info", image)["format-specific"]["data"]
     assert specific["refcount-bits"] == refcount_bits
@@ -74,10 +70,9 @@ def test_overlay_of_another_length_than_its_backing_file(
     base = tmp_path / "base.raw"
     base.write_bytes((bytes(range(1, 252)) * 612)[: 300 * 512])
     image = tmp_path / "overlay.qcow2"
-    pyvirtio.create_disk(
+    create(
         image,
         overlay_size,
-        format="qcow2",
         compat=compat,
         cluster_size=4096,
         backing_file=str(base),
@@ -100,9 +95,7 @@ def test_overlay_of_a_qemu_image(tmp_path: Path) -> None:
         apply_to_model(model, step, 512)
     untouched = base.read_bytes()
     image = tmp_path / "overlay.qcow2"
-    pyvirtio.create_disk(
-        image, 1 << 20, format="qcow2", backing_file="base.qcow2", backing_fmt="qcow2"
-    )
+    create(image, 1 << 20, backing_file="base.qcow2", backing_fmt="qcow2")
     write_and_judge(image, 65536, base=bytes(model))
     assert base.read_bytes() == untouched
 
@@ -125,7 +118,7 @@ def test_an_empty_image_looks_as_if_qemu_had_made_it(
     tmp_path: Path, options: dict[str, object], size: int
 ) -> None:
     ours, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
-    pyvirtio.create_disk(ours, size, format="qcow2", **options)
+    create(ours, size, **options)
     qemu_create(theirs, size, **options)
     qemu_check(ours)
     found, expected = (qemu_img_json("info", path) for path in (ours, theirs))
@@ -137,7 +130,7 @@ def test_an_empty_image_looks_as_if_qemu_had_made_it(
 def test_turns_between_qemu_and_us_on_one_image(tmp_path: Path) -> None:
     image = tmp_path / "disk.qcow2"
     size = 1 << 20
-    pyvirtio.create_disk(image, size, format="qcow2", cluster_size=512)
+    create(image, size, cluster_size=512)
     model = bytearray(size)
     for turn in range(8):
         steps = mixed(size, 512, seed=100 + turn, count=40)
@@ -163,7 +156,7 @@ def test_our_snapshots_are_listed_read_applied_and_deleted_by_qemu(
 ) -> None:
     image = tmp_path / "disk.qcow2"
     size = 512 * 1024
-    pyvirtio.create_disk(image, size, format="qcow2", compat=compat, cluster_size=1024)
+    create(image, size, compat=compat, cluster_size=1024)
     model = bytearray(size)
     kept: dict[str, bytes] = {}
     with pyvirtio.open_disk(image) as disk:
@@ -207,7 +200,7 @@ def test_a_grown_disk_reads_as_zeroes_in_its_new_part(
         (tmp_path / "base.raw").write_bytes(base)
         options = {"backing_file": "base.raw", "backing_fmt": "raw"}
     size = 50_176
-    pyvirtio.create_disk(image, size, format="qcow2", compat=compat, cluster_size=512, **options)
+    create(image, size, compat=compat, cluster_size=512, **options)
     with pyvirtio.open_disk(image) as disk:
         disk.write(1000, b"x" * 2000)
         disk.truncate(1 << 20)

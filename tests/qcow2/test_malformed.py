@@ -72,6 +72,10 @@ def extremes(size: int) -> list[int]:
     return sorted(value for value in values if value <= top)
 
 
+def nothing(reference: pyvirtio.FileReference) -> None:
+    """The policy for images of strangers: none of the host's files is opened."""
+
+
 def memory_disk(contents: bytes) -> pyvirtio.MemoryDisk:
     disk = pyvirtio.MemoryDisk(len(contents), growable=True)
     disk.write(0, contents)
@@ -157,7 +161,7 @@ def survive(contents: bytes) -> None:
     for act in (read_everything, change_everything, lambda disk: disk.check()):
         with (
             suppress(*TYPED),
-            pyvirtio.open_disk(memory_disk(contents), format="qcow2", backing=None) as disk,
+            pyvirtio.open_disk(memory_disk(contents), format="qcow2", backing=nothing) as disk,
         ):
             act(disk)
 
@@ -245,7 +249,7 @@ def qemu_opens(path: Path) -> bool:
 
 def we_open(path: Path) -> bool:
     try:
-        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=None) as disk:
+        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=nothing) as disk:
             list(disk.snapshots)
     except TYPED:
         return False
@@ -291,7 +295,7 @@ def test_reads_what_qemu_reads_through_odd_table_entries(tmp_path: Path, image: 
 
 def _we_read(path: Path) -> bytes | None:
     try:
-        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=None) as disk:
+        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=nothing) as disk:
             return disk.read(0, disk.size)
     except TYPED:
         return None

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import pyvirtio
 from support.peers import find_program
 from support.qemu import qemu_check, qemu_img, qemu_read
-from support.workload import assert_same, discarded
+from support.workload import assert_same, create, discarded
 
 SCALE = int(os.environ.get("PYVIRTIO_MODEL_SCALE", "1"))
 JUDGED = find_program("qemu-img") is not None
@@ -66,7 +66,7 @@ class Qcow2Machine(RuleBasedStateMachine):
             options |= {"backing_file": "base", "backing_fmt": backing}
             part = min(len(below), len(self.model))
             self.model[:part] = below[:part]
-        pyvirtio.create_disk(self.path, len(self.model), format="qcow2", **options)
+        create(self.path, len(self.model), **options)
         self.disk = pyvirtio.open_disk(self.path)
 
     def _make_backing(self, format: str, contents: bytes) -> None:
@@ -74,7 +74,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         if format == "raw":
             path.write_bytes(contents)
             return
-        pyvirtio.create_disk(path, len(contents), format="qcow2", cluster_size=2048)
+        create(path, len(contents), cluster_size=2048)
         with pyvirtio.open_disk(path, format="qcow2") as disk:
             disk.write(0, contents)
 

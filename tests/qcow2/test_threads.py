@@ -16,6 +16,7 @@ import pyvirtio.qcow2
 from support.filters import Gate, GatedDisk, JitteryDisk
 from support.peers import find_program
 from support.qemu import qemu_check
+from support.workload import create
 
 SECTOR = 512
 
@@ -64,10 +65,6 @@ def in_threads(*works: Callable[[], None]) -> None:
         assert not thread.is_alive(), "a request never came back"
     if errors:
         raise errors[0]
-
-
-def create(path: Path, size: int, **options: Any) -> None:
-    pyvirtio.create_disk(path, size, format="qcow2", **options)
 
 
 def hammer(disk: Any, clock: Clock, number: int, cluster_size: int) -> list[Request]:
@@ -130,7 +127,7 @@ def test_overlapping_requests_end_in_some_order(
     create(image, size, cluster_size=cluster_size, **options)
     clock = Clock()
     requests: list[Request] = []
-    below = JitteryDisk(pyvirtio.FileDisk(image), seed=1)
+    below = JitteryDisk(pyvirtio.FileDisk(image, growable=True), seed=1)
     with pyvirtio.open_disk(below, format="qcow2") as disk:
 
         def work(number: int) -> Callable[[], None]:
@@ -151,7 +148,9 @@ def test_overlapping_requests_end_in_some_order(
 def test_writes_to_one_new_cluster_all_arrive(tmp_path: Path, cluster_size: int) -> None:
     image = tmp_path / "disk.qcow2"
     create(image, 4 * cluster_size, cluster_size=cluster_size)
-    with pyvirtio.open_disk(JitteryDisk(pyvirtio.FileDisk(image), seed=2), format="qcow2") as disk:
+    with pyvirtio.open_disk(
+        JitteryDisk(pyvirtio.FileDisk(image, growable=True), seed=2), format="qcow2"
+    ) as disk:
 
         def work(number: int) -> Callable[[], None]:
             part = cluster_size // 8
@@ -168,7 +167,7 @@ WANTED = 4
 
 
 def _gated(image: Path) -> GatedDisk:
-    return GatedDisk(pyvirtio.FileDisk(image), smallest=65536)
+    return GatedDisk(pyvirtio.FileDisk(image, growable=True), smallest=65536)
 
 
 @pytest.mark.parametrize("allocated", [False, True], ids=["allocating", "in place"])

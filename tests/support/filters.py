@@ -19,6 +19,7 @@ class Filter(Disk):
     def __init__(self, below: Disk) -> None:
         super().__init__(below.size, limits=below.limits)
         self.below = below
+        self.growable = below.growable
 
     @property
     def children(self) -> Mapping[str, Disk]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
+
+import pyvirtio
+from pyvirtio import Disk
 
 from .qemu import QemuIo
-
-if TYPE_CHECKING:
-    from pyvirtio import Disk
 
 KINDS = ("write", "write", "write", "zero", "unmap", "discard")
 
@@ -23,6 +24,11 @@ class Step:
     offset: int
     length: int
     pattern: int
+
+
+def create(path: Path, size: int, **options: Any) -> None:
+    """An empty qcow2 image of our making, closed again."""
+    pyvirtio.create_disk(path, size, format="qcow2", **options).close()
 
 
 def mixed(
