@@ -17,7 +17,7 @@ import pyvirtio.qcow2
 from support.filters import FaultyDisk
 from support.peers import find_program
 from support.qemu import qemu_verdict
-from support.workload import discarded
+from support.workload import dangerous, discarded
 
 SCALE = int(os.environ.get("PYVIRTIO_CRASH_SCALE", "1"))
 SIZE = 64 * 1024
@@ -89,6 +89,13 @@ class Guest:
         done = self._try(lambda: self.disk.discard(sector * SECTOR, sectors * SECTOR))
         self.possible.request(start, bytes(end - start), done=done)
 
+    def create(self, name: str) -> None:
+        self._try(lambda: self.disk.snapshots.create(name))
+
+    def delete(self, name: str) -> None:
+        if name in [snapshot.name for snapshot in self.disk.snapshots]:
+            self._try(lambda: self.disk.snapshots.delete(name))
+
     def flush(self) -> None:
         if self._try(self.disk.flush):
             self.possible.flushed()
@@ -122,17 +129,39 @@ def snapshotting(guest: Guest) -> None:
     """Snapshots whose contents the guest knows to be those of the moment."""
     chance = random.Random(8)
     guest.write(0, chance.randbytes(20 * SECTOR))
-    guest._try(lambda: guest.disk.snapshots.create("one"))
+    guest.create("one")
     guest.write(10, chance.randbytes(20 * SECTOR))
     guest.flush()
-    guest._try(lambda: guest.disk.snapshots.create("two"))
+    guest.create("two")
     guest.discard(5, 20)
     guest.look()
-    guest._try(lambda: guest.disk.snapshots.delete("one"))
+    guest.delete("one")
     guest.write(15, chance.randbytes(20 * SECTOR))
     guest.flush()
-    guest._try(lambda: guest.disk.snapshots.delete("two"))
+    guest.delete("two")
     guest.write(0, chance.randbytes(20 * SECTOR))
+
+
+def sharing(guest: Guest) -> None:
+    """Giving up, on a cold cache, clusters that a snapshot still needs."""
+    chance = random.Random(10)
+    guest.discard(0, 120)
+    guest.flush()
+    guest.write(40, chance.randbytes(30 * SECTOR))
+    guest.flush()
+    guest.write(0, chance.randbytes(90 * SECTOR))
+    guest.flush()
+
+
+def prepared(start: bytes, contents: bytes) -> tuple[bytes, bytes]:
+    """The image filled, with a snapshot of that."""
+    below = memory_disk(start)
+    with pyvirtio.open_disk(below, format="qcow2") as disk:
+        contents = random.Random(11).randbytes(len(contents))
+        disk.write(0, contents)
+        disk.snapshots.create("kept")
+        disk.flush()
+        return below.read(0, below.size), contents
 
 
 def image(folder: Path, *, backed: bool) -> tuple[bytes, bytes]:
@@ -185,11 +214,14 @@ def run(
     return faulty, guest, after
 
 
-def judge(after: bytes, guest: Guest, when: str) -> None:
+def judge(after: bytes, guest: Guest, when: str, snapshot: bytes | None) -> None:
     with pyvirtio.open_disk(memory_disk(after), format="qcow2") as disk:
         found = disk.check()
-        assert (found.corruptions, found.check_errors) == (0, 0), f"{when}: {found}"
+        assert (dangerous(found), found.check_errors) == (0, 0), f"{when}: {found}"
         guest.possible.check(disk.read(0, SIZE), guest.possible.kept, f"{when}, reopened")
+        if snapshot is not None:
+            disk.snapshots.apply("kept")
+            assert disk.read(0, SIZE) == snapshot, f"{when}: the snapshot has changed"
 
 
 CASES = {
@@ -207,17 +239,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
-@pytest.mark.parametrize("workload", [rewriting, snapshotting])
+@pytest.mark.parametrize("workload", [rewriting, snapshotting, sharing])
 @pytest.mark.parametrize("case", CASES)
 def test_a_failure_of_the_host_at_every_point(
     tmp_path: Path, case: str, workload: Callable[[Guest], None], backed: bool
 ) -> None:
     start, contents = image(tmp_path, backed=backed)
+    if workload is sharing:
+        start, contents = prepared(start, contents)
     faultless, guest, after = run(
         start, contents, workload, fail_at=None, when="no fault", **CASES[case]
     )
     assert not guest.errors
-    judge(after, guest, "no fault")
+    kept = contents if workload is sharing else None
+    judge(after, guest, "no fault", kept)
     step = max(1, faultless.count // (60 * SCALE))
     for number in range(random.Random(case).randrange(step), faultless.count, step):
         when = f"{case} ({number})"
@@ -227,7 +262,7 @@ def test_a_failure_of_the_host_at_every_point(
         assert faulty.failed
         told = any(isinstance(error, pyvirtio.BackendError) for error in guest.errors)
         assert told or "read" in faulty.kinds, f"{when}: nobody was told"
-        judge(after, guest, when)
+        judge(after, guest, when, kept)
         if JUDGED and number // step % 12 == 0:
             path = tmp_path / "after.qcow2"
             path.write_bytes(after)

@@ -167,7 +167,7 @@ WANTED = 4
 
 
 def _gated(image: Path) -> GatedDisk:
-    return GatedDisk(pyvirtio.FileDisk(image, growable=True), smallest=65536)
+    return GatedDisk(pyvirtio.FileDisk(image, growable=True), smallest=131072)
 
 
 @pytest.mark.parametrize("allocated", [False, True], ids=["allocating", "in place"])

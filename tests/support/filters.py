@@ -59,6 +59,30 @@ class Filter(Disk):
         self.below.close()
 
 
+class CappedDisk(Filter):
+    """A host with little room: what would end beyond ``cap`` bytes is refused with EFBIG."""
+
+    def __init__(self, below: Disk, cap: int) -> None:
+        super().__init__(below)
+        self.cap = cap
+
+    def _check(self, end: int) -> None:
+        if end > self.cap:
+            raise BackendError(errno.EFBIG, "the test's disk is full")
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._check(offset + length)
+        super()._writev(offset, views, length)
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._check(offset + length)
+        super()._write_zeroes(offset, length, unmap)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        self._check(size)
+        super()._truncate(size, preallocation)
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that reached the disk below the driver, or a mark of the test's own."""
