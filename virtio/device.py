@@ -1,0 +1,433 @@
+"""The core of a virtio device: status, features, queues, configuration (virtio 1.4 §2, §3).
+
+It knows nothing of registers: a transport (MMIO, another engine) translates its own into the
+methods here and is told about interrupts through the two of :class:`Transport`. What a driver can
+see and change is plain data in :class:`DeviceState`.
+
+A device is driven by one thread at a time. Its methods may be called again from inside an
+interrupt callback.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import GuestError
+from .layout import (
+    BIG,
+    LITTLE,
+    QUEUE_SIZE_MAX,
+    STATUS_ACKNOWLEDGE,
+    STATUS_DRIVER,
+    STATUS_DRIVER_OK,
+    STATUS_FAILED,
+    STATUS_FEATURES_OK,
+    STATUS_NEEDS_RESET,
+    VIRTIO_F_ANY_LAYOUT,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_VERSION_1,
+    ByteOrder,
+    Structs,
+)
+from .memory import GuestMemory
+from .ring import Chain, QueueState, Ring
+from .split import SplitRing
+
+__all__ = ["DeviceState", "Queue", "Transport", "VirtioDevice"]
+
+_log = logging.getLogger(__name__)
+
+_DRIVER_BITS = (
+    STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_FAILED
+)
+"""Status bits that a driver may set."""
+
+_ROUNDS = 4
+"""Chains that one kick may serve, in queue sizes. A driver that waits for its requests has one;
+this bounds what another can do by having the device write to its own rings."""
+
+
+_NO_MEMORY = GuestMemory.from_buffer(b"")
+"""The guest memory of a device that is not attached."""
+
+
+class Transport(Protocol):
+    """What a device needs of the thing it is reached through."""
+
+    def queue_interrupt(self, index: int) -> None:
+        """Queue ``index`` has used buffers that the driver wants to hear of."""
+
+    def config_interrupt(self) -> None:
+        """The configuration, or DEVICE_NEEDS_RESET, has changed."""
+
+
+@dataclass(slots=True)
+class DeviceState:
+    """Everything there is to know of a device outside guest memory and its configuration."""
+
+    queues: list[QueueState]
+    status: int = 0
+    driver_features: int = 0
+    config_generation: int = 0
+    broken: bool = False
+    """Stopped by an error until the driver resets it."""
+
+
+@dataclass(slots=True)
+class Queue:
+    """A virtqueue: its state, and its ring while it may be served."""
+
+    index: int
+    state: QueueState
+    ring: Ring | None = field(default=None, repr=False)
+    pending: bool = False
+    """Kicked, and not served to the end yet."""
+    serving: bool = False
+
+
+class VirtioDevice(ABC):
+    """The transport-independent part of every virtio device."""
+
+    device_id: int
+
+    def __init__(
+        self, *, features: int, num_queues: int, queue_size: int, strict: bool = False
+    ) -> None:
+        """``features``: those of the device type, as a bit mask.
+
+        With ``strict`` an error of the driver raises GuestError after the device has answered it,
+        and an error of our own is raised as it is.
+        """
+        if not 0 < queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
+            raise ValueError(f"queue_size is {queue_size}, must be a power of two up to 32768")
+        if not 0 < num_queues <= 1024:
+            raise ValueError(f"num_queues is {num_queues}, must be 1 to 1024")
+        self.strict = strict
+        self.legacy = False
+        self.structs: Structs = LITTLE
+        self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
+        self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
+        self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
+        self._memory: GuestMemory = _NO_MEMORY
+        self._transport: Transport | None = None
+        self._defer = False
+        self._violation: GuestError | None = None
+
+    # -- attaching ---------------------------------------------------------------------------
+
+    def connect(
+        self,
+        memory: GuestMemory,
+        transport: Transport,
+        *,
+        legacy: bool = False,
+        order: ByteOrder = "little",
+        defer: bool = False,
+    ) -> None:
+        """Attach the device to guest memory and to its transport; a device has one of each.
+
+        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``.
+        ``defer``: a kick only marks its queue, :meth:`poll` serves it.
+        """
+        if self._transport is not None:
+            raise ValueError("the device is attached already")
+        if order != "little" and not legacy:
+            raise ValueError("only a legacy device has the guest's byte order")
+        self._memory = memory
+        self._transport = transport
+        self.legacy = legacy
+        self.structs = LITTLE if order == "little" else BIG
+        self._defer = defer
+        self.reset()
+
+    # -- features ----------------------------------------------------------------------------
+
+    @property
+    def offered_features(self) -> int:
+        """What the device offers, as a bit mask; a legacy driver sees 32 bits."""
+        if self.legacy:
+            return (self._type_features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
+        return self._type_features | 1 << VIRTIO_F_VERSION_1
+
+    def accepted(self, feature: int) -> bool:
+        """The driver has accepted feature (bit number) ``feature``."""
+        return bool(self.state.driver_features >> feature & 1)
+
+    def set_driver_features(self, features: int, mask: int = -1) -> None:
+        """The driver accepts ``features`` among those in ``mask``.
+
+        Ignored once it has said FEATURES_OK (BF-48), or DRIVER_OK on a legacy device.
+        """
+        state = self.state
+        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
+            return
+        state.driver_features = state.driver_features & ~mask | features & mask
+        if self.legacy:  # in force at once, rings that are in use already included
+            state.driver_features &= self.offered_features
+            for queue in self.queues:
+                queue.ring = None
+            self._refresh_rings()
+
+    def _features_valid(self) -> bool:
+        return not self.state.driver_features & ~self.offered_features
+
+    # -- status ------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> int:
+        """The device status field (§2.1)."""
+        return self.state.status
+
+    def set_status(self, value: int) -> None:
+        """The driver writes the status field: 0 resets, bits are set, never cleared (BF-02)."""
+        if value == 0:
+            self.reset()
+            return
+        state = self.state
+        new = value & _DRIVER_BITS & ~state.status
+        if self.legacy:
+            new &= ~STATUS_FEATURES_OK
+        if new & STATUS_FEATURES_OK and not self._features_valid():
+            new &= ~STATUS_FEATURES_OK  # BF-19
+        if new & STATUS_DRIVER_OK and not self._features_valid():
+            # Without FEATURES_OK before it: some small drivers leave that out, and may.
+            new &= ~STATUS_DRIVER_OK
+            self.guest_error(GuestError("DRIVER_OK with features that were not offered"))
+        if not new:
+            return
+        state.status |= new
+        if new & STATUS_FEATURES_OK or (
+            new & STATUS_DRIVER_OK and not state.status & STATUS_FEATURES_OK
+        ):
+            self.negotiated()
+        self._refresh_rings()
+        if new & STATUS_DRIVER_OK:
+            # What was kicked too early (BF-51) is not lost.
+            for queue in self.queues:
+                self.kick(queue.index)
+
+    def reset(self) -> None:
+        """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
+        state = self.state
+        state.status = 0
+        state.driver_features = 0
+        state.broken = False
+        self._violation = None
+        for queue in self.queues:
+            max_size = queue.state.max_size
+            queue.state = QueueState(max_size, max_size)
+            queue.ring = None
+            queue.pending = False
+        state.queues = [queue.state for queue in self.queues]
+        self.was_reset()
+
+    def guest_error(self, error: GuestError) -> None:
+        """The driver has done what only a reset can mend (BF-07): stop until then."""
+        _log.warning("%s needs a reset: %s", type(self).__name__, error)
+        self._break()
+        if self.strict:
+            raise error
+
+    def _break(self) -> None:
+        state = self.state
+        state.broken = True
+        for queue in self.queues:
+            queue.ring = None
+            queue.pending = False
+        if not self.legacy and not state.status & STATUS_NEEDS_RESET:
+            state.status |= STATUS_NEEDS_RESET
+            if state.status & STATUS_DRIVER_OK and self._transport is not None:
+                self._transport.config_interrupt()  # BF-08
+
+    # -- queues ------------------------------------------------------------------------------
+
+    def enable_queue(self, index: int) -> None:
+        """The driver has set up queue ``index`` (its :class:`QueueState`) and enables it.
+
+        A second time changes nothing. A queue that cannot work breaks the device.
+        """
+        queue = self.queues[index]
+        if queue.state.ready or self.state.broken:
+            return
+        try:
+            ring = self._make_ring(queue.state)
+        except GuestError as error:
+            self.guest_error(error)
+            return
+        queue.state.ready = True
+        if self._may_serve():
+            queue.ring = ring
+
+    def disable_queue(self, index: int) -> None:
+        """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
+        queue = self.queues[index]
+        state = queue.state
+        queue.ring = None
+        queue.pending = False
+        state.ready = False
+        state.next_avail = state.used_index = 0
+
+    def _may_serve(self) -> bool:
+        """Queues may be served: after DRIVER_OK (BF-05), on a legacy device always (BF-54)."""
+        state = self.state
+        if state.broken or state.status & STATUS_FAILED:
+            return False
+        return self.legacy or bool(state.status & STATUS_DRIVER_OK)
+
+    def _refresh_rings(self) -> None:
+        """Bring every queue's ring in line with status and features."""
+        live = self._may_serve()
+        for queue in self.queues:
+            if not (live and queue.state.ready):
+                queue.ring = None
+            elif queue.ring is None:
+                try:
+                    queue.ring = self._make_ring(queue.state)
+                except GuestError as error:
+                    self.guest_error(error)
+                    return
+
+    def _make_ring(self, state: QueueState) -> Ring:
+        return SplitRing(
+            state,
+            self._memory,
+            indirect=self.accepted(VIRTIO_F_INDIRECT_DESC),
+            event_idx=self.accepted(VIRTIO_F_EVENT_IDX),
+            structs=self.structs,
+        )
+
+    # -- serving -----------------------------------------------------------------------------
+
+    def kick(self, index: int) -> None:
+        """The driver says that queue ``index`` has something available.
+
+        Serves it here and now, or leaves it to :meth:`poll`. An index that is none, a queue that is
+        not enabled, a device that is not started: nothing happens (VQ-S-53).
+        """
+        if not 0 <= index < len(self.queues):
+            return
+        queue = self.queues[index]
+        ring = queue.ring
+        if ring is None:
+            return
+        if not self._defer and not queue.serving:
+            self._serve(queue, ring)
+        elif not queue.pending:
+            # To be polled, or called from inside an interrupt: the loop outside goes on.
+            queue.pending = True
+            if not queue.serving:
+                self._suppress(ring)
+
+    def poll(self) -> bool:
+        """Serve every queue that was kicked and is not done yet; True if there was one."""
+        worked = False
+        for queue in self.queues:
+            ring = queue.ring
+            if queue.pending and ring is not None and not queue.serving:
+                worked = True
+                self._serve(queue, ring)
+        return worked
+
+    def _suppress(self, ring: Ring) -> None:
+        try:
+            ring.suppress()
+        except GuestError as error:
+            self.guest_error(error)
+
+    def _serve(self, queue: Queue, ring: Ring) -> None:
+        """Do everything that is available on ``queue``, within bounds."""
+        queue.serving = True
+        interrupt = False
+        failure: Exception | None = None
+        process = self.process
+        budget = _ROUNDS * queue.state.size
+        try:
+            if ring.suppressed:
+                ring.publish()
+            while count := ring.ready():
+                budget -= count
+                if budget < 0:
+                    break
+                for _ in range(count):
+                    chain = ring.pop()
+                    written = process(chain)
+                    if queue.ring is not ring:  # reset from inside
+                        return
+                    ring.push(chain, written)
+                interrupt |= ring.publish()
+            queue.pending = budget < 0
+        except Exception as error:
+            failure = error
+        finally:
+            queue.serving = False
+        if failure is not None:
+            interrupt |= self._fail(failure, queue, ring)
+        # Interrupts only now: what they call may come back to this device, or reset it.
+        if interrupt and self._transport is not None:
+            self._transport.queue_interrupt(queue.index)
+        if failure is not None or self._violation is not None:
+            self._raise_strict(failure)
+
+    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> bool:
+        """Stop for an error of the driver's or our own; True if an interrupt is wanted before."""
+        interrupt = False
+        if queue.ring is ring:
+            with suppress(GuestError):  # what was done before it is the driver's to see
+                interrupt = ring.publish()
+        if isinstance(failure, GuestError):
+            _log.warning("%s needs a reset: %s", type(self).__name__, failure)
+        else:
+            _log.error(
+                "%s: error while serving queue %d",
+                type(self).__name__,
+                queue.index,
+                exc_info=failure,
+            )
+        self._break()
+        return interrupt
+
+    def _raise_strict(self, failure: Exception | None) -> None:
+        error, self._violation = failure or self._violation, None
+        if self.strict and error is not None:
+            raise error
+
+    def violation(self, error: GuestError) -> None:
+        """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
+        if self.strict and self._violation is None:
+            self._violation = error
+
+    # -- what a kind of device provides --------------------------------------------------------
+
+    @abstractmethod
+    def process(self, chain: Chain) -> int:
+        """Do one request and give the number of bytes written into the chain.
+
+        Raises GuestError for a chain that cannot be answered.
+        """
+
+    @abstractmethod
+    def negotiated(self) -> None:
+        """The driver has settled for ``state.driver_features``."""
+
+    @abstractmethod
+    def was_reset(self) -> None:
+        """Everything is as it was at the start again."""
+
+    @abstractmethod
+    def read_config(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of device configuration; zeroes where there is none."""
+
+    @abstractmethod
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes device configuration; ignored where it may not."""
+
+    def config_changed(self) -> None:
+        """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65)."""
+        self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF
+        if self.state.status & STATUS_DRIVER_OK and self._transport is not None:
+            self._transport.config_interrupt()

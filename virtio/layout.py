@@ -1,0 +1,179 @@
+"""Constants and structures of virtio 1.4, as its tables give them; no logic.
+
+Names are the specification's (and Linux's). Section numbers are those of virtio 1.4 cs01.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final, Literal
+
+__all__ = ["BIG", "LITTLE", "ByteOrder", "Structs"]
+
+ByteOrder = Literal["little", "big"]
+
+# -- §2.1 device status ------------------------------------------------------------------------
+
+STATUS_ACKNOWLEDGE: Final = 0x01
+STATUS_DRIVER: Final = 0x02
+STATUS_DRIVER_OK: Final = 0x04
+STATUS_FEATURES_OK: Final = 0x08
+STATUS_SUSPEND: Final = 0x10
+STATUS_NEEDS_RESET: Final = 0x40
+STATUS_FAILED: Final = 0x80
+
+# -- §6 device-independent features (bit numbers) ----------------------------------------------
+
+VIRTIO_F_NOTIFY_ON_EMPTY: Final = 24
+"""Legacy only."""
+VIRTIO_F_ANY_LAYOUT: Final = 27
+"""Legacy only; a transitional device must offer it."""
+VIRTIO_F_INDIRECT_DESC: Final = 28
+VIRTIO_F_EVENT_IDX: Final = 29
+VIRTIO_F_VERSION_1: Final = 32
+VIRTIO_F_ACCESS_PLATFORM: Final = 33
+VIRTIO_F_RING_PACKED: Final = 34
+VIRTIO_F_IN_ORDER: Final = 35
+VIRTIO_F_ORDER_PLATFORM: Final = 36
+VIRTIO_F_NOTIFICATION_DATA: Final = 38
+VIRTIO_F_RING_RESET: Final = 40
+
+# -- §2.7 split virtqueues ---------------------------------------------------------------------
+
+QUEUE_SIZE_MAX: Final = 32768
+"""§2.7: entries; a split queue's size is also a power of two."""
+CHAIN_BYTES_MAX: Final = 1 << 32
+"""§2.7.5.1: a chain must not be longer than this in total."""
+
+VIRTQ_DESC_ALIGN: Final = 16
+VIRTQ_AVAIL_ALIGN: Final = 2
+VIRTQ_USED_ALIGN: Final = 4
+
+VIRTQ_DESC_SIZE: Final = 16
+VIRTQ_USED_ELEM_SIZE: Final = 8
+
+VIRTQ_DESC_F_NEXT: Final = 1
+VIRTQ_DESC_F_WRITE: Final = 2
+VIRTQ_DESC_F_INDIRECT: Final = 4
+
+VIRTQ_AVAIL_F_NO_INTERRUPT: Final = 1
+VIRTQ_USED_F_NO_NOTIFY: Final = 1
+
+# -- §4.2.2 virtio over MMIO: register offsets -------------------------------------------------
+
+MMIO_MAGIC_VALUE: Final = 0x000
+MMIO_VERSION: Final = 0x004
+MMIO_DEVICE_ID: Final = 0x008
+MMIO_VENDOR_ID: Final = 0x00C
+MMIO_DEVICE_FEATURES: Final = 0x010
+MMIO_DEVICE_FEATURES_SEL: Final = 0x014
+MMIO_DRIVER_FEATURES: Final = 0x020
+MMIO_DRIVER_FEATURES_SEL: Final = 0x024
+MMIO_GUEST_PAGE_SIZE: Final = 0x028
+"""Legacy (§4.2.4)."""
+MMIO_QUEUE_SEL: Final = 0x030
+MMIO_QUEUE_SIZE_MAX: Final = 0x034
+MMIO_QUEUE_SIZE: Final = 0x038
+MMIO_QUEUE_ALIGN: Final = 0x03C
+"""Legacy."""
+MMIO_QUEUE_PFN: Final = 0x040
+"""Legacy."""
+MMIO_QUEUE_READY: Final = 0x044
+MMIO_QUEUE_NOTIFY: Final = 0x050
+MMIO_INTERRUPT_STATUS: Final = 0x060
+MMIO_INTERRUPT_ACK: Final = 0x064
+MMIO_STATUS: Final = 0x070
+MMIO_QUEUE_DESC_LOW: Final = 0x080
+MMIO_QUEUE_DESC_HIGH: Final = 0x084
+MMIO_QUEUE_DRIVER_LOW: Final = 0x090
+MMIO_QUEUE_DRIVER_HIGH: Final = 0x094
+MMIO_QUEUE_DEVICE_LOW: Final = 0x0A0
+MMIO_QUEUE_DEVICE_HIGH: Final = 0x0A4
+MMIO_SHM_SEL: Final = 0x0AC
+MMIO_SHM_LEN_LOW: Final = 0x0B0
+MMIO_SHM_LEN_HIGH: Final = 0x0B4
+MMIO_SHM_BASE_LOW: Final = 0x0B8
+MMIO_SHM_BASE_HIGH: Final = 0x0BC
+MMIO_QUEUE_RESET: Final = 0x0C0
+MMIO_CONFIG_GENERATION: Final = 0x0FC
+MMIO_CONFIG: Final = 0x100
+
+MMIO_SIZE: Final = 0x200
+"""Bytes of address space that QEMU and Linux's device trees give one device."""
+MMIO_MAGIC: Final = 0x74726976
+"""``virt``, little-endian."""
+MMIO_INTERRUPT_USED_BUFFER: Final = 1
+MMIO_INTERRUPT_CONFIG_CHANGE: Final = 2
+VENDOR_QEMU: Final = 0x554D4551
+"""``QEMU``. Guests written for QEMU's board (xv6) look for it."""
+
+# -- §5.2 block device -------------------------------------------------------------------------
+
+VIRTIO_ID_BLOCK: Final = 2
+SECTOR_SIZE: Final = 512
+"""Unit of every sector number, whatever ``blk_size`` says."""
+
+VIRTIO_BLK_F_SIZE_MAX: Final = 1
+VIRTIO_BLK_F_SEG_MAX: Final = 2
+VIRTIO_BLK_F_GEOMETRY: Final = 4
+VIRTIO_BLK_F_RO: Final = 5
+VIRTIO_BLK_F_BLK_SIZE: Final = 6
+VIRTIO_BLK_F_FLUSH: Final = 9
+VIRTIO_BLK_F_TOPOLOGY: Final = 10
+VIRTIO_BLK_F_CONFIG_WCE: Final = 11
+VIRTIO_BLK_F_MQ: Final = 12
+VIRTIO_BLK_F_DISCARD: Final = 13
+VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
+
+VIRTIO_BLK_T_IN: Final = 0
+VIRTIO_BLK_T_OUT: Final = 1
+VIRTIO_BLK_T_FLUSH: Final = 4
+VIRTIO_BLK_T_FLUSH_OUT: Final = 5
+"""Legacy synonym of FLUSH (§5.2.6.4)."""
+VIRTIO_BLK_T_GET_ID: Final = 8
+VIRTIO_BLK_T_DISCARD: Final = 11
+VIRTIO_BLK_T_WRITE_ZEROES: Final = 13
+
+VIRTIO_BLK_S_OK: Final = 0
+VIRTIO_BLK_S_IOERR: Final = 1
+VIRTIO_BLK_S_UNSUPP: Final = 2
+
+VIRTIO_BLK_ID_BYTES: Final = 20
+VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP: Final = 1
+
+BLK_CONFIG_WRITEBACK: Final = 32
+"""Offset of ``writeback``, the only field that a driver may write."""
+BLK_CONFIG_SIZE: Final = 60
+"""Bytes of configuration up to and with the write-zeroes fields."""
+
+
+class Structs:
+    """The structures in memory, in one byte order.
+
+    Modern devices are little-endian; a legacy one has its guest's order (§2.7.3, §5.2.6.3).
+    """
+
+    __slots__ = ("blk_config", "blk_request", "blk_segment", "desc", "order", "used_elem", "word")
+
+    def __init__(self, order: ByteOrder) -> None:
+        mark = "<" if order == "little" else ">"
+        self.order: ByteOrder = order
+        self.desc = Struct(mark + "QIHH")
+        """addr, len, flags, next (§2.7.5)."""
+        self.word = Struct(mark + "H")
+        """The fields of both rings, but for the used elements."""
+        self.used_elem = Struct(mark + "II")
+        """id, len (§2.7.8)."""
+        self.blk_request = Struct(mark + "IIQ")
+        """type, reserved (legacy: ioprio), sector (§5.2.6)."""
+        self.blk_segment = Struct(mark + "QII")
+        """sector, num_sectors, flags: one range of DISCARD and WRITE_ZEROES."""
+        self.blk_config = Struct(mark + "QIIHBBIBBHIBxHIIIIIBxxx")
+        """§5.2.4: capacity, size_max, seg_max, cylinders, heads, sectors, blk_size,
+        physical_block_exp, alignment_offset, min_io_size, opt_io_size, writeback, num_queues,
+        max_discard_sectors, max_discard_seg, discard_sector_alignment, max_write_zeroes_sectors,
+        max_write_zeroes_seg, write_zeroes_may_unmap."""
+
+
+LITTLE: Final = Structs("little")
+BIG: Final = Structs("big")

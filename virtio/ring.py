@@ -1,0 +1,96 @@
+"""What a virtqueue is to a device: chains come out, used chains go back.
+
+The state of a queue is plain data (:class:`QueueState`), so that it can be saved, restored and
+printed; a :class:`Ring` is the code that works on it together with the ring in guest memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .memory import Segment
+
+__all__ = ["Chain", "QueueState", "Ring"]
+
+
+@dataclass(slots=True)
+class QueueState:
+    """Everything there is to know of one virtqueue outside guest memory."""
+
+    max_size: int
+    """Entries that the device allows."""
+    size: int
+    """Entries that the driver chose."""
+    ready: bool = False
+    """The driver has enabled the queue."""
+    descriptor_area: int = 0
+    """Guest physical address, as the next two."""
+    driver_area: int = 0
+    """The available ring of a split queue."""
+    device_area: int = 0
+    """The used ring of a split queue."""
+    next_avail: int = 0
+    """Free-running number of the next chain to take (16 bits)."""
+    used_index: int = 0
+    """Free-running number of the next used element (16 bits), published or not."""
+
+
+class Chain(NamedTuple):
+    """A chain of descriptors: a request's memory, as addresses. Nothing is mapped yet."""
+
+    head: int
+    """What names the chain to the driver."""
+    readable: list[Segment]
+    """What the device may read, in order."""
+    writable: list[Segment]
+    """What it may write, in order."""
+
+
+class Ring(ABC):
+    """A live virtqueue. One round of service is::
+
+        while count := ring.ready():
+            for _ in range(count):
+                chain = ring.pop()
+                ring.push(chain, bytes_written)
+            interrupt |= ring.publish()
+
+    Nothing of guest memory stays referred to between two calls.
+    """
+
+    state: QueueState
+
+    suppressed: bool = False
+    """Kicks are suppressed: the next round of service has to end with :meth:`publish`."""
+
+    @abstractmethod
+    def ready(self) -> int:
+        """How many chains the driver has made available that were not taken yet.
+
+        Raises GuestError for a number that cannot be.
+        """
+
+    @abstractmethod
+    def pop(self) -> Chain:
+        """Take the next chain; :meth:`ready` has said that there is one.
+
+        Raises GuestError for a broken one.
+        """
+
+    @abstractmethod
+    def push(self, chain: Chain, written: int) -> None:
+        """Stage ``chain`` as used, with the number of bytes that the device wrote into it."""
+
+    @abstractmethod
+    def publish(self) -> bool:
+        """Show the driver what was pushed, and have it kick for what comes next.
+
+        True if the driver wants an interrupt for it. :meth:`ready` must be asked once more after
+        this: the driver may not have kicked for what it added before.
+        """
+
+    @abstractmethod
+    def suppress(self) -> None:
+        """Ask the driver not to kick until the next :meth:`publish` (a hint)."""

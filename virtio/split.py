@@ -1,0 +1,216 @@
+"""The split virtqueue (virtio 1.4 §2.7), with indirect descriptors and event index.
+
+    descriptor area   16-byte descriptors: addr, len, flags, next
+    driver area       flags, idx, ring[size] of heads, used_event
+    device area       flags, idx, ring[size] of (id, len), avail_event
+
+Each field of guest memory is read once. ``idx`` and the events are read and written as single
+16-bit units, for drivers that run at the same time (``struct`` reads so, but it clears the place
+before it writes: hence the words).
+"""
+
+from __future__ import annotations
+
+from ..errors import GuestError
+from .fence import make_fence
+from .layout import (
+    LITTLE,
+    QUEUE_SIZE_MAX,
+    VIRTQ_AVAIL_ALIGN,
+    VIRTQ_AVAIL_F_NO_INTERRUPT,
+    VIRTQ_DESC_ALIGN,
+    VIRTQ_DESC_F_INDIRECT,
+    VIRTQ_DESC_F_NEXT,
+    VIRTQ_DESC_F_WRITE,
+    VIRTQ_DESC_SIZE,
+    VIRTQ_USED_ALIGN,
+    VIRTQ_USED_ELEM_SIZE,
+    VIRTQ_USED_F_NO_NOTIFY,
+    Structs,
+)
+from .memory import GuestMemory, Segment
+from .ring import Chain, QueueState, Ring
+
+__all__ = ["SplitRing", "legacy_layout"]
+
+MAX_INDIRECT = 1024
+"""Descriptors of an indirect table that are followed even where the queue is smaller than that.
+
+§2.7.5.3.1 forbids drivers more than the queue size, but Linux goes by ``seg_max`` alone when it has
+made the queue smaller; QEMU's limit is the same.
+"""
+
+_NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE
+
+
+def legacy_layout(address: int, size: int, align: int) -> tuple[int, int, int]:
+    """Where the three parts of a legacy queue at ``address`` lie (§2.7.2; VQ-S-04, VQ-S-05)."""
+    driver = address + VIRTQ_DESC_SIZE * size
+    device = -(-(driver + 6 + 2 * size) // align) * align
+    return address, driver, device
+
+
+class SplitRing(Ring):
+    """A live split virtqueue.
+
+    Making one checks size, alignment and addresses of ``state`` and raises GuestError for what is
+    wrong (VQ-S-01).
+    """
+
+    def __init__(
+        self,
+        state: QueueState,
+        memory: GuestMemory,
+        *,
+        indirect: bool = False,
+        event_idx: bool = False,
+        structs: Structs = LITTLE,
+    ) -> None:
+        size = state.size
+        if not 0 < size <= min(state.max_size, QUEUE_SIZE_MAX) or size & (size - 1):
+            raise GuestError(f"{size} is no size for a queue (of at most {state.max_size})")
+        for address, align, name in (
+            (state.descriptor_area, VIRTQ_DESC_ALIGN, "descriptor area"),
+            (state.driver_area, VIRTQ_AVAIL_ALIGN, "driver area"),
+            (state.device_area, VIRTQ_USED_ALIGN, "device area"),
+        ):
+            if address % align:
+                raise GuestError(f"{name} at {address:#x} is not aligned to {align}")
+        self.state = state
+        self.indirect = indirect
+        self.event_idx = event_idx
+        self.structs = structs
+        self._memory = memory
+        self._mask = size - 1
+        self._steps = range(size)
+        self._max_indirect = max(MAX_INDIRECT, state.max_size)
+        self._read_desc, self._desc_origin = memory.reader(
+            structs.desc, state.descriptor_area, VIRTQ_DESC_SIZE * size
+        )
+        avail_bytes = 6 + 2 * size if event_idx else 4 + 2 * size
+        self._read_avail, self._avail_origin = memory.reader(
+            structs.word, state.driver_area, avail_bytes
+        )
+        used_bytes = 4 + VIRTQ_USED_ELEM_SIZE * size + (2 if event_idx else 0)
+        self._write_used, self._used_origin = memory.writer(
+            structs.used_elem, state.device_area, used_bytes
+        )
+        self._open_used, self._used_first = memory.words(
+            state.device_area, used_bytes, structs.order
+        )
+        self._published = state.used_index
+        self._fence = make_fence()
+
+    def ready(self) -> int:
+        (index,) = self._read_avail(self._avail_origin + 2)
+        count: int = (index - self.state.next_avail) & 0xFFFF
+        if count > self._mask + 1:
+            raise GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")
+        return count
+
+    def pop(self) -> Chain:
+        state = self.state
+        mask = self._mask
+        position = state.next_avail
+        (index,) = self._read_avail(self._avail_origin + 4 + 2 * (position & mask))
+        state.next_avail = (position + 1) & 0xFFFF
+        head: int = index
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        read = self._read_desc
+        origin = self._desc_origin
+        for _ in self._steps:
+            if index > mask:
+                raise GuestError(f"descriptor {index} of a queue of {mask + 1}")
+            address, length, flags, index = read(origin + 16 * index)
+            if flags == _NEXT_WRITE:
+                writable.append((address, length))
+            elif flags & VIRTQ_DESC_F_INDIRECT:
+                if flags & VIRTQ_DESC_F_NEXT:
+                    raise GuestError("an indirect descriptor with a next one")  # VQ-S-21
+                self._follow(address, length, readable, writable)
+                break
+            else:
+                if flags & VIRTQ_DESC_F_WRITE:
+                    writable.append((address, length))
+                elif writable:
+                    raise GuestError("a device-readable descriptor after a device-writable one")
+                else:
+                    readable.append((address, length))
+                if not flags & VIRTQ_DESC_F_NEXT:
+                    break
+        else:
+            raise GuestError("a chain of more descriptors than the queue has")
+        return tuple.__new__(Chain, (head, readable, writable))  # what Chain() would end in
+
+    def _follow(
+        self, address: int, length: int, readable: list[Segment], writable: list[Segment]
+    ) -> None:
+        """Take the descriptors of an indirect table (§2.7.5.3); VQ-S-18 to VQ-S-24."""
+        if not self.indirect:
+            raise GuestError("an indirect descriptor, which was not negotiated")
+        if not length or length % VIRTQ_DESC_SIZE:
+            raise GuestError(f"an indirect table of {length} bytes")
+        # One copy of what a chain can use of it: the table may be huge, the chain may not.
+        count = min(length // VIRTQ_DESC_SIZE, self._max_indirect)
+        table = self._memory.read(address, VIRTQ_DESC_SIZE * count)
+        unpack = self.structs.desc.unpack_from
+        index = 0
+        for _ in range(count):
+            if index >= count:
+                raise GuestError(f"descriptor {index} of an indirect table of {count}")
+            address, length, flags, index = unpack(table, 16 * index)
+            if flags == _NEXT_WRITE:
+                writable.append((address, length))
+                continue
+            if flags & VIRTQ_DESC_F_INDIRECT:
+                raise GuestError("an indirect table inside an indirect table")
+            if flags & VIRTQ_DESC_F_WRITE:
+                writable.append((address, length))
+            elif writable:
+                raise GuestError("a device-readable descriptor after a device-writable one")
+            else:
+                readable.append((address, length))
+            if not flags & VIRTQ_DESC_F_NEXT:
+                return
+        raise GuestError("a chain of more descriptors than its indirect table has")
+
+    def push(self, chain: Chain, written: int) -> None:
+        state = self.state
+        index = state.used_index
+        self._write_used(self._used_origin + 4 + 8 * (index & self._mask), chain.head, written)
+        state.used_index = (index + 1) & 0xFFFF
+
+    def publish(self) -> bool:
+        state = self.state
+        old = self._published
+        new = state.used_index
+        first = self._used_first
+        used = self._open_used()
+        if new != old:
+            used[first + 1] = self._published = new
+        if self.event_idx:
+            # Kick us for the very next chain: avail_event (§2.7.10.1).
+            used[first + 2 + 4 * (self._mask + 1)] = state.next_avail
+        elif self.suppressed:
+            used[first] = 0
+        used.release()
+        self.suppressed = False
+        # What was written is out before either of the driver's fields is looked at: here, and in
+        # the ready() that follows.
+        self._fence()
+        if new == old:
+            return False
+        if self.event_idx:
+            (event,) = self._read_avail(self._avail_origin + 6 + 2 * self._mask)
+            return bool((new - event - 1) & 0xFFFF < (new - old) & 0xFFFF)
+        (flags,) = self._read_avail(self._avail_origin)
+        return not flags & VIRTQ_AVAIL_F_NO_INTERRUPT
+
+    def suppress(self) -> None:
+        # With an event index nothing needs doing: avail_event stays behind.
+        if not self.event_idx and not self.suppressed:
+            used = self._open_used()
+            used[self._used_first] = VIRTQ_USED_F_NO_NOTIFY
+            used.release()
+        self.suppressed = True
