@@ -166,7 +166,7 @@ def prepared(start: bytes, contents: bytes) -> tuple[bytes, bytes]:
 
 def image(folder: Path, *, backed: bool) -> tuple[bytes, bytes]:
     """An empty image and what the guest sees on it."""
-    options: dict[str, Any] = {"cluster_size": CLUSTER}
+    options: dict[str, Any] = {"cluster_size": CLUSTER, "refcount_bits": 64}
     contents = bytes(SIZE)
     if backed:
         contents = random.Random(9).randbytes(SIZE)
