@@ -30,6 +30,8 @@ class CreateOptions:
     lazy_refcounts: bool = False
     compression_type: str = "zlib"
     """For clusters that are written compressed: ``zlib`` or ``zstd``."""
+    extended_l2: bool = False
+    """L2 entries with 32 subclusters each; needs clusters of 16 KiB or more."""
     backing_file: str | os.PathLike[str] | None = None
     """The name to be stored; it is not opened here."""
     backing_fmt: str | None = None
@@ -71,6 +73,16 @@ class CreateOptions:
                 "Non-zlib compression type is only supported with compatibility level 1.1 and "
                 "above (use version=v3 or greater)"
             )
+        if self.extended_l2 and version < 3:
+            raise ValueError(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        if self.extended_l2 and bits < layout.MIN_EXTENDED_CLUSTER_BITS:
+            raise ValueError(
+                "Extended L2 entries are only supported with cluster sizes of at least "
+                f"{1 << layout.MIN_EXTENDED_CLUSTER_BITS} bytes"
+            )
         if self.backing_fmt is not None and self.backing_file is None:
             raise ValueError("Backing format cannot be used without backing file")
         name = None if self.backing_file is None else os.fspath(self.backing_file)
@@ -84,7 +96,8 @@ class CreateOptions:
             size=size,
             refcount_order=width.bit_length() - 1,
             compression_type=compression,
-            incompatible_features=Incompatible.COMPRESSION if compression else 0,
+            incompatible_features=(Incompatible.COMPRESSION if compression else 0)
+            | (Incompatible.EXTENDED_L2 if self.extended_l2 else 0),
             compatible_features=Compatible.LAZY_REFCOUNTS if self.lazy_refcounts else 0,
             backing_file=name,
             backing_format=self.backing_fmt,

@@ -8,8 +8,9 @@ import threading
 import zlib
 
 import pytest
-import pyvirtio
 import zstandard
+
+import pyvirtio
 from pyvirtio import ImageError, MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk, layout
 from pyvirtio.qcow2.compression import CompressedDataError, compress, decompress
@@ -46,8 +47,10 @@ def assert_clean(disk):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
-@pytest.mark.parametrize("refcount_bits", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits"),
+    [(512, 1), (512, 16), (4096, 2), (65536, 1), (65536, 16), (2 << 20, 2)],
+)
 def test_what_is_written_compressed_reads_back(kind, cluster_size, refcount_bits):
     size = 5 * cluster_size
     disk = make(size, compression_type=kind, cluster_size=cluster_size, refcount_bits=refcount_bits)
@@ -150,6 +153,17 @@ def test_a_snapshot_keeps_compressed_clusters():
     disk.snapshots.apply("a")
     assert disk.read(0, 4 * CLUSTER) == words(1, 4 * CLUSTER)
     disk.snapshots.delete("a")
+    assert_clean(disk)
+
+
+def test_extended_l2_entries_take_compressed_clusters():
+    disk = make(extended_l2=True)
+    disk.write(CLUSTER + 4096, b"old" * 1000)
+    disk.write_compressed(0, [words(1, 4 * CLUSTER)])
+    expected = bytearray(words(1, 4 * CLUSTER))
+    disk.write_zeroes(2 * CLUSTER + 2048, 4096)
+    expected[2 * CLUSTER + 2048 : 2 * CLUSTER + 6144] = bytes(4096)
+    assert disk.read(0, 4 * CLUSTER) == expected
     assert_clean(disk)
 
 
@@ -333,7 +347,7 @@ def test_qemu_reads_what_we_compress(tmp_path, kind, cluster_size):
 
 @requires("qemu-img")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cluster_size", [512, 65536, 2 << 20])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
 def test_we_read_what_qemu_compresses(tmp_path, kind, cluster_size):
     raw, path = tmp_path / "a.raw", tmp_path / "a.qcow2"
     data = words(3, 1 << 20) + random.Random(1).randbytes(1 << 19) + bytes(1 << 20)

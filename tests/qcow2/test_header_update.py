@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+
 import pyvirtio
 from pyvirtio import MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk
