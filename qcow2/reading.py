@@ -7,6 +7,7 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from .cache import CacheFull
 from .compression import CompressedDataError, decompress
+from .holes import HostHoles
 from .layout import ClusterKind
 from .metadata import Metadata
 
@@ -26,6 +27,7 @@ class Reader:
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
+        self.holes = HostHoles(metadata)
         self.backing = backing
         self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
