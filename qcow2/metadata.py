@@ -29,6 +29,7 @@ from .layout import ClusterKind
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
+from .subclusters import SubclusterTables
 from .tables import Tables, entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
@@ -63,7 +64,8 @@ class Metadata:
         slot = min(self.cluster_size, _SLICE_SIZE)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        self.tables = Tables(l1, self.geometry, l2_cache)
+        kind = SubclusterTables if self.geometry.extended_l2 else Tables
+        self.tables = kind(l1, self.geometry, l2_cache)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
         self.dropped = DroppedReferences()
@@ -159,24 +161,26 @@ class Metadata:
     def release(self, dropped: DroppedReferences) -> None:
         """Lower the refcounts of references whose drop is stable and unobserved (lock held)."""
         while dropped.runs:
-            first, count, kind = dropped.runs[-1]
-            try:
-                self.lower(first, count, kind)
-            except BackendError:
-                # The refcounts cannot be had now: the clusters stay in quarantine.
-                self.dropped.extend(dropped)
-                return
-            except ImageError as error:
-                self.health.poison(str(error))
-                return
-            dropped.runs.pop()
+            first, count, kind = dropped.runs.pop()
+            for start, length in self.refcounts.slices(first, count):
+                try:
+                    self.lower(start, length, kind)
+                except BackendError:
+                    # The refcounts cannot be had now: the rest stays in quarantine.
+                    dropped.runs.append((start, first + count - start, kind))
+                    self.dropped.extend(dropped)
+                    return
+                except ImageError as error:
+                    self.health.poison(str(error))
+                    return
 
-    def lower(self, first: int, count: int, kind: DiscardKind) -> None:
-        """Lower refcounts now (lock held); what becomes free is discarded if the policy says so.
+    def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
+        """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
+        policy says so.
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -1)):
+        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)
