@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import pyvirtio
 
 ROOT = Path(__file__).resolve().parents[1]

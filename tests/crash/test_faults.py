@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import pyvirtio
 import pyvirtio.qcow2
 from support.filters import FaultyDisk

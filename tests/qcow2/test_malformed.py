@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 import pyvirtio
 import pyvirtio.qcow2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.filters import CappedDisk
 from support.peers import requires
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import pyvirtio
 import pyvirtio.qcow2
 from support.filters import Gate, GatedDisk, JitteryDisk
