@@ -38,6 +38,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
+	$(BIN)/python benchmarks/qcow2.py
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info
