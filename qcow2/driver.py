@@ -22,7 +22,7 @@ from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2
+_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
     Incompatible.COMPRESSION: "compression type",
