@@ -246,7 +246,8 @@ class Metadata:
                 staged = None
             else:
                 self.refcounts.cache.write_dirty()
-                staged = _Staged(self)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
         if staged is None:
             self.file.flush()
             return
