@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from .disk import Disk, Extent
+from .disk import Disk
 
-__all__ = ["MapEntry", "map_extents"]
+__all__ = ["MapEntry", "json_lines", "map_extents"]
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
+class MapEntry(NamedTuple):
     """A run of bytes in one state; the names are those of ``qemu-img map --output=json``."""
 
     start: int
@@ -51,46 +50,45 @@ def map_extents(disk: Disk, start: int = 0, length: int | None = None) -> Iterat
     end = disk.size if length is None else min(disk.size, start + length)
     if start >= end:
         return
-    at = first = start
-    previous = None
     names: dict[Disk | None, str | None] = {None: None}
-    for extent in disk.extents(start, end - start):
-        host = extent.host_offset
+    runs = disk.runs(start, end - start)
+    length, data, zero, present, compressed, depth, host, file = next(runs)
+    for size, data2, zero2, present2, compressed2, depth2, host2, file2 in runs:
         if (
-            previous is None
-            or extent.data is not previous.data
-            or extent.zero is not previous.zero
-            or extent.allocated is not previous.allocated
-            or extent.compressed is not previous.compressed
-            or extent.depth != previous.depth
-            or extent.file is not previous.file
-            or (host is None) is not (previous.host_offset is None)
-            or (
-                host is not None
-                and previous.host_offset is not None
-                and host - at != previous.host_offset - first
-            )
+            data is data2
+            and zero is zero2
+            and present is present2
+            and depth == depth2
+            and file is file2
+            and compressed is compressed2
+            and (host2 is None if host is None else host2 == host + length)
         ):
-            if previous is not None:
-                yield _entry(previous, first, at, names)
-            previous, first = extent, at
-        at += extent.length
-    if previous is not None:
-        yield _entry(previous, first, at, names)
+            length += size
+            continue
+        name = names[file] if file in names else names.setdefault(file, _name(file))
+        yield MapEntry(start, length, depth, present, zero, data, compressed, host, name)
+        start += length
+        length, data, zero, present, compressed = size, data2, zero2, present2, compressed2
+        depth, host, file = depth2, host2, file2
+    yield MapEntry(start, length, depth, present, zero, data, compressed, host, _name(file))
 
 
-def _entry(extent: Extent, first: int, end: int, names: dict[Disk | None, str | None]) -> MapEntry:
-    file = extent.file
-    if file not in names:
-        names[file] = None if file is None else file.filename
-    return MapEntry(
-        first,
-        end - first,
-        extent.depth,
-        extent.allocated,
-        extent.zero,
-        extent.data,
-        extent.compressed,
-        extent.host_offset,
-        names[file],
-    )
+def _name(file: Disk | None) -> str | None:
+    return None if file is None else file.filename
+
+
+def json_lines(entries: Iterable[MapEntry]) -> Iterator[str]:
+    """The lines that ``qemu-img map --output=json`` prints (QEMU 7.2), together one JSON text."""
+    states: dict[tuple[int, bool, bool, bool], str] = {}
+    before = "["
+    for start, length, depth, present, zero, data, _, offset, _ in entries:
+        key = (depth, present, zero, data)
+        state = states.get(key)
+        if state is None:
+            words = ["true" if word else "false" for word in key[1:]]
+            state = f'"depth": {depth}, "present": {{}}, "zero": {{}}, "data": {{}}'.format(*words)
+            states[key] = state
+        place = "" if offset is None else f', "offset": {offset}'
+        yield f'{before}{{ "start": {start}, "length": {length}, {state}{place}}}'
+        before = ",\n"
+    yield "]\n" if before != "[" else "[]\n"

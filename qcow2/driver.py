@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from ..backend.disk import Disk, DiskInfo, Extent, Limits
+from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import emptying, header_update, layout, resize, zeroing
@@ -18,6 +18,7 @@ from .header import Header, read_header
 from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
+from .runs import runs
 from .snapshots import Snapshots
 from .writing import Writer
 
@@ -159,6 +160,11 @@ class Qcow2Disk(Disk):
             return Extent(run, False, reader.backing_known, False, depth=depth)
         below = backing.block_status(offset, min(run, backing.size - offset))
         return replace(below, depth=depth + 1 + below.depth)
+
+    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+        if self._metadata.geometry.extended_l2 or offset >= end:
+            return super()._runs(offset, end)
+        return runs(self.reader, offset, end - offset)
 
     # -- the image -----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ class Reader:
     def __init__(
         self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
     ) -> None:
-        self._metadata = metadata
+        self._metadata = self.metadata = metadata
         self._file = metadata.file
         self._gate = metadata.gate
         self._lock = metadata.lock

@@ -54,14 +54,16 @@ def test_the_base_reads_as_the_one_that_qemu_commits_to(tmp_path, options):
 def test_a_base_further_down_takes_the_layers_between_too(tmp_path):
     (tmp_path / "ours").mkdir()
     chain = Chain(tmp_path / "ours")
-    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
-    qemu_img("commit", "-f", "qcow2", "-b", "base", "top", check=False)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tmp_path / "ours", theirs)
+    qemu_img("commit", "-f", "qcow2", "-b", theirs / "base", theirs / "top")
     with chain.open() as disk:
         commit(disk, disk.backing.backing)
         assert own_layer(disk)
         assert disk.read(0, disk.size) == chain.contents["top"]
     found = chain.base.read_bytes()
     assert found[: len(chain.contents["top"])] == chain.contents["top"]
+    assert found == (theirs / "base").read_bytes()
 
 
 def test_zeroes_that_a_short_layer_between_shows_reach_the_base():

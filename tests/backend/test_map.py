@@ -8,6 +8,7 @@ import pytest
 
 import pyvirtio
 from pyvirtio import MapEntry, MemoryDisk, map_extents
+from pyvirtio.backend.map import json_lines
 from support.chains import Chain
 from support.peers import requires
 from support.qemu import qemu_img
@@ -72,6 +73,15 @@ def test_entries_name_the_file_they_are_in(tmp_path):
     everything = {0: str(chain.top), 1: str(chain.mid), 2: str(chain.base)}
     assert names.items() <= everything.items()
     assert len(names) > 1
+
+
+@requires("qemu-img")
+def test_the_json_is_that_of_qemu_letter_by_letter(tmp_path):
+    chain = Chain(tmp_path)
+    with chain.open(read_only=True) as disk:
+        text = "".join(json_lines(map_extents(disk)))
+    assert text == qemu_img("map", "--output=json", "-f", "qcow2", chain.top).stdout
+    assert "".join(json_lines([])) == "[]\n"
 
 
 def test_nothing_is_mapped_past_the_end():
