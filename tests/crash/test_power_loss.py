@@ -55,6 +55,19 @@ class Guest:
         self._begin()
         self.disk.write(offset, data)
 
+    def compress(self, cluster: int, clusters: int) -> None:
+        """Whole clusters, of data that become smaller (or now and then do not)."""
+        offset = cluster * self.cluster_size
+        length = clusters * self.cluster_size
+        chance = self.chance
+        data = b"".join(
+            (chance.randbytes(8) if chance.random() < 0.8 else b"") * 64 or chance.randbytes(512)
+            for _ in range(0, length, 512)
+        )
+        self.model[offset : offset + length] = data
+        self._begin()
+        self.disk.write_compressed(offset, [data])
+
     def zero(self, offset: int, length: int, *, unmap: bool = False) -> None:
         self.model[offset : offset + length] = bytes(length)
         self._begin()
@@ -198,7 +211,29 @@ def mixture(guest: Guest) -> None:
             guest.flush()
 
 
-WORKLOADS = [allocating, overwriting, zeroing, reusing, snapshotting, growing, mixture]
+def compressing(guest: Guest) -> None:
+    """Compressed data share host clusters, which are freed and handed out again."""
+    chance = guest.chance
+    clusters = len(guest.model) // guest.cluster_size
+    for turn in range(24):
+        first = chance.randrange(clusters)
+        guest.compress(first, chance.randint(1, min(4, clusters - first)))
+        if turn % 3 == 1:
+            guest.write(*anywhere(guest, 3_000))
+        if turn % 4 == 2:
+            guest.discard(*anywhere(guest, 30_000))
+        if turn % 5 == 4:
+            guest.flush()
+        if turn == 8:
+            guest.create("one")
+        if turn == 18:
+            guest.delete("one")
+
+
+WORKLOADS = [
+    *(allocating, overwriting, zeroing, reusing),
+    *(snapshotting, growing, compressing, mixture),
+]
 
 
 def memory_disk(contents: bytes) -> pyvirtio.MemoryDisk:

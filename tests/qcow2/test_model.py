@@ -39,6 +39,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors=st.integers(1, 600),
         backing=st.sampled_from(["none", "raw", "qcow2"]),
         backing_sectors=st.integers(1, 700),
+        compression=st.sampled_from(["zlib", "zstd"]),
     )
     def make(
         self,
@@ -48,6 +49,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors: int,
         backing: str,
         backing_sectors: int,
+        compression: str,
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="pyvirtio-model-")
         self.path = Path(self.folder.name) / "disk.qcow2"
@@ -59,7 +61,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         self.made = 0
         options: dict[str, Any] = {"compat": compat, "cluster_size": cluster_size}
         if not self.v2:
-            options["refcount_bits"] = refcount_bits
+            options |= {"refcount_bits": refcount_bits, "compression_type": compression}
         if self.backed:
             below = random.Random(sectors).randbytes(backing_sectors * 512)
             self._make_backing(backing, below)
@@ -93,6 +95,15 @@ class Qcow2Machine(RuleBasedStateMachine):
         start, length = self._range(offset, length, aligned)
         data = random.Random(seed).randbytes(length)
         self.disk.write(start, data)
+        self.model[start : start + length] = data
+
+    @rule(offset=anywhere, length=lengths, seed=seeds, words=st.booleans())
+    def write_compressed(self, offset: int, length: int, seed: int, words: bool) -> None:
+        start, length = self._range(offset, length, "cluster")
+        chance = random.Random(seed)
+        data = chance.randbytes(4 if words else length)
+        data = (data * (length // len(data) + 1))[:length]
+        self.disk.write_compressed(start, [data])
         self.model[start : start + length] = data
 
     @rule(
