@@ -49,7 +49,7 @@ class CompressedWriter:
         self._writer = writer
         self._next = 0
         """Host byte after the last compressed data, if its host cluster has room left, else 0."""
-        metadata.when_freed(self._freed)
+        metadata.before_freeing(self._leave_freed)
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write whole clusters; the last one of the disk may be cut short by the disk's end.
@@ -162,14 +162,15 @@ class CompressedWriter:
         self._next = start + length if (start + length) % size else 0
         return start, first, count
 
-    def _freed(self, first: int, count: int) -> None:
-        """Host clusters were freed (lock held): others may get them."""
-        if first <= self._next >> self._metadata.cluster_bits < first + count:
+    def _leave_freed(self, first: int, count: int, times: int) -> None:
+        """Host clusters lose references (lock held): a free one may become somebody else's."""
+        cluster = self._next >> self._metadata.cluster_bits
+        if first <= cluster < first + count and self._metadata.refcounts.get(cluster) <= times:
             self._next = 0
 
     def _lower(self, first: int, count: int) -> None:
-        for cluster in self._metadata.refcounts.add(first, count, -1):
-            self._freed(cluster, 1)
+        self._next = 0
+        self._metadata.refcounts.add(first, count, -1)
 
     # -- mapping ---------------------------------------------------------------------------------
 

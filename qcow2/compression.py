@@ -141,9 +141,9 @@ else:
 class DecompressedClusters:
     """The contents of the compressed clusters that were read last, by L2 entry.
 
-    An entry says where the data lie, not what they are: when the host clusters are freed, others
-    may get them. :meth:`forget` is called at that moment, and all requests that had mapped
-    the entry have finished by then (``quarantine.py``), so nothing old comes in afterwards.
+    An entry says where the data lie, not what they are: before the host clusters are freed and
+    others may get them, :meth:`forget` is called. All requests that had mapped the entry have
+    finished by then (``quarantine.py``), so nothing old comes in afterwards.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -167,8 +167,8 @@ class DecompressedClusters:
             if len(self._clusters) > self._limit:
                 self._clusters.popitem(last=False)
 
-    def forget(self, first: int, count: int) -> None:
-        """These host clusters were freed."""
+    def forget(self, first: int, count: int, times: int = 1) -> None:
+        """These host clusters lose references, and may be free then."""
         if not self._clusters:
             return
         geometry = self._geometry

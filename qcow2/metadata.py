@@ -80,7 +80,7 @@ class Metadata:
         }
         """Whether clusters freed for that reason are discarded in the file below."""
         self.decompressed = DecompressedClusters(self.geometry)
-        self._when_freed: list[Callable[[int, int], None]] = [self.decompressed.forget]
+        self._before_freeing: list[Callable[[int, int, int], None]] = [self.decompressed.forget]
         self._flushing = Lock()
 
     def close(self) -> None:
@@ -177,10 +177,10 @@ class Metadata:
                     self.health.poison(str(error))
                     return
 
-    def when_freed(self, listener: Callable[[int, int], None]) -> None:
-        """Have ``listener(first cluster, count)`` called (lock held) before clusters that were
-        referred to can be handed out again."""
-        self._when_freed.append(listener)
+    def before_freeing(self, listener: Callable[[int, int, int], None]) -> None:
+        """Have ``listener(first cluster, count, times)`` called (lock held) before refcounts of
+        clusters that were referred to fall by ``times``, and others may get them."""
+        self._before_freeing.append(listener)
 
     def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
         """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
@@ -188,9 +188,9 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
+        for listener in self._before_freeing:
+            listener(first, count, times)
         for start, length in merge_runs(self.refcounts.add(first, count, -times)):
-            for listener in self._when_freed:
-                listener(start, length)
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)
