@@ -40,6 +40,8 @@ class Guest:
     keeps_discarded: bool
     chance: random.Random
     snapshots: Snapshots = field(default_factory=dict)
+    below: bytes = b""
+    """What the backing file holds."""
 
     @property
     def resizable(self) -> bool:
@@ -79,6 +81,13 @@ class Guest:
             self.model[start:end] = bytes(end - start)
         self._begin()
         self.disk.discard(offset, length)
+
+    def empty(self) -> None:
+        """As a commit does when all is in the backing file."""
+        size = len(self.model)
+        self.model[:] = self.below[:size].ljust(size, b"\0")
+        self._begin()
+        self.disk.make_empty()
 
     def flush(self) -> None:
         self.disk.flush()
@@ -230,6 +239,18 @@ def compressing(guest: Guest) -> None:
             guest.delete("one")
 
 
+def emptying(guest: Guest) -> None:
+    for turn in range(4):
+        guest.write(*anywhere(guest, 20_000))
+        guest.compress(turn, 3)
+        if turn == 1:
+            guest.create("kept")
+        guest.flush()
+        guest.write(*anywhere(guest, 20_000))
+        guest.empty()
+        guest.write(*anywhere(guest, 5_000))
+
+
 WORKLOADS = [
     *(allocating, overwriting, zeroing, reusing),
     *(snapshotting, growing, compressing, mixture),
@@ -330,6 +351,8 @@ def run_and_crash(
     guest = Guest(
         disk, recorder, model, cluster_size, backed and compat == "0.10", random.Random(seed)
     )
+    if backed:
+        guest.below = base.read_bytes()
     workload(guest)
     disk.close()
     recorder.mark("flushed")
@@ -357,7 +380,7 @@ def test_power_loss(tmp_path: Path, workload: Callable[[Guest], None], cluster_s
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
-@pytest.mark.parametrize("workload", [allocating, zeroing, reusing, mixture])
+@pytest.mark.parametrize("workload", [allocating, zeroing, reusing, emptying, mixture])
 def test_power_loss_over_a_backing_file(
     tmp_path: Path, workload: Callable[[Guest], None], compat: str
 ) -> None:

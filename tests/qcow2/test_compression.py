@@ -182,6 +182,34 @@ def test_a_failed_write_leaves_nothing_behind():
     assert_clean(disk)
 
 
+def test_a_host_cluster_that_was_freed_is_not_filled_further():
+    disk = make()
+    disk.write_compressed(0, [words(1, CLUSTER)])
+    with disk._metadata.lock:
+        host = disk._metadata.geometry.compressed_extent(disk._metadata.tables.entry(0))[0]
+    disk.discard(0, CLUSTER)
+    disk.flush()
+    plain = random.Random(1).randbytes(CLUSTER)
+    disk.write(CLUSTER, plain)
+    assert disk.block_status(CLUSTER, 512).host_offset == host // CLUSTER * CLUSTER
+    disk.write_compressed(2 * CLUSTER, [words(2, CLUSTER)])
+    assert disk.read(CLUSTER, 2 * CLUSTER) == plain + words(2, CLUSTER)
+    assert_clean(disk)
+
+
+def test_data_that_end_with_a_sector_do_not_claim_the_next_one():
+    size = 4096
+    data = next(
+        data
+        for data in (random.Random(1).randbytes(n).ljust(size, b"\0") for n in range(400, 1600))
+        if len(compress(CompressionType.DEFLATE, data)) % 512 == 0
+    )
+    disk = make(8 * size, cluster_size=size)
+    disk.write_compressed(0, [data])
+    _, length = disk._metadata.geometry.compressed_extent(entry_of(disk, 0))
+    assert length == len(compress(CompressionType.DEFLATE, data))
+
+
 # -- the cache of decompressed clusters ------------------------------------------------------------
 
 
