@@ -252,7 +252,7 @@ def test_a_failure_of_the_host_at_every_point(
     assert not guest.errors
     kept = contents if workload is sharing else None
     judge(after, guest, "no fault", kept)
-    step = max(1, faultless.count // (60 * SCALE))
+    step = max(1, faultless.count // (25 * SCALE))
     for number in range(random.Random(case).randrange(step), faultless.count, step):
         when = f"{case} ({number})"
         faulty, guest, after = run(

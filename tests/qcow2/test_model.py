@@ -250,7 +250,7 @@ class Qcow2Machine(RuleBasedStateMachine):
 
 TestModel = Qcow2Machine.TestCase
 TestModel.settings = settings(
-    max_examples=60 * SCALE,
+    max_examples=30 * SCALE,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
