@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import pyvirtio
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import pyvirtio
 import pyvirtio.qcow2
 from support.filters import FaultyDisk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 import pyvirtio
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_create, qemu_img

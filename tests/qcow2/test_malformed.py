@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import pyvirtio
-import pyvirtio.qcow2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import pyvirtio
+import pyvirtio.qcow2
 from support.filters import CappedDisk
 from support.peers import requires
 

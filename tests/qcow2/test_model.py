@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyvirtio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+import pyvirtio
 from support.peers import find_program
 from support.qemu import qemu_check, qemu_img, qemu_read
 from support.workload import assert_same, create, discarded

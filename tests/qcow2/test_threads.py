@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import pyvirtio
 import pyvirtio.qcow2
 from support.filters import Gate, GatedDisk, JitteryDisk
