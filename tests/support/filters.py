@@ -268,3 +268,28 @@ class GatedDisk(Filter):
         if self.write_gate is not None and length >= self.smallest:
             self.write_gate.pass_through()
         super()._writev(offset, views, length)
+
+
+class HoldingDisk(Filter):
+    """Holds the next request of one kind (``read``, ``write``) of at least ``smallest`` bytes."""
+
+    def __init__(self, below: Disk, *, smallest: int) -> None:
+        super().__init__(below)
+        self.smallest = smallest
+        self.hold: str | None = None
+        self.arrived = threading.Event()
+        self.go = threading.Event()
+
+    def _meet(self, kind: str, length: int) -> None:
+        if self.hold == kind and length >= self.smallest:
+            self.hold = None
+            self.arrived.set()
+            self.go.wait(60)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet("read", length)
+        super()._readv(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet("write", length)
+        super()._writev(offset, views, length)
