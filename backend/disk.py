@@ -15,12 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import BackendError, UnsupportedError
-from .buffers import as_views
+from .buffers import as_views, clear, split
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = ["Disk", "DiskInfo", "Extent", "Limits"]
+
+_MAX_SIZE = (1 << 63) - 1
+"""No host file is longer (``off_t``), so no disk grows beyond it."""
 
 _ZERO_CHUNK = 1 << 20
 """Bytes of zeroes written at a time where zero clusters cannot be used."""
@@ -83,9 +86,14 @@ class Disk(ABC):
     format_name: str = "disk"
     """The name QEMU's ``-f`` knows it by."""
 
+    growable: bool = False
+    """True for a file below a format: a write past the end makes it longer, and what a read finds
+    past the end is zeroes, so that a format may use any offset. Whoever opens the file for a format
+    asks for it; disks that guests see never grow by themselves."""
+
     def __init__(self, size: int, *, read_only: bool = False, limits: Limits | None = None) -> None:
         self.size = size
-        """Bytes. Changes only by :meth:`truncate` (or :meth:`invalidate`)."""
+        """Bytes. Changes only by :meth:`truncate`, :meth:`invalidate`, or writing if growable."""
         self.read_only = read_only
         self.limits = limits if limits is not None else Limits()
         self.closed = False
@@ -102,6 +110,7 @@ class Disk(ABC):
         views, length = as_views(buffers)
         if self.closed or offset < 0 or offset + length > self.size:
             self._refuse(offset, length)
+            views, length = self._clear_past_end(offset, views, length)
         if length:
             self._readv(offset, views, length)
 
@@ -120,8 +129,7 @@ class Disk(ABC):
         if self.closed or offset < 0 or length < 0 or offset + length > self.size:
             self._refuse(offset, length)
         data = bytearray(length)
-        if length:
-            self._readv(offset, [memoryview(data)], length)
+        self.readv(offset, (data,))
         return bytes(data)
 
     def write(self, offset: int, data: ReadableBuffer, *, fua: bool = False) -> None:
@@ -160,6 +168,7 @@ class Disk(ABC):
         """
         if self.closed or self.read_only or offset < 0 or length < 0 or offset + length > self.size:
             self._refuse(offset, length, writing=True)
+            length = self.size - offset
         start, end = self._aligned(offset, length, self.limits.discard_alignment)
         if start < end:
             self._discard(start, end - start)
@@ -182,8 +191,13 @@ class Disk(ABC):
 
     def block_status(self, offset: int, length: int) -> Extent:
         """The state of the run that starts at ``offset``, at most ``length`` (> 0) bytes long."""
-        if self.closed or offset < 0 or length <= 0 or offset + length > self.size:
+        if length <= 0:
+            raise ValueError(f"{self.format_name}: the state of {length} bytes was asked for")
+        if self.closed or offset < 0 or offset + length > self.size:
             self._refuse(offset, length)
+            if offset >= self.size:
+                return Extent(length, data=False, zero=True, allocated=True)
+            length = self.size - offset
         return self._block_status(offset, length)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
@@ -233,8 +247,10 @@ class Disk(ABC):
         ``preallocation`` is ``off``, ``metadata``, ``falloc`` or ``full``. Making a disk smaller
         loses data and must be asked for with ``shrink``.
         """
-        if self.closed or self.read_only or size < 0:
+        if self.closed or self.read_only:
             self._refuse(0, 0, writing=True)
+        if size < 0:
+            raise ValueError(f"{self.format_name}: a disk cannot have {size} bytes")
         if size < self.size and not shrink:
             raise ValueError("shrinking a disk loses data and must be asked for (shrink=True)")
         self._truncate(size, preallocation)
@@ -289,7 +305,8 @@ class Disk(ABC):
         return f"<{type(self).__name__}{name} {self.size} bytes{state}>"
 
     # -- what a class of disks provides --------------------------------------------------------
-    # Offsets and lengths are checked: inside the disk, length > 0. Views are flat bytes.
+    # Offsets and lengths are checked: inside the disk, length > 0. Views are flat bytes. Only where
+    # ``growable`` is set may a write (of data or zeroes) pass the end; it then raises ``size``.
 
     @abstractmethod
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None: ...
@@ -336,6 +353,14 @@ class Disk(ABC):
             end = end // alignment * alignment
         return start, end
 
+    def _clear_past_end(
+        self, offset: int, views: list[memoryview], length: int
+    ) -> tuple[list[memoryview], int]:
+        """Fill what lies past the end of a growable disk with zeroes; the rest is left to read."""
+        inside = max(0, min(length, self.size - offset))
+        clear(split(views, inside, length - inside))
+        return split(views, 0, inside), inside
+
     def _write_zero_bytes(self, offset: int, length: int) -> None:
         while length > 0:
             part = min(length, _ZERO_CHUNK)
@@ -344,11 +369,13 @@ class Disk(ABC):
             length -= part
 
     def _refuse(self, offset: int, length: int, *, writing: bool = False) -> None:
-        """Raise for a request that failed one of the checks above."""
+        """Raise for a request that failed a check; returns if it only passes a growable's end."""
         if self.closed:
             raise ValueError(f"{self.format_name}: the disk is closed")
         if writing and self.read_only:
             raise BackendError(errno.EPERM, "the disk is read-only", self.filename)
+        if self.growable and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
+            return
         raise ValueError(
             f"{self.format_name}: {length} bytes at {offset} are not inside the disk "
             f"of {self.size} bytes"

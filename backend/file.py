@@ -1,0 +1,486 @@
+"""A file or block device of the host as a Disk (QEMU's ``file`` and ``host_device``)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from ..errors import BackendError, InUseError, UnsupportedError
+from .buffers import clear, split
+from .direct import DirectTransfer
+from .disk import Disk, DiskInfo, Extent, Limits
+from .locks import FileLocks, permissions_for
+from .space import Space, device_sector_size
+from .transfer import read_some, write_all
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
+
+__all__ = ["CacheMode", "DiscardMode", "FileDisk"]
+
+CacheMode = Literal["writeback", "none", "unsafe"]
+"""``none`` bypasses the host's page cache; ``unsafe`` ignores flushes."""
+
+DiscardMode = Literal["unmap", "ignore"]
+"""What becomes of discards: space is given back to the host, or nothing happens."""
+
+_BASE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY
+_NO_STRAIGHT = -1
+
+
+class FileDisk(Disk):
+    """A regular file or a block device.
+
+    ``size`` is the exact length in bytes. ``growable`` is for a file below a format, see
+    :attr:`Disk.growable`; a block device never grows. ``locking`` takes the locks that QEMU takes
+    for such a use of an image: writing excludes everybody else, reading excludes writers.
+
+    Raises BackendError with QEMU's message if the file cannot be opened, InUseError if it is
+    locked.
+    """
+
+    format_name = "file"
+
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        read_only: bool = False,
+        cache: CacheMode = "writeback",
+        locking: bool = True,
+        discard: DiscardMode = "unmap",
+        growable: bool = False,
+    ) -> None:
+        _check_modes(cache, discard)
+        self._path = os.fsdecode(path)
+        self._direct: DirectTransfer | None = None
+        self._straight_read_end = self._straight_write_end = _NO_STRAIGHT
+        self._fd = fd = _open(self._path, read_only, cache)
+        try:
+            self._setup(fd, read_only, cache, locking, discard, growable)
+        except BaseException:
+            self._fd = -1
+            os.close(fd)
+            raise
+
+    def _setup(
+        self,
+        fd: int,
+        read_only: bool,
+        cache: CacheMode,
+        locking: bool,
+        discard: DiscardMode,
+        growable: bool,
+    ) -> None:
+        self._is_device = _kind_checked(os.fstat(fd), self._path)
+        self._cache: CacheMode = cache
+        self._locking = locking
+        self._discard_mode: DiscardMode = discard
+        self.growable = growable and not self._is_device
+        self._grow_lock = threading.Lock()
+        self._cache_lost: BackendError | None = None
+        self._locks = FileLocks(fd, self._path)
+        if locking:
+            try:
+                self._locks.acquire(*permissions_for(read_only))
+            except InUseError:
+                raise
+            except OSError as error:
+                raise BackendError.wrap(error, f"Could not lock '{self._path}'") from error
+        self._space = Space(fd, block_device=self._is_device)
+        sector = device_sector_size(fd) if self._is_device else None
+        if cache == "none":
+            self._direct = DirectTransfer(fd, sector_size=sector)
+        alignment = self._direct.alignment if self._direct else 1
+        limits = Limits(
+            request_alignment=alignment,
+            write_zeroes_alignment=sector or alignment,
+            discard_alignment=sector or alignment,
+        )
+        if self._is_device:
+            self.format_name = "host_device"
+        super().__init__(os.lseek(fd, 0, os.SEEK_END), read_only=read_only, limits=limits)
+        self._aim()
+
+    @classmethod
+    def create(
+        cls,
+        path: StrPath,
+        size: int = 0,
+        *,
+        preallocation: str = "off",
+        mode: int = 0o644,
+        exclusive: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Make a file of ``size`` zero bytes (or empty the one that is there) and open it.
+
+        An existing file is emptied only once it is locked; with ``exclusive`` there must be none.
+        If it fails, a file that was not there before is not there after. ``options`` are the
+        constructor's.
+        """
+        name = os.fsdecode(path)
+        flags = os.O_RDWR | os.O_CREAT | _BASE_FLAGS
+        try:
+            os.close(os.open(name, flags | os.O_EXCL, mode))
+            made = True
+        except FileExistsError as error:
+            if exclusive:
+                raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
+            made = False
+        except OSError as error:
+            raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
+        try:
+            disk = cls(name, **options)
+            try:
+                if not disk._is_device:
+                    disk.truncate(0, shrink=True)
+                    disk.truncate(size, preallocation=preallocation)
+                elif disk.size < size:
+                    raise BackendError(errno.ENOSPC, "The device is too small", name)
+            except BaseException:
+                disk.close()
+                raise
+        except BaseException:
+            if made:
+                with suppress(FileNotFoundError):
+                    os.unlink(name)
+            raise
+        return disk
+
+    # -- reading and writing -------------------------------------------------------------------
+    # The two public methods are overridden for speed alone: one buffer that lies inside the file,
+    # as nearly every request of a guest, goes to the system call with one comparison.
+
+    def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
+        """See :meth:`Disk.readv`."""
+        if type(buffers) is not list:
+            buffers = list(buffers)
+        if len(buffers) == 1 and type(view := buffers[0]) is memoryview:
+            length = view.nbytes
+            if offset + length <= self._straight_read_end and offset >= 0:
+                try:
+                    if os.preadv(self._fd, buffers, offset) == length:
+                        return
+                except OSError:
+                    pass  # the long way finds out again, and what to say of it
+        super().readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """See :meth:`Disk.writev`."""
+        if type(buffers) is not list:
+            buffers = list(buffers)
+        if len(buffers) == 1 and not fua and type(view := buffers[0]) is memoryview:
+            length = view.nbytes
+            if offset + length <= self._straight_write_end and offset >= 0:
+                try:
+                    if os.pwritev(self._fd, buffers, offset) == length:
+                        return
+                except OSError:
+                    pass
+        super().writev(offset, buffers, fua=fua)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        try:
+            if self._direct is not None:
+                self._direct.readv(offset, views, length)
+                return
+            done = read_some(self._fd, offset, views, length)
+        except OSError as error:
+            raise self._failed(error, f"Could not read {length} bytes at {offset}") from error
+        if done < length:  # the file is shorter than it was: QEMU reads zeroes there, too
+            clear(split(views, done, length - done))
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        try:
+            if self._direct is not None:
+                self._direct.writev(offset, views, length)
+            else:
+                write_all(self._fd, offset, views, length)
+        except OSError as error:
+            raise self._failed(error, f"Could not write {length} bytes at {offset}") from error
+        self._reached(offset + length)
+
+    # -- space ---------------------------------------------------------------------------------
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        unmap = unmap and self._discard_mode == "unmap"
+        old = self.size
+        inside = max(0, min(length, old - offset))
+        try:
+            if inside:
+                if self._direct is not None:
+                    with self._direct.lock.shared():
+                        self._space.zero(offset, inside, unmap=unmap)
+                else:
+                    self._space.zero(offset, inside, unmap=unmap)
+        except OSError as error:
+            raise self._failed(error, f"Could not zero {length} bytes at {offset}") from error
+        if inside < length:
+            # Past the end there is nothing yet; one byte makes the file reach so far, and unlike
+            # ftruncate it can never cut off what another thread is appending.
+            self._writev(offset + length - 1, [memoryview(b"\0")], 1)
+
+    def _discard(self, offset: int, length: int) -> None:
+        if self._discard_mode == "ignore":
+            return
+        try:
+            if self._direct is not None:
+                with self._direct.lock.shared():
+                    self._space.discard(offset, length)
+            else:
+                self._space.discard(offset, length)
+        except OSError as error:
+            raise self._failed(error, f"Could not discard {length} bytes at {offset}") from error
+
+    def _block_status(self, offset: int, length: int) -> Extent:
+        if self._is_device:
+            run_end, data = offset + length, True
+        else:
+            data, run_end = self._space.run_at(offset, self.size)
+        return Extent(
+            max(1, min(length, run_end - offset)),
+            data=data,
+            zero=not data,
+            allocated=True,
+            host_offset=offset,
+            file=self,
+        )
+
+    @property
+    def has_zero_init(self) -> bool:
+        """True for a file; a new block device may hold anything."""
+        return not self._is_device
+
+    @property
+    def filename(self) -> str:
+        """The path as it was given."""
+        return self._path
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode (for a block device: its number), the same for every name of it."""
+        return file_identity(os.fstat(self._fd))
+
+    def info(self) -> DiskInfo:
+        """Facts about the file, with the space it really takes."""
+        if self.closed:
+            self._refuse(0, 0)
+        blocks = os.fstat(self._fd).st_blocks
+        return DiskInfo(
+            format=self.format_name,
+            virtual_size=self.size,
+            actual_size=None if self._is_device else blocks * 512,
+            filename=self._path,
+        )
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if self._cache == "unsafe":
+            return
+        if self._cache_lost is not None:
+            lost = self._cache_lost
+            raise BackendError(lost.errno, lost.strerror, self._path) from lost
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            failure = self._failed(error, "Could not flush")
+            if self._direct is None:
+                # The kernel has marked the pages clean: a second fdatasync would claim success
+                # for data that is lost. So nothing is stable any more until the file is reopened.
+                self._cache_lost = failure
+            raise failure from error
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        if preallocation not in ("off", "falloc", "full"):
+            raise UnsupportedError(
+                f"Unsupported preallocation mode: {preallocation}", feature="preallocation"
+            )
+        if self._is_device:
+            self._truncate_device(size, preallocation)
+            return
+        old = self.size
+        if preallocation != "off" and size < old:
+            raise UnsupportedError(
+                "Preallocation can't be used for shrinking files", feature="preallocation"
+            )
+        try:
+            if self._direct is not None:
+                with self._direct.lock.alone():
+                    self._resize(old, size, preallocation)
+            else:
+                self._resize(old, size, preallocation)
+        except OSError as error:
+            raise self._failed(error, f"Could not resize file to {size} bytes") from error
+        self._set_size(size)
+
+    def _resize(self, old: int, size: int, preallocation: str) -> None:
+        if preallocation == "off" or size == old:
+            os.ftruncate(self._fd, size)
+            return
+        try:
+            if preallocation == "falloc":
+                self._space.reserve(old, size - old)
+            elif self._direct is not None:
+                # This descriptor takes only aligned writes; the file system can do it itself.
+                self._space.reserve(old, size - old)
+                self._space.zero(old, size - old, unmap=False)
+            else:
+                os.ftruncate(self._fd, size)
+                self._space.fill(old, size - old)
+                os.fsync(self._fd)
+        except (OSError, UnsupportedError):
+            os.ftruncate(self._fd, old)
+            raise
+
+    def _truncate_device(self, size: int, preallocation: str) -> None:
+        if preallocation != "off":
+            raise UnsupportedError(
+                f"Preallocation mode '{preallocation}' unsupported for this non-regular file",
+                feature="preallocation",
+            )
+        if size > self.size:
+            raise BackendError(errno.EINVAL, "Cannot grow device files", self._path)
+        # A device stays as long as it is; that is what QEMU does.
+
+    def reopen(self, *, read_only: bool) -> None:
+        """Change between read-only and read-write, and with it the locks.
+
+        A flush that failed before is forgotten: the caller takes what the file now holds.
+        Raises BackendError or InUseError, and then nothing has changed.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        if not self.read_only and self._cache_lost is None:
+            self._flush()
+        try:
+            fd = _reopen(self._fd, self._path, read_only, self._cache)
+        except OSError as error:
+            raise self._failed(error, f"Could not reopen '{self._path}'") from error
+        try:
+            if self._locking:
+                self._locks.acquire(*permissions_for(read_only))
+                self._locks.copy_to(fd)
+            # The number of the descriptor stays and the change is atomic: requests under way go
+            # on with the file as it was open before.
+            os.dup2(fd, self._fd, inheritable=False)
+        except OSError as error:
+            if self._locking:
+                self._locks.acquire(*permissions_for(self.read_only))
+            if isinstance(error, InUseError):
+                raise
+            raise self._failed(error, f"Could not reopen '{self._path}'") from error
+        finally:
+            os.close(fd)
+        self.read_only = read_only
+        self._cache_lost = None
+        self._aim()
+
+    def invalidate(self) -> None:
+        """Take note of a size that somebody else has changed."""
+        if self.closed:
+            self._refuse(0, 0)
+        self._set_size(os.lseek(self._fd, 0, os.SEEK_END))
+
+    def rename(self, path: StrPath) -> None:
+        """Move the file to another name of the same file system, replacing what is there."""
+        name = os.fsdecode(path)
+        try:
+            os.replace(self._path, name)
+        except OSError as error:
+            raise self._failed(error, f"Could not rename to '{name}'") from error
+        self._path = name
+        self._locks.filename = name
+
+    def _close(self) -> None:
+        self._straight_read_end = self._straight_write_end = _NO_STRAIGHT
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def _set_size(self, size: int) -> None:
+        super()._set_size(size)
+        self._aim()
+
+    # -- help for the above --------------------------------------------------------------------
+
+    def _aim(self) -> None:
+        """Note up to where a request may go straight to the system call."""
+        straight = self._direct is None and not self.closed
+        self._straight_read_end = self.size if straight else _NO_STRAIGHT
+        self._straight_write_end = self.size if straight and not self.read_only else _NO_STRAIGHT
+
+    def _reached(self, end: int) -> None:
+        """A write has reached ``end``; the file is at least so long."""
+        if end > self.size:
+            with self._grow_lock:
+                if end > self.size:
+                    self._set_size(end)
+
+    def _failed(self, error: OSError, doing: str) -> BackendError:
+        return BackendError.wrap(error, doing, self._path)
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int]:
+    """What tells whether two names mean one file."""
+    if stat.S_ISBLK(status.st_mode):
+        return (-1, status.st_rdev)
+    return (status.st_dev, status.st_ino)
+
+
+def _check_modes(cache: str, discard: str) -> None:
+    if cache not in ("writeback", "none", "unsafe"):
+        raise ValueError(f"Invalid cache option: {cache}")
+    if discard not in ("unmap", "ignore"):
+        raise ValueError(f"Invalid discard option: {discard}")
+
+
+def _kind_checked(status: os.stat_result, path: str) -> bool:
+    """True for a block device, False for a regular file; anything else raises BackendError."""
+    if stat.S_ISREG(status.st_mode):
+        return False
+    if stat.S_ISBLK(status.st_mode):
+        return True
+    number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+    raise BackendError(number, f"'file' driver requires '{path}' to be a regular file", path)
+
+
+def _flags(read_only: bool, cache: str) -> int:
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | _BASE_FLAGS
+    return flags | os.O_DIRECT if cache == "none" else flags
+
+
+def _open(path: str, read_only: bool, cache: str) -> int:
+    try:
+        # Asked before opening, since opening alone has effects on some devices. What passes and
+        # then turns out to be a pipe is not waited for.
+        is_device = _kind_checked(os.stat(path), path)
+        return os.open(path, _flags(read_only, cache) | (0 if is_device else os.O_NONBLOCK))
+    except BackendError:
+        raise
+    except OSError as error:
+        if cache == "none" and error.errno == errno.EINVAL:
+            raise BackendError(
+                errno.EINVAL, f"Could not open '{path}': O_DIRECT is not supported here", path
+            ) from error
+        raise BackendError.wrap(error, f"Could not open '{path}'", path) from error
+    except ValueError as error:  # a NUL in the name
+        raise BackendError(errno.EINVAL, f"Could not open {path!r}: {error}", path) from error
+
+
+def _reopen(fd: int, path: str, read_only: bool, cache: str) -> int:
+    """Another open file on the file that ``fd`` is open on, whatever its name is now."""
+    flags = _flags(read_only, cache) | os.O_NONBLOCK
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags)
+    except FileNotFoundError:  # no /proc here: by name, if that is still the same file
+        other = os.open(path, flags)
+    if file_identity(os.fstat(other)) != file_identity(os.fstat(fd)):
+        os.close(other)
+        raise FileNotFoundError(errno.ENOENT, "another file has that name now", path)
+    return other
