@@ -81,7 +81,9 @@ class Board:
             ),
             at.PLIC_SOURCES,
         )
-        self.uart = Uart(send, partial(self.plic.set, at.UART_IRQ))
+        self.uart = Uart(
+            send, partial(self.plic.set, at.UART_IRQ), partial(self.plic.pulse, at.UART_IRQ)
+        )
         self.finisher = TestFinisher()
         cpu.map(at.FINISHER_BASE, at.FINISHER_SIZE, self.finisher)
         cpu.map(at.CLINT_BASE, at.CLINT_SIZE, self.clint)

@@ -35,24 +35,33 @@ class Plic:
         self._sources = sources
         self._all = ((1 << (sources + 1)) - 1) & ~1
         self._level = 0
-        self._pending = 0
+        self._edges = 0
         self._claimed = 0
         self._priority = [0] * (sources + 1)
         self._enable = [0] * len(targets)
         self._threshold = [0] * len(targets)
 
     def set(self, source: int, level: bool) -> None:
-        """A device raises or lowers its line."""
-        bit = 1 << source
+        """A device raises or lowers its line; a line still high at completion counts again."""
         if level:
-            self._level |= bit
+            self._level |= 1 << source
         else:
-            self._level &= ~bit
-            self._pending &= ~bit
+            self._level &= ~(1 << source)
         self._update()
 
+    def pulse(self, source: int, on: bool) -> None:
+        """An event of a device that is told of once; ``on=False`` takes it back if it waits yet."""
+        if on:
+            self._edges |= 1 << source
+        else:
+            self._edges &= ~(1 << source)
+        self._update()
+
+    @property
+    def _pending(self) -> int:
+        return (self._level | self._edges) & ~self._claimed
+
     def _update(self) -> None:
-        self._pending |= self._level & ~self._claimed
         for context, target in enumerate(self._targets):
             target(self._best(context) != 0)
 
@@ -96,7 +105,7 @@ class Plic:
     def _claim(self, context: int) -> int:
         source = self._best(context)
         if source:
-            self._pending &= ~(1 << source)
+            self._edges &= ~(1 << source)
             self._claimed |= 1 << source
             self._update()
         return source

@@ -1,5 +1,8 @@
 """The serial port: a 16550A, with its FIFO and all three interrupts that anybody uses.
 
+"Transmitter empty" is passed on as an event, not as a level that lasts until IIR is read: small
+kernels (xv6 is one) never read IIR, and rely on QEMU's serial port and PLIC, which tell it once.
+
 Offset 0: RBR/THR (DLL), 1: IER (DLM), 2: IIR/FCR, 3: LCR, 4: MCR, 5: LSR, 6: MSR, 7: SCR.
 """
 
@@ -22,15 +25,22 @@ _FIFO = 16
 
 
 class Uart:
-    """``send(byte)`` takes what the guest writes; ``interrupt(level)`` is the interrupt line.
+    """``send(byte)`` takes what the guest writes. ``interrupt(level)`` is the line of the receiver's
+    interrupts; ``event(True)`` says that the transmitter is empty, ``event(False)`` takes it back.
 
     Bytes from outside (:meth:`receive`) wait in a queue of any length and move into the guest's
     FIFO as there is room, so nothing typed is ever lost.
     """
 
-    def __init__(self, send: Callable[[int], None], interrupt: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        send: Callable[[int], None],
+        interrupt: Callable[[bool], None],
+        event: Callable[[bool], None],
+    ) -> None:
         self._send = send
         self._interrupt = interrupt
+        self._event = event
         self._outside: deque[int] = deque()
         self._fifo: deque[int] = deque()
         self._ier = self._fcr = self._lcr = self._mcr = self._scratch = 0
@@ -66,7 +76,12 @@ class Uart:
         room = _FIFO if self._fcr & _FCR_ENABLE else 1
         while self._outside and len(self._fifo) < room and not self._mcr & _MCR_LOOP:
             self._fifo.append(self._outside.popleft())
-        self._interrupt(self._cause() != _IIR_NONE)
+        self._interrupt(self._cause() not in (_IIR_NONE, _IIR_TX))
+
+    def _transmitted(self, empty: bool) -> None:
+        self._tx_event = empty
+        if self._ier & _IER_TX:
+            self._event(empty)
 
     def read(self, offset: int, size: int) -> int:
         """A register: one byte, however wide the access."""
@@ -77,7 +92,7 @@ class Uart:
         elif offset == 2:
             value = self._cause()
             if value == _IIR_TX:
-                self._tx_event = False
+                self._transmitted(False)
             if self._fcr & _FCR_ENABLE:
                 value |= _IIR_FIFO
         elif offset == 3:
@@ -113,9 +128,12 @@ class Uart:
             if self._lcr & _LCR_DLAB:
                 self._divisor = self._divisor & 0xFF | value << 8
             else:
-                if value & ~self._ier & _IER_TX:
-                    self._tx_event = True
+                rising = value & ~self._ier & _IER_TX
                 self._ier = value & 0xF
+                if rising:
+                    self._transmitted(True)
+                elif not value & _IER_TX:
+                    self._event(False)
         elif offset == 2:
             if value & _FCR_CLEAR_RX or (value ^ self._fcr) & _FCR_ENABLE:
                 self._fifo.clear()
@@ -140,4 +158,4 @@ class Uart:
         else:
             self._send(value)
         # The byte is gone at once: the transmitter is empty again.
-        self._tx_event = True
+        self._transmitted(True)
