@@ -1,1 +1,24 @@
 """The format: a qcow2 driver that reads and writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backend.disk import Disk
+from ..backend.registry import Format
+from .check import CheckResult
+from .create import CreateOptions
+from .create import create as _create
+from .driver import Qcow2Disk
+from .header import probe
+from .snapshots import Snapshot, Snapshots
+
+__all__ = ["FORMAT", "CheckResult", "CreateOptions", "Qcow2Disk", "Snapshot", "Snapshots"]
+
+
+def create(file: Disk, size: int, **options: Any) -> None:
+    """Write an empty image into ``file``; the options are those of CreateOptions."""
+    _create(file, size, CreateOptions(**options))
+
+
+FORMAT = Format("qcow2", probe, Qcow2Disk.open, create)

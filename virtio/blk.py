@@ -186,14 +186,18 @@ class VirtioBlk(VirtioDevice):
         """
         memory = self._memory
         request = parse_request(chain, memory, self.structs)
+        kind, sector, outgoing, incoming, status_byte = request
         written = 0
         status = at.VIRTIO_BLK_S_OK
         try:
-            kind = request.kind
             if kind == VIRTIO_BLK_T_IN:
-                written = self._read(request)
+                if outgoing:
+                    raise _RefusedError("a read with data for the device")
+                written = self._read(sector, incoming)
             elif kind == VIRTIO_BLK_T_OUT:
-                self._write(request)
+                if incoming:
+                    raise _RefusedError("a write with room for data")
+                self._write(sector, outgoing)
             else:
                 handler = self._handlers.get(kind)
                 if handler is None:
@@ -206,32 +210,27 @@ class VirtioBlk(VirtioDevice):
             self.violation(error)
         except (OSError, PyvirtioError) as error:
             status = at.VIRTIO_BLK_S_IOERR
-            _log.warning("I/O error at sector %d: %s", request.sector, error)
+            _log.warning("I/O error at sector %d: %s", sector, error)
         except ValueError:
             if not self.disk.closed:
                 raise
             status = at.VIRTIO_BLK_S_IOERR
-        memory.store_byte(request.status, status)
+        memory.store_byte(status_byte, status)
         return written + 1
 
-    def _read(self, request: BlockRequest) -> int:
-        segments = request.incoming
-        if request.outgoing:
-            raise _RefusedError("a read with data for the device")
+    def _read(self, sector: int, segments: list[Segment]) -> int:
+        """Read from the disk into ``segments``; how many bytes."""
         memory = self._memory
-        offset = request.sector * SECTOR_SIZE
-        length = self._length(request.sector, segments)
+        length = segments[0][1] if len(segments) == 1 else _total(segments)
+        if length & (SECTOR_SIZE - 1) or sector + length // SECTOR_SIZE > self.capacity:
+            raise self._out_of_bounds(sector, length)
+        offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
             memory.check(segments, True)
             for part, size in _pieces(segments, memory.map_limit):
-                self._read_part(offset, part)
+                self._read(offset // SECTOR_SIZE, part)
                 offset += size
-        else:
-            self._read_part(offset, segments)
-        return length
-
-    def _read_part(self, offset: int, segments: list[Segment]) -> None:
-        memory = self._memory
+            return length
         views = memory.map(segments, True)
         done = False
         try:
@@ -239,43 +238,34 @@ class VirtioBlk(VirtioDevice):
             done = True
         finally:
             memory.unmap(segments, views, done)
+        return length
 
-    def _write(self, request: BlockRequest) -> None:
-        segments = request.outgoing
+    def _write(self, sector: int, segments: list[Segment]) -> None:
+        """Write ``segments`` to the disk."""
         if self.read_only:
             # BLK-66, BLK-67; whether RO was accepted or not. Not held against the driver.
             raise OSError("write to a read-only device")
-        if request.incoming:
-            raise _RefusedError("a write with room for data")
         memory = self._memory
-        offset = request.sector * SECTOR_SIZE
-        length = self._length(request.sector, segments)
+        length = segments[0][1] if len(segments) == 1 else _total(segments)
+        if length & (SECTOR_SIZE - 1) or sector + length // SECTOR_SIZE > self.capacity:
+            raise self._out_of_bounds(sector, length)
+        offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
             memory.check(segments, False)
             for part, size in _pieces(segments, memory.map_limit):
-                self._write_part(offset, part)
+                self._write(offset // SECTOR_SIZE, part)
                 offset += size
-        else:
-            self._write_part(offset, segments)
-
-    def _write_part(self, offset: int, segments: list[Segment]) -> None:
-        memory = self._memory
+            return
         views = memory.map(segments, False)
         try:
             self.disk.writev(offset, views, fua=not self._writeback)
         finally:
             memory.unmap(segments, views)
 
-    def _length(self, sector: int, segments: list[Segment]) -> int:
-        """How long a read or write is, in bytes. Refuses one that may not be."""
-        length = 0
-        for segment in segments:
-            length += segment[1]
+    def _out_of_bounds(self, sector: int, length: int) -> _RefusedError:
         if length % SECTOR_SIZE:
-            raise _RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
-        if sector + length // SECTOR_SIZE > self.capacity:
-            raise _RefusedError(f"{length} bytes at sector {sector} of {self.capacity}")  # BLK-37
-        return length
+            return _RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
+        return _RefusedError(f"{length} bytes at sector {sector} of {self.capacity}")  # BLK-37
 
     def _flush(self, request: BlockRequest) -> int:
         self.disk.flush()
@@ -329,6 +319,13 @@ class VirtioBlk(VirtioDevice):
             if not self._writeback:
                 self.disk.flush()
         return 0
+
+
+def _total(segments: list[Segment]) -> int:
+    length = 0
+    for segment in segments:
+        length += segment[1]
+    return length
 
 
 def _pieces(segments: list[Segment], limit: int) -> Iterator[tuple[list[Segment], int]]:

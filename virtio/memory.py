@@ -176,7 +176,7 @@ class _Region:
         return view if self.flat else view.cast("B")
 
     def open_words(self) -> Words:
-        return self.bytes_view().cast("H")
+        return memoryview(self.buffer).cast("H")
 
 
 class BufferMemory(GuestMemory):
@@ -229,6 +229,9 @@ class BufferMemory(GuestMemory):
         return pieces[0][0] if len(pieces) == 1 else None
 
     def read(self, pa: int, length: int) -> bytes:
+        base, end, buffer = self._main
+        if base <= pa and pa + length <= end:
+            return bytes(buffer[pa - base : pa - base + length])
         parts = []
         for region, start, end in self._pieces(pa, length, False):
             with region.bytes_view() as view, view[start:end] as part:
@@ -306,6 +309,7 @@ class BufferMemory(GuestMemory):
         region = self._single(pa, length, True)
         if (
             region is None
+            or not region.flat
             or order != sys.byteorder
             or (region.end - region.base) % 2
             or (pa - region.base) % 2

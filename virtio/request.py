@@ -6,6 +6,8 @@ readable bytes, the status the last writable byte, and data is what lies between
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..errors import GuestError
 from .layout import CHAIN_BYTES_MAX, Structs
 from .memory import GuestMemory, Segment
@@ -14,35 +16,19 @@ from .ring import Chain
 __all__ = ["BlockRequest", "parse_request"]
 
 
-class BlockRequest:
+class BlockRequest(NamedTuple):
     """One request of a driver, as it stands in the ring: its data is still only addresses."""
 
-    __slots__ = ("incoming", "kind", "outgoing", "sector", "status")
-
-    def __init__(
-        self,
-        kind: int,
-        sector: int,
-        outgoing: list[Segment],
-        incoming: list[Segment],
-        status: int,
-    ) -> None:
-        self.kind = kind
-        """``VIRTIO_BLK_T_…``, or whatever the driver wrote there."""
-        self.sector = sector
-        """In units of 512 bytes."""
-        self.outgoing = outgoing
-        """Data from the driver."""
-        self.incoming = incoming
-        """Room for data to the driver."""
-        self.status = status
-        """Physical address of the status byte."""
-
-    def __repr__(self) -> str:
-        return (
-            f"BlockRequest(kind={self.kind}, sector={self.sector}, outgoing={self.outgoing!r}, "
-            f"incoming={self.incoming!r}, status={self.status:#x})"
-        )
+    kind: int
+    """``VIRTIO_BLK_T_…``, or whatever the driver wrote there."""
+    sector: int
+    """In units of 512 bytes."""
+    outgoing: list[Segment]
+    """Data from the driver."""
+    incoming: list[Segment]
+    """Room for data to the driver."""
+    status: int
+    """Physical address of the status byte."""
 
 
 def split_last_byte(segments: list[Segment]) -> tuple[list[Segment], int] | None:
@@ -78,33 +64,32 @@ def parse_request(chain: Chain, memory: GuestMemory, structs: Structs) -> BlockR
     Raises GuestError for a chain that has no status byte or no whole header, that is longer than
     2^32 bytes (VQ-S-16), or whose header is not in RAM.
     """
-    readable = chain.readable
-    writable = chain.writable
+    _, readable, writable = chain
     if len(readable) + len(writable) > 3:
-        total = 0
-        for _, length in readable:
-            total += length
-        for _, length in writable:
-            total += length
-        if total > CHAIN_BYTES_MAX:
-            raise GuestError(f"a chain of {total} bytes")
-    # The status byte, in a descriptor of its own as nearly always.
-    if writable and writable[-1][1] == 1:
-        status = writable[-1][0]
-        incoming = writable[:-1]
-    else:
-        ending = split_last_byte(writable)
-        if ending is None:
-            raise GuestError("a request without a status byte")
-        incoming, status = ending
-    header = structs.blk_request
-    if readable and readable[0][1] == 16:
-        kind, _, sector = memory.load(header, readable[0][0])
-        outgoing = readable[1:]
-    else:
-        parts = skip(readable, 16)
-        if parts is None:
-            raise GuestError("a request without a whole header")
-        first, outgoing = parts
-        kind, _, sector = header.unpack(b"".join(memory.read(*part) for part in first))
-    return BlockRequest(kind, sector, outgoing, incoming, status)
+        _check_length(readable, writable)
+    if readable and writable and readable[0][1] == 16 and writable[-1][1] == 1:
+        # The usual shape: header and status in descriptors of their own.
+        kind, _, sector = memory.load(structs.blk_request, readable[0][0])
+        # tuple.__new__ is what BlockRequest() would end in.
+        return tuple.__new__(
+            BlockRequest, (kind, sector, readable[1:], writable[:-1], writable[-1][0])
+        )
+    ending = split_last_byte(writable)
+    if ending is None:
+        raise GuestError("a request without a status byte")
+    beginning = skip(readable, 16)
+    if beginning is None:
+        raise GuestError("a request without a whole header")
+    header, outgoing = beginning
+    kind, _, sector = structs.blk_request.unpack(b"".join(memory.read(*part) for part in header))
+    return BlockRequest(kind, sector, outgoing, *ending)
+
+
+def _check_length(readable: list[Segment], writable: list[Segment]) -> None:
+    total = 0
+    for _, length in readable:
+        total += length
+    for _, length in writable:
+        total += length
+    if total > CHAIN_BYTES_MAX:
+        raise GuestError(f"a chain of {total} bytes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .memory import Segment
 
@@ -36,21 +37,15 @@ class QueueState:
     """Free-running number of the next used element (16 bits), published or not."""
 
 
-class Chain:
+class Chain(NamedTuple):
     """A chain of descriptors: a request's memory, as addresses. Nothing is mapped yet."""
 
-    __slots__ = ("head", "readable", "writable")
-
-    def __init__(self, head: int, readable: list[Segment], writable: list[Segment]) -> None:
-        self.head = head
-        """What names the chain to the driver."""
-        self.readable = readable
-        """What the device may read, in order."""
-        self.writable = writable
-        """What it may write, in order."""
-
-    def __repr__(self) -> str:
-        return f"Chain({self.head}, {self.readable!r}, {self.writable!r})"
+    head: int
+    """What names the chain to the driver."""
+    readable: list[Segment]
+    """What the device may read, in order."""
+    writable: list[Segment]
+    """What it may write, in order."""
 
 
 class Ring(ABC):

@@ -40,6 +40,8 @@ MAX_INDIRECT = 1024
 made the queue smaller; QEMU's limit is the same.
 """
 
+_NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE
+
 
 def legacy_layout(address: int, size: int, align: int) -> tuple[int, int, int]:
     """Where the three parts of a legacy queue at ``address`` lie (§2.7.2; VQ-S-04, VQ-S-05)."""
@@ -80,6 +82,7 @@ class SplitRing(Ring):
         self.structs = structs
         self._memory = memory
         self._mask = size - 1
+        self._steps = range(size)
         self._max_indirect = max(MAX_INDIRECT, state.max_size)
         self._read_desc, self._desc_origin = memory.reader(
             structs.desc, state.descriptor_area, VIRTQ_DESC_SIZE * size
@@ -116,46 +119,40 @@ class SplitRing(Ring):
         writable: list[Segment] = []
         read = self._read_desc
         origin = self._desc_origin
-        left = mask
-        while True:
+        for _ in self._steps:
             if index > mask:
-                raise GuestError(f"descriptor {index} of a queue of {state.size}")
-            address, length, flags, following = read(origin + 16 * index)
-            if flags & VIRTQ_DESC_F_INDIRECT:
-                self._follow(address, length, flags, readable, writable)
-                break
-            if flags & VIRTQ_DESC_F_WRITE:
+                raise GuestError(f"descriptor {index} of a queue of {mask + 1}")
+            address, length, flags, index = read(origin + 16 * index)
+            if flags == _NEXT_WRITE:
                 writable.append((address, length))
-            elif writable:
-                raise GuestError("a device-readable descriptor after a device-writable one")
-            else:
-                readable.append((address, length))
-            if not flags & VIRTQ_DESC_F_NEXT:
+            elif flags & VIRTQ_DESC_F_INDIRECT:
+                if flags & VIRTQ_DESC_F_NEXT:
+                    raise GuestError("an indirect descriptor with a next one")  # VQ-S-21
+                self._follow(address, length, readable, writable)
                 break
-            if not left:
-                raise GuestError("a chain of more descriptors than the queue has")
-            left -= 1
-            index = following
-        return Chain(head, readable, writable)
+            else:
+                if flags & VIRTQ_DESC_F_WRITE:
+                    writable.append((address, length))
+                elif writable:
+                    raise GuestError("a device-readable descriptor after a device-writable one")
+                else:
+                    readable.append((address, length))
+                if not flags & VIRTQ_DESC_F_NEXT:
+                    break
+        else:
+            raise GuestError("a chain of more descriptors than the queue has")
+        return tuple.__new__(Chain, (head, readable, writable))  # what Chain() would end in
 
     def _follow(
-        self,
-        address: int,
-        length: int,
-        flags: int,
-        readable: list[Segment],
-        writable: list[Segment],
+        self, address: int, length: int, readable: list[Segment], writable: list[Segment]
     ) -> None:
         """Take the descriptors of an indirect table (§2.7.5.3); VQ-S-18 to VQ-S-24."""
         if not self.indirect:
             raise GuestError("an indirect descriptor, which was not negotiated")
-        if flags & VIRTQ_DESC_F_NEXT:
-            raise GuestError("an indirect descriptor with a next one")
-        count = length // VIRTQ_DESC_SIZE
-        if not count or length % VIRTQ_DESC_SIZE:
+        if not length or length % VIRTQ_DESC_SIZE:
             raise GuestError(f"an indirect table of {length} bytes")
         # One copy of what a chain can use of it: the table may be huge, the chain may not.
-        count = min(count, self._max_indirect)
+        count = min(length // VIRTQ_DESC_SIZE, self._max_indirect)
         table = self._memory.read(address, VIRTQ_DESC_SIZE * count)
         unpack = self.structs.desc.unpack_from
         index = 0
@@ -163,6 +160,9 @@ class SplitRing(Ring):
             if index >= count:
                 raise GuestError(f"descriptor {index} of an indirect table of {count}")
             address, length, flags, index = unpack(table, 16 * index)
+            if flags == _NEXT_WRITE:
+                writable.append((address, length))
+                continue
             if flags & VIRTQ_DESC_F_INDIRECT:
                 raise GuestError("an indirect table inside an indirect table")
             if flags & VIRTQ_DESC_F_WRITE:

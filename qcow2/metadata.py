@@ -1,0 +1,323 @@
+"""The image's metadata as one whole: tables, refcounts, and the order in which they reach the file.
+
+Going up, data is stable before the L2 entry that maps it, a refcount before the entry that
+relies on it, a refcount block before its table entry, an L2 table before the L1 entry that names
+it. Going down, a dropped reference is stable before the refcount falls (``quarantine.py``).
+:meth:`Metadata.flush` is where that order is made:
+
+    refcounts, new L2 tables, data  | sync |  refcount table entries  | sync |  L2 entries  | sync |
+    L1 entries  | sync |  dropped references lower their refcounts, in memory
+
+so a cut at any moment leaves leaks at worst.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Lock
+
+from ..backend.disk import Disk
+from ..errors import BackendError, ImageError
+from . import layout
+from .cache import TableCache
+from .header import Header
+from .health import Health
+from .layout import ClusterKind
+from .quarantine import DiscardKind, DroppedReferences, merge_runs
+from .refcounts import Refcounts, load_table, pack_table
+from .requests import RequestGate
+from .tables import Tables, entry_kind
+
+__all__ = ["CacheSizes", "Metadata"]
+
+_SLICE_SIZE = 4096
+"""Bytes of a table that are read and written at once (QEMU's default l2-cache-entry-size)."""
+
+
+class CacheSizes:
+    """How much memory the caches may take, in bytes; it is used only as far as it fills."""
+
+    __slots__ = ("l2", "refcount")
+
+    def __init__(self, l2: int = 32 << 20, refcount: int = 4 << 20) -> None:
+        self.l2 = l2
+        self.refcount = refcount
+
+
+class Metadata:
+    """Everything of an open image that is neither data nor policy."""
+
+    def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
+        self.file = file
+        self.header = header
+        self.geometry = header.geometry
+        self.cluster_bits = self.geometry.cluster_bits
+        self.cluster_size = self.geometry.cluster_size
+        self.read_only = read_only
+        self.health = Health()
+        self.gate = RequestGate()
+        self.lock = self.gate.lock
+        slot = min(self.cluster_size, _SLICE_SIZE)
+        l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
+        l1 = load_table(file, header.l1_table_offset, header.l1_size)
+        self.tables = Tables(l1, self.geometry, l2_cache)
+        refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
+        self.refcounts = Refcounts(file, header, refcount_cache, self.health)
+        self.dropped = DroppedReferences()
+        """References dropped since the last flush began."""
+        self.discards = {
+            DiscardKind.NEVER: False,
+            DiscardKind.REQUEST: True,
+            DiscardKind.SNAPSHOT: True,
+            DiscardKind.OTHER: False,
+            DiscardKind.ALWAYS: True,
+        }
+        """Whether clusters freed for that reason are discarded in the file below."""
+        self._flushing = Lock()
+
+    def close(self) -> None:
+        """Give the caches' memory back. Nothing is written."""
+        self.tables.cache.close()
+        self.refcounts.cache.close()
+
+    # -- L2 tables to write to -------------------------------------------------------------------
+
+    def prepare(self, cluster: int) -> int:
+        """Have an L2 table of our own for guest cluster ``cluster``, its slice pinned.
+
+        Returns the position of the entry in the slab; :meth:`Tables.set_entries` on this slice
+        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull.
+        """
+        l1_index = cluster >> self.geometry.l2_bits
+        if self.tables.l1[l1_index] & layout.COPIED == 0 or not self.tables.l2_offset(l1_index):
+            self._own_l2_table(l1_index)
+        position = self.tables.locate(cluster)
+        self.tables.cache.pin(position >> self.tables.cache.slot_bits)
+        return position
+
+    def unpin(self, position: int) -> None:
+        """Release the slice that :meth:`prepare` pinned."""
+        self.tables.cache.unpin(position >> self.tables.cache.slot_bits)
+
+    def _own_l2_table(self, l1_index: int) -> None:
+        """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table."""
+        old = self.tables.l2_offset(l1_index)
+        contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
+        new, _, _ = self.refcounts.allocate(1)
+        try:
+            self.file.write(new << self.cluster_bits, contents)
+        except BaseException:
+            self.refcounts.add(new, 1, -1)
+            raise
+        self.tables.set_l1(l1_index, new << self.cluster_bits | layout.COPIED)
+        if old:
+            self.forget_l2_table(old)
+            self.dropped.add(old >> self.cluster_bits, 1, DiscardKind.OTHER)
+
+    def read_l2_table(self, offset: int) -> bytes:
+        """A whole L2 table as it is now: from the cache where it is there, else from the file."""
+        cache = self.tables.cache
+        table = bytearray(self.file.read(offset, self.cluster_size))
+        for start in range(0, self.cluster_size, cache.slot_size):
+            slot = cache.index.get(offset + start)
+            if slot is not None:
+                table[start : start + cache.slot_size] = cache.slice(slot)
+        return bytes(table)
+
+    def write_l2_table(self, offset: int, contents: bytes) -> None:
+        """Replace a whole L2 table at once, in the file and in the cache.
+
+        For changes that are right at any moment, in an exclusive operation.
+        """
+        cache = self.tables.cache
+        self.file.write(offset, contents)
+        for start in range(0, self.cluster_size, cache.slot_size):
+            slot = cache.index.get(offset + start)
+            if slot is not None:
+                cache.slice(slot)[:] = contents[start : start + cache.slot_size]
+
+    def forget_l2_table(self, offset: int) -> None:
+        """Drop the cached slices of an L2 table that is no longer ours."""
+        self.tables.cache.forget(offset, self.cluster_size)
+
+    # -- giving up references ----------------------------------------------------------------------
+
+    def drop_entry(self, entry: int, kind: DiscardKind) -> None:
+        """The L2 entry ``entry`` is gone: what it referred to has one reference less."""
+        what = entry_kind(entry)
+        if what is ClusterKind.COMPRESSED:
+            offset, length = self.geometry.compressed_extent(entry)
+            first = offset >> self.cluster_bits
+            last = (offset + length - 1) >> self.cluster_bits
+            self.dropped.add(first, last - first + 1, kind)
+        elif entry & layout.OFFSET_MASK:
+            self.dropped.add((entry & layout.OFFSET_MASK) >> self.cluster_bits, 1, kind)
+
+    def release(self, dropped: DroppedReferences) -> None:
+        """Lower the refcounts of references whose drop is stable and unobserved (lock held)."""
+        while dropped.runs:
+            first, count, kind = dropped.runs[-1]
+            try:
+                self.lower(first, count, kind)
+            except BackendError:
+                # The refcounts cannot be had now: the clusters stay in quarantine.
+                self.dropped.extend(dropped)
+                return
+            except ImageError as error:
+                self.health.poison(str(error))
+                return
+            dropped.runs.pop()
+
+    def lower(self, first: int, count: int, kind: DiscardKind) -> None:
+        """Lower refcounts now (lock held); what becomes free is discarded if the policy says so.
+
+        The dropped references must be off the disk.
+        """
+        for start, length in merge_runs(self.refcounts.add(first, count, -1)):
+            offset, size = start << self.cluster_bits, length << self.cluster_bits
+            self.tables.cache.forget(offset, size)
+            end = min(offset + size, self.file.size)
+            if self.discards[kind] and offset < end:
+                with suppress(BackendError):  # a hint, and nothing depends on it
+                    self.file.discard(offset, end - offset)
+
+    # -- the header --------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raise BackendError if the image is open read-only or must not be written any more."""
+        if self.read_only:
+            raise BackendError(errno.EPERM, "the image is open read-only", self.file.filename)
+        self.health.check()
+
+    def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
+        """Make another L1 table, stable at host byte ``offset``, the active one (lock held).
+
+        ``size`` is the disk's size with it. One write into the header's first sector.
+        """
+        header = self.header
+        self.file.write(
+            layout.SIZE_OFFSET,
+            layout.SIZE_AND_L1.pack(size, header.crypt_method, len(l1), offset),
+        )
+        self.file.flush()
+        header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
+        self.tables.l1 = l1
+
+    # -- to stable storage -------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """True if metadata differs from the file, or dropped references wait for a flush."""
+        return bool(
+            self.tables.cache.dirty
+            or self.tables.dirty_l1
+            or self.refcounts.cache.dirty
+            or self.refcounts.has_new_blocks
+            or self.dropped
+        )
+
+    def flush(self) -> None:
+        """Bring everything to stable storage that was written before the call."""
+        with self.lock:
+            epoch = self.gate.enter()
+        try:
+            self.flush_inside()
+        finally:
+            with self.lock:
+                self.gate.leave(epoch)
+
+    def flush_inside(self) -> None:
+        """:meth:`flush` for a request that is inside the gate already."""
+        with self._flushing:
+            self.flush_alone()
+
+    def flush_alone(self) -> None:
+        """:meth:`flush` where no other flush can run: in an exclusive operation."""
+        self.health.check()
+        with self.lock:
+            if not self.dirty:
+                staged = None
+            else:
+                self.refcounts.cache.write_dirty()
+                staged = _Staged(self)
+        if staged is None:
+            self.file.flush()
+            return
+        try:
+            staged.write(self)
+        except BaseException:
+            with self.lock:
+                staged.give_back(self)
+            raise
+        with self.lock:
+            staged.slices.done(written=True)
+            dropped = staged.dropped
+            if dropped:
+                self.gate.when_left(lambda: self.release(dropped))
+
+    def settle(self) -> None:
+        """Flush until nothing is left to be done (in an exclusive operation)."""
+        self.flush_alone()
+        with self.lock:
+            again = self.dirty
+        if again:
+            self.flush_alone()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Be alone with an image whose metadata is settled, and leave it so."""
+        with self.gate.exclusive():
+            self.settle()
+            yield
+            self.settle()
+
+
+class _Staged:
+    """What one flush takes to the file: the state of the metadata at one moment."""
+
+    __slots__ = ("blocks", "dropped", "l1", "slices")
+
+    def __init__(self, metadata: Metadata) -> None:
+        tables = metadata.tables
+        self.blocks = metadata.refcounts.take_new_blocks()
+        self.slices = tables.cache.take_dirty()
+        self.l1 = [(index, tables.l1[index]) for index in sorted(tables.dirty_l1)]
+        tables.dirty_l1.clear()
+        self.dropped = metadata.dropped
+        metadata.dropped = DroppedReferences()
+
+    def write(self, metadata: Metadata) -> None:
+        """Write each kind, with a sync before whatever relies on it."""
+        file = metadata.file
+        file.flush()
+        if self.blocks:
+            with metadata.lock:
+                metadata.refcounts.write_entries(self.blocks)
+            file.flush()
+        if self.slices:
+            self.slices.write(file)
+            file.flush()
+        if self.l1:
+            for first, entries in _runs(self.l1):
+                file.write(metadata.header.l1_table_offset + 8 * first, pack_table(entries))
+            file.flush()
+
+    def give_back(self, metadata: Metadata) -> None:
+        """The flush failed: everything is dirty again."""
+        metadata.refcounts.keep_new_blocks(self.blocks)
+        self.slices.done(written=False)
+        metadata.tables.dirty_l1.update(index for index, _ in self.l1)
+        self.dropped.extend(metadata.dropped)
+        metadata.dropped = self.dropped
+
+
+def _runs(entries: list[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """Entries (index, value) in order as runs (first index, values)."""
+    start = 0
+    for i in range(1, len(entries) + 1):
+        if i == len(entries) or entries[i][0] != entries[i - 1][0] + 1:
+            yield entries[start][0], [value for _, value in entries[start:i]]
+            start = i

@@ -1,0 +1,68 @@
+"""References that were dropped, until it is safe to lower the refcounts.
+
+A cluster that lost a reference keeps its refcount, and so cannot be handed out again, until the
+drop is on stable storage *and* every request that may have mapped it has finished. A cut
+before that leaks the cluster; it never lets two owners have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+__all__ = ["DiscardKind", "DroppedReferences", "merge_runs"]
+
+
+class DiscardKind(Enum):
+    """Why clusters became free (``QCOW2_DISCARD_*``): decides whether the file below hears."""
+
+    NEVER = "never"
+    REQUEST = "request"
+    SNAPSHOT = "snapshot"
+    OTHER = "other"
+    ALWAYS = "always"
+
+
+class DroppedReferences:
+    """A batch of (first host cluster, count, kind): one reference to each cluster was dropped."""
+
+    __slots__ = ("clusters", "runs")
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, int, DiscardKind]] = []
+        self.clusters = 0
+        """How many references, over all runs."""
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    def add(self, first: int, count: int, kind: DiscardKind) -> None:
+        """One more run; joined to the last one where it continues it."""
+        self.clusters += count
+        if self.runs:
+            last, length, last_kind = self.runs[-1]
+            if last + length == first and last_kind is kind:
+                self.runs[-1] = (last, length + count, kind)
+                return
+        self.runs.append((first, count, kind))
+
+    def extend(self, other: DroppedReferences) -> None:
+        """Take over another batch's runs."""
+        self.runs += other.runs
+        self.clusters += other.clusters
+
+
+def merge_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Cluster numbers, in any order, as sorted runs (first, count); each counts once."""
+    runs: list[tuple[int, int]] = []
+    first = end = -1
+    for number in sorted(numbers):
+        if number == end:
+            end += 1
+        elif number >= end:
+            if end > first:
+                runs.append((first, end - first))
+            first, end = number, number + 1
+    if end > first:
+        runs.append((first, end - first))
+    return runs

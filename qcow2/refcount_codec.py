@@ -1,0 +1,133 @@
+"""Refcounts of 1 to 64 bits in the bytes of a refcount block (spec, "Host cluster management").
+
+Entries narrower than a byte fill it from the least significant bits up; wider ones are
+big-endian. Positions are entry indices into ``view``, which holds (a slice of) a block.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
+
+__all__ = ["RefcountCodec", "codec_for"]
+
+
+class RefcountCodec(ABC):
+    """Reads and writes runs of refcounts of one width."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.max = (1 << (1 << order)) - 1
+
+    @abstractmethod
+    def load(self, view: memoryview, start: int, count: int) -> Sequence[int]:
+        """``count`` refcounts from index ``start`` on."""
+
+    @abstractmethod
+    def store(self, view: memoryview, start: int, values: Sequence[int]) -> None:
+        """Put ``values`` at index ``start`` on."""
+
+    @abstractmethod
+    def find_zero(self, view: memoryview, start: int, end: int) -> int:
+        """The first index in [start, end) whose refcount is 0, or -1."""
+
+    @abstractmethod
+    def zero_run(self, view: memoryview, start: int, end: int) -> int:
+        """How many refcounts in a row are 0, from ``start`` on and before ``end``."""
+
+
+class WideCodec(RefcountCodec):
+    """8 bits and more."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__(order)
+        self._width = (1 << order) // 8
+        self._typecode = {1: "B", 2: "H", 4: "I", 8: "Q"}[self._width]
+        self._swap = self._width > 1 and sys.byteorder == "little"
+
+    def load(self, view: memoryview, start: int, count: int) -> Sequence[int]:
+        width = self._width
+        values = array(self._typecode, bytes(view[start * width : (start + count) * width]))
+        if self._swap:
+            values.byteswap()
+        return values
+
+    def store(self, view: memoryview, start: int, values: Sequence[int]) -> None:
+        width = self._width
+        entries = array(self._typecode, values)
+        if self._swap:
+            entries.byteswap()
+        view[start * width : (start + len(entries)) * width] = entries.tobytes()
+
+    def find_zero(self, view: memoryview, start: int, end: int) -> int:
+        width = self._width
+        entries = array(self._typecode, bytes(view[start * width : end * width]))
+        try:
+            return start + entries.index(0)
+        except ValueError:
+            return -1
+
+    def zero_run(self, view: memoryview, start: int, end: int) -> int:
+        width = self._width
+        data = bytes(view[start * width : end * width])
+        return (len(data) - len(data.lstrip(b"\0"))) // width
+
+
+class NarrowCodec(RefcountCodec):
+    """1, 2 and 4 bits: a stretch of bytes as one little-endian integer holds entry i at bit i*w."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__(order)
+        self._width = 1 << order
+        self._per_byte = 8 >> order
+
+    def _integer(self, view: memoryview, start: int, end: int) -> int:
+        """The entries [start, end), the first in the lowest bits."""
+        first, last = start // self._per_byte, -(-end // self._per_byte)
+        value = int.from_bytes(view[first:last], "little")
+        value >>= (start % self._per_byte) * self._width
+        return value & ((1 << ((end - start) * self._width)) - 1)
+
+    def load(self, view: memoryview, start: int, count: int) -> Sequence[int]:
+        width, per_byte, mask = self._width, self._per_byte, self.max
+        return [
+            (view[i // per_byte] >> (i % per_byte * width)) & mask
+            for i in range(start, start + count)
+        ]
+
+    def store(self, view: memoryview, start: int, values: Sequence[int]) -> None:
+        width, per_byte, mask = self._width, self._per_byte, self.max
+        for i, value in enumerate(values, start):
+            shift = i % per_byte * width
+            view[i // per_byte] = view[i // per_byte] & ~(mask << shift) | (value << shift)
+
+    def _nonzero(self, view: memoryview, start: int, end: int) -> int:
+        """Bit i*w is set where entry start+i is not 0."""
+        value = self._integer(view, start, end)
+        for shift in (2, 1):
+            if shift < self._width:
+                value |= value >> shift
+        count = end - start
+        lowest = ((1 << (count * self._width)) - 1) // self.max
+        return value & lowest
+
+    def find_zero(self, view: memoryview, start: int, end: int) -> int:
+        count = end - start
+        lowest = ((1 << (count * self._width)) - 1) // self.max
+        zero = lowest & ~self._nonzero(view, start, end)
+        if not zero:
+            return -1
+        return start + ((zero & -zero).bit_length() - 1) // self._width
+
+    def zero_run(self, view: memoryview, start: int, end: int) -> int:
+        used = self._nonzero(view, start, end)
+        if not used:
+            return end - start
+        return ((used & -used).bit_length() - 1) // self._width
+
+
+def codec_for(order: int) -> RefcountCodec:
+    """The codec for entries of ``1 << order`` bits."""
+    return NarrowCodec(order) if order < 3 else WideCodec(order)

@@ -1,0 +1,137 @@
+"""Walking all that an L1 table refers to: raising, lowering and inspecting its refcounts.
+
+Snapshots share L2 tables and clusters by reference count: each L1 table that reaches a cluster
+counts once. The work is done table by table on runs of clusters, not cluster by cluster.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+from ..errors import ImageError
+from . import layout
+from .metadata import Metadata
+from .quarantine import merge_runs
+from .refcounts import pack_table
+
+__all__ = ["for_each_run", "l2_tables", "read_entries", "strip_copied", "update_copied"]
+
+_BATCH = 1 << 17
+"""Cluster numbers that are sorted at a time."""
+
+
+def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(L1 index, host offset) of every L2 table that an L1 table names."""
+    for index, entry in enumerate(l1):
+        offset = entry & layout.OFFSET_MASK
+        if offset % metadata.cluster_size:
+            raise ImageError(
+                f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})",
+                field="L1 entry",
+                value=entry,
+            )
+        if offset:
+            yield index, offset
+
+
+def read_entries(metadata: Metadata, offset: int) -> array[int]:
+    """All entries of the L2 table at a host offset, as they are now."""
+    entries = array("Q", metadata.read_l2_table(offset))
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
+    """The host clusters that L2 entries refer to; one touched by two entries is there twice."""
+    bits = metadata.cluster_bits
+    mask, compressed = layout.OFFSET_MASK, layout.COMPRESSED
+    special = layout.COMPRESSED
+    if not any(entries):
+        return []
+    clusters = [(entry & mask) >> bits for entry in entries if entry & mask and not entry & special]
+    for entry in entries:
+        if entry & compressed:
+            offset, length = metadata.geometry.compressed_extent(entry)
+            clusters += range(offset >> bits, ((offset + length - 1) >> bits) + 1)
+    return clusters
+
+
+def for_each_run(
+    metadata: Metadata, l1: Sequence[int], action: Callable[[int, int], object]
+) -> None:
+    """Call ``action(first cluster, count)`` so that every cluster that the L1 table reaches (its
+    L2 tables and what they refer to) is covered once for each reference (lock held)."""
+    pending: list[int] = []
+    for _, offset in l2_tables(metadata, l1):
+        pending.append(offset >> metadata.cluster_bits)
+        pending += clusters_of(metadata, read_entries(metadata, offset))
+        if len(pending) >= _BATCH:
+            _apply(pending, action)
+            pending = []
+    _apply(pending, action)
+
+
+def _apply(clusters: list[int], action: Callable[[int, int], object]) -> None:
+    """Cover each cluster as often as it is listed."""
+    while clusters:
+        clusters.sort()
+        repeated = [b for a, b in pairwise(clusters) if a == b]
+        for first, count in merge_runs(set(clusters) if repeated else clusters):
+            action(first, count)
+        clusters = repeated
+
+
+def strip_copied(metadata: Metadata) -> None:
+    """Clear the COPIED flag in all of the active L1 and L2 tables (lock held).
+
+    Changed L2 tables are written straight to the file: an entry without the flag is right at any
+    moment. A compressed entry has no such flag, and the bit is clear there too.
+    """
+    mask = int.from_bytes((layout.COPIED - 1).to_bytes(8) * (metadata.cluster_size // 8))
+    for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
+        table = int.from_bytes(metadata.read_l2_table(offset))
+        stripped = table & mask
+        if stripped != table:
+            metadata.write_l2_table(offset, stripped.to_bytes(metadata.cluster_size))
+        if metadata.tables.l1[index] != offset:
+            metadata.tables.set_l1(index, offset)
+
+
+def update_copied(metadata: Metadata) -> None:
+    """Set or clear every COPIED flag of the active tables as the refcounts are (lock held).
+
+    The refcounts must be on stable storage: a flag may only be set where the count is 1 for sure.
+    """
+    tables = metadata.tables
+    copied, bits, mask = layout.COPIED, metadata.cluster_bits, layout.OFFSET_MASK
+    for index, offset in list(l2_tables(metadata, tables.l1)):
+        entries = read_entries(metadata, offset)
+        plain = [
+            (entry & mask) >> bits if entry & mask and not entry & layout.COMPRESSED else 0
+            for entry in entries
+        ]
+        own = _single(metadata, [cluster for cluster in plain if cluster] + [offset >> bits])
+        changed = array("Q", entries)
+        for i, cluster in enumerate(plain):
+            if cluster:
+                changed[i] = entries[i] | copied if cluster in own else entries[i] & ~copied
+        if changed != entries:
+            metadata.write_l2_table(offset, pack_table(changed))
+        table_entry = offset | (copied if offset >> bits in own else 0)
+        if table_entry != tables.l1[index]:
+            tables.set_l1(index, table_entry)
+
+
+def _single(metadata: Metadata, clusters: list[int]) -> set[int]:
+    """Those of the clusters whose refcount is 1."""
+    found: set[int] = set()
+    for first, count in merge_runs(set(clusters)):
+        start = first
+        for values in metadata.refcounts.counts(first, count):
+            found.update(start + i for i, value in enumerate(values) if value == 1)
+            start += len(values)
+    return found

@@ -1,0 +1,186 @@
+"""The snapshot table: its entries, decoded and packed (spec, "Snapshots")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..backend.disk import Disk
+from ..errors import ImageError
+from . import layout
+from .header import Header
+
+__all__ = ["Snapshot", "pack_snapshots", "read_snapshots"]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """An internal snapshot."""
+
+    id: str
+    name: str
+    l1_table_offset: int
+    """Host byte offset."""
+    l1_size: int
+    """Entries."""
+    disk_size: int
+    """Bytes: the size the disk had."""
+    vm_state_size: int = 0
+    """Bytes of VM state kept with it."""
+    date_sec: int = 0
+    """When it was taken: seconds since the epoch."""
+    date_nsec: int = 0
+    """Nanoseconds within that second."""
+    vm_clock_nsec: int = 0
+    """The guest's run time, in nanoseconds."""
+    icount: int | None = None
+    """The guest's instruction count, if it was counted."""
+    unknown_extra_data: bytes = b""
+    """Extra data past what we know; kept."""
+
+    def pack(self) -> bytes:
+        """The table entry, padded to a multiple of 8 bytes."""
+        identity, name = (
+            self.id.encode(errors="surrogateescape"),
+            self.name.encode(errors="surrogateescape"),
+        )
+        icount = layout.NO_ICOUNT if self.icount is None else self.icount
+        extra = layout.SNAPSHOT_EXTRA_DATA.pack(self.vm_state_size, self.disk_size, icount)
+        extra += self.unknown_extra_data
+        small_size = self.vm_state_size if self.vm_state_size < 1 << 32 else 0
+        entry = layout.SNAPSHOT_HEADER.pack(
+            self.l1_table_offset,
+            self.l1_size,
+            len(identity),
+            len(name),
+            self.date_sec,
+            self.date_nsec,
+            self.vm_clock_nsec,
+            small_size,
+            len(extra),
+        )
+        entry += extra + identity + name
+        return entry + bytes(-len(entry) % 8)
+
+
+def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
+    """The whole table. Raises ImageError where it exceeds what QEMU reads."""
+    if len(snapshots) > layout.MAX_SNAPSHOTS:
+        raise ImageError(
+            "Too many snapshots",
+            field="nb_snapshots",
+            value=len(snapshots),
+            limit=layout.MAX_SNAPSHOTS,
+        )
+    table = b"".join(snapshot.pack() for snapshot in snapshots)
+    if len(table) > layout.MAX_SNAPSHOT_TABLE_SIZE:
+        raise ImageError(
+            "Snapshot table is too big",
+            field="snapshot table",
+            value=len(table),
+            limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
+        )
+    return table
+
+
+def read_snapshots(file: Disk, header: Header) -> tuple[list[Snapshot], int]:
+    """The snapshots of an image, and the length of their table in bytes."""
+    reader = _TableReader(file, header.snapshots_offset)
+    snapshots = [_read_entry(reader, header, number) for number in range(header.nb_snapshots)]
+    return snapshots, reader.position
+
+
+def _read_entry(reader: _TableReader, header: Header, number: int) -> Snapshot:
+    reader.align()
+    (
+        l1_table_offset,
+        l1_size,
+        id_length,
+        name_length,
+        date_sec,
+        date_nsec,
+        vm_clock_nsec,
+        vm_state_size,
+        extra_size,
+    ) = layout.SNAPSHOT_HEADER.unpack(reader.take(layout.SNAPSHOT_HEADER.size))
+    if extra_size > layout.MAX_SNAPSHOT_EXTRA_DATA:
+        raise ImageError(
+            f"Too much extra metadata in snapshot table entry {number}",
+            field="extra_data_size",
+            value=extra_size,
+            limit=layout.MAX_SNAPSHOT_EXTRA_DATA,
+        )
+    extra = reader.take(extra_size)
+    known = layout.SNAPSHOT_EXTRA_DATA
+    large, disk_size, icount = known.unpack(extra[: known.size].ljust(known.size, b"\0"))
+    snapshot = Snapshot(
+        id=reader.take(id_length).decode(errors="surrogateescape"),
+        name=reader.take(name_length).decode(errors="surrogateescape"),
+        l1_table_offset=l1_table_offset,
+        l1_size=l1_size,
+        disk_size=disk_size if extra_size >= 16 else header.size,
+        vm_state_size=large if extra_size >= 8 else vm_state_size,
+        date_sec=date_sec,
+        date_nsec=date_nsec,
+        vm_clock_nsec=vm_clock_nsec,
+        icount=icount if extra_size >= 24 and icount != layout.NO_ICOUNT else None,
+        unknown_extra_data=extra[known.size :],
+    )
+    return snapshot
+
+
+def check_l1(header: Header, snapshot: Snapshot) -> None:
+    """Raise ImageError unless the place and size of a snapshot's L1 table make sense."""
+    if 8 * snapshot.l1_size > layout.MAX_L1_SIZE:
+        raise ImageError(
+            "Snapshot L1 table too large",
+            field="snapshot l1_size",
+            value=snapshot.l1_size,
+            limit=layout.MAX_L1_SIZE // 8,
+        )
+    end = snapshot.l1_table_offset + 8 * snapshot.l1_size
+    if end > layout.INT64_MAX or snapshot.l1_table_offset % (1 << header.cluster_bits):
+        raise ImageError(
+            "Snapshot L1 table offset invalid",
+            field="snapshot l1_table_offset",
+            value=snapshot.l1_table_offset,
+        )
+
+
+class _TableReader:
+    """Reads the table from its start on, in pieces, no further than it may be long."""
+
+    _CHUNK = 1 << 16
+
+    def __init__(self, file: Disk, offset: int) -> None:
+        self._file = file
+        self._offset = offset
+        self._data = b""
+        self._start = 0
+        self.position = 0
+        """Bytes taken so far."""
+
+    def align(self) -> None:
+        """Go on at the next multiple of 8."""
+        self.position += -self.position % 8
+
+    def take(self, length: int) -> bytes:
+        """The next bytes."""
+        if self.position + length > layout.MAX_SNAPSHOT_TABLE_SIZE:
+            raise ImageError(
+                "Snapshot table is too big",
+                field="snapshot table",
+                value=self.position + length,
+                limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
+            )
+        at = self.position - self._start
+        if at < 0 or at + length > len(self._data):
+            self._start = self.position
+            self._data = self._read(self.position, max(length, self._CHUNK))
+            at = 0
+        self.position += length
+        return self._data[at : at + length]
+
+    def _read(self, position: int, length: int) -> bytes:
+        start = self._offset + position
+        there = min(max(self._file.size - start, 0), length)
+        return self._file.read(start, there).ljust(length, b"\0") if there else bytes(length)

@@ -1,0 +1,193 @@
+"""Internal snapshots: create, apply, delete, list.
+
+Every change is made beside what is there and switched to by one write into the header's first
+sector, so a cut leaves the state before or the state after, and leaks at worst. The order:
+
+create  COPIED flags off and stable | refcounts up and stable | L1 copy and table stable | header
+apply   refcounts of the snapshot up and stable | its L1 copied, stable | header (size and L1)
+        | refcounts of what was active down and stable | COPIED flags on
+delete  table without it stable | header | its refcounts down and stable | COPIED flags on
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+
+from . import layout
+from .metadata import Metadata
+from .quarantine import DiscardKind
+from .refcounts import load_table, pack_table
+from .sharing import for_each_run, strip_copied, update_copied
+from .snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
+
+__all__ = ["Snapshot", "Snapshots"]
+
+
+class Snapshots:
+    """The internal snapshots of one image, in the order of its table. Iterable, with a length."""
+
+    def __init__(self, metadata: Metadata, resized: Callable[[int], None]) -> None:
+        self._metadata = metadata
+        self._resized = resized
+        self._list, self._table_length = read_snapshots(metadata.file, metadata.header)
+
+    @property
+    def table_length(self) -> int:
+        """Bytes of the snapshot table."""
+        return self._table_length
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(list(self._list))
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def find(self, id_or_name: str) -> Snapshot:
+        """The snapshot with that id, else the first with that name. Raises KeyError."""
+        for snapshot in self._list:
+            if snapshot.id == id_or_name:
+                return snapshot
+        for snapshot in self._list:
+            if snapshot.name == id_or_name:
+                return snapshot
+        raise KeyError(f"snapshot {id_or_name!r} does not exist")
+
+    def create(
+        self,
+        name: str,
+        *,
+        vm_clock: int = 0,
+        vm_state_size: int = 0,
+        icount: int | None = None,
+        date: float | None = None,
+    ) -> Snapshot:
+        """Keep the disk as it is now under ``name`` and a new id.
+
+        ``vm_clock`` is the guest's run time in nanoseconds, ``date`` seconds since the epoch (now,
+        if None). Raises ImageError where a limit of the format is reached; nothing is lost then.
+        """
+        self._check_writable()
+        metadata = self._metadata
+        nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
+        snapshot = Snapshot(
+            id=self._new_id(),
+            name=name,
+            l1_table_offset=0,
+            l1_size=0,
+            disk_size=metadata.header.size,
+            vm_state_size=vm_state_size,
+            date_sec=nanoseconds // 1_000_000_000 & 0xFFFF_FFFF,
+            date_nsec=nanoseconds % 1_000_000_000,
+            vm_clock_nsec=vm_clock,
+            icount=icount,
+        )
+        if len(name.encode(errors="surrogateescape")) > 0xFFFF:
+            raise ValueError("the name of a snapshot may be 65535 bytes long")
+        with metadata.exclusive():
+            pack_snapshots([*self._list, snapshot])
+            l1 = metadata.tables.l1
+            with metadata.lock:
+                for_each_run(metadata, l1, metadata.refcounts.check_raise)
+                strip_copied(metadata)
+            metadata.settle()
+            with metadata.lock:
+                for_each_run(metadata, l1, lambda first, n: metadata.refcounts.add(first, n, 1))
+                snapshot.l1_size = len(l1)
+                snapshot.l1_table_offset = self._write_table(pack_table(l1))
+            self._replace_list([*self._list, snapshot])
+        return snapshot
+
+    def apply(self, id_or_name: str) -> None:
+        """Make the disk what it was when the snapshot was taken, its size included."""
+        self._check_writable()
+        metadata = self._metadata
+        snapshot = self.find(id_or_name)
+        with metadata.exclusive():
+            target = self._load_l1(snapshot)
+            needed = metadata.geometry.l1_entries(snapshot.disk_size)
+            target.frombytes(bytes(8 * max(0, needed - len(target))))
+            with metadata.lock:
+                for_each_run(metadata, target, metadata.refcounts.check_raise)
+                for_each_run(metadata, target, lambda first, n: metadata.refcounts.add(first, n, 1))
+                offset = self._write_table(pack_table(target))
+            metadata.flush_alone()
+            header = metadata.header
+            previous = metadata.tables.l1, header.l1_table_offset, header.l1_size
+            with metadata.lock, metadata.health.step("Applying a snapshot"):
+                metadata.switch_l1(target, offset, snapshot.disk_size)
+                self._lower(*previous)
+            metadata.settle()
+            with metadata.lock:
+                update_copied(metadata)
+        self._resized(snapshot.disk_size)
+
+    def delete(self, id_or_name: str) -> None:
+        """Remove a snapshot and free what only it used."""
+        self._check_writable()
+        metadata = self._metadata
+        snapshot = self.find(id_or_name)
+        with metadata.exclusive():
+            l1 = self._load_l1(snapshot)
+            self._replace_list([other for other in self._list if other is not snapshot])
+            with metadata.lock, metadata.health.step("Deleting a snapshot"):
+                self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)
+            metadata.settle()
+            with metadata.lock:
+                update_copied(metadata)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _check_writable(self) -> None:
+        self._metadata.check_writable()
+
+    def _new_id(self) -> str:
+        numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]
+        return str(max(numbers, default=0) + 1)
+
+    def _load_l1(self, snapshot: Snapshot) -> array[int]:
+        """The L1 table of a snapshot, without the COPIED flags, which mean nothing there."""
+        metadata = self._metadata
+        check_l1(metadata.header, snapshot)
+        l1 = load_table(metadata.file, snapshot.l1_table_offset, snapshot.l1_size)
+        return array("Q", [entry & ~layout.COPIED for entry in l1])
+
+    def _write_table(self, contents: bytes) -> int:
+        """Write a table into new clusters; its host offset, 0 for an empty one (lock held)."""
+        metadata = self._metadata
+        if not contents:
+            return 0
+        count = metadata.geometry.clusters(len(contents))
+        first = metadata.refcounts.allocate_contiguous(count)
+        offset = first << metadata.cluster_bits
+        metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
+        return offset
+
+    def _lower(self, l1: array[int], offset: int, size: int) -> None:
+        """Take back the references of an L1 table and the table itself (lock held)."""
+        metadata = self._metadata
+        for_each_run(metadata, l1, lambda first, n: metadata.lower(first, n, DiscardKind.SNAPSHOT))
+        clusters = metadata.geometry.clusters(8 * size)
+        if clusters:
+            metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
+
+    def _replace_list(self, snapshots: list[Snapshot]) -> None:
+        """Write a new snapshot table, switch to it, free the old one."""
+        metadata = self._metadata
+        table = pack_snapshots(snapshots)
+        with metadata.lock:
+            offset = self._write_table(table)
+        metadata.flush_alone()
+        header = metadata.header
+        old_offset, old_length = header.snapshots_offset, self._table_length
+        with metadata.lock, metadata.health.step("Switching the snapshot table"):
+            metadata.file.write(
+                layout.NB_SNAPSHOTS_OFFSET, layout.SNAPSHOT_FIELDS.pack(len(snapshots), offset)
+            )
+            metadata.file.flush()
+            header.nb_snapshots, header.snapshots_offset = len(snapshots), offset
+            self._list, self._table_length = snapshots, len(table)
+            clusters = metadata.geometry.clusters(old_length)
+            if clusters:
+                metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)

@@ -1,0 +1,115 @@
+"""Zero clusters and discards: changes of mapping that move no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import UnsupportedError
+from . import layout
+from .cache import CacheFull
+from .layout import ClusterKind
+from .metadata import Metadata
+from .quarantine import DiscardKind
+from .tables import entry_kind
+
+__all__ = ["discard", "write_zeroes"]
+
+
+def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> None:
+    """Make whole clusters read as zeroes; ``unmap`` gives their host clusters back.
+
+    Needs version 3 (raises UnsupportedError). The end may be the end of the disk.
+    """
+    if metadata.geometry.version < 3:
+        raise UnsupportedError(
+            "Zero clusters need a qcow2 image of compatibility level 1.1", feature="zero clusters"
+        )
+
+    def replace(entry: int) -> int:
+        kind = entry_kind(entry)
+        if kind is ClusterKind.COMPRESSED or (unmap and kind is not ClusterKind.UNALLOCATED):
+            return layout.ZERO
+        return entry | layout.ZERO
+
+    _replace_entries(metadata, offset, length, replace)
+
+
+def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> None:
+    """Give whole clusters back. ``backed``: the image has a backing file.
+
+    Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
+    In a version 2 image with a backing file nothing is done: its old data would show again.
+    """
+    if metadata.geometry.version < 3 and backed:
+        return
+    nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
+
+    def replace(entry: int) -> int:
+        if entry_kind(entry) is ClusterKind.UNALLOCATED and not backed:
+            return entry
+        return nothing
+
+    _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
+
+
+def _replace_entries(
+    metadata: Metadata,
+    offset: int,
+    length: int,
+    replace: Callable[[int], int],
+    *,
+    skip_unallocated: bool = False,
+) -> None:
+    """Put ``replace(entry)`` in place of every L2 entry of the range.
+
+    ``skip_unallocated``: where there is no L2 table nothing needs to change.
+    """
+    metadata.health.check()
+    cluster = offset >> metadata.cluster_bits
+    end = ((offset + length - 1) >> metadata.cluster_bits) + 1
+    with metadata.lock:
+        epoch = metadata.gate.enter()
+    try:
+        while cluster < end:
+            try:
+                with metadata.lock:
+                    cluster += _replace_in_slice(
+                        metadata, cluster, end - cluster, replace, skip_unallocated
+                    )
+            except CacheFull:
+                metadata.flush_inside()
+    finally:
+        with metadata.lock:
+            metadata.gate.leave(epoch)
+
+
+def _replace_in_slice(
+    metadata: Metadata,
+    cluster: int,
+    count: int,
+    replace: Callable[[int], int],
+    skip_unallocated: bool,
+) -> int:
+    """The part of the range in the first slice (lock held); how many clusters that was."""
+    tables = metadata.tables
+    if skip_unallocated:
+        l2_bits = metadata.geometry.l2_bits
+        if not tables.l2_offset(cluster >> l2_bits):
+            return min(count, (((cluster >> l2_bits) + 1) << l2_bits) - cluster)
+    count = min(count, tables.left_in_slice(cluster))
+    if metadata.gate.wait_for_allocations(cluster, count):
+        return 0
+    position = metadata.prepare(cluster)
+    try:
+        old = tables.entries_at(position, count)
+        for i, entry in enumerate(old):
+            tables.check_entry(entry, cluster + i)
+        new = [replace(entry) for entry in old]
+        with metadata.health.step("Changing the mapping"):
+            tables.set_entries(position, new)
+            for before, after in zip(old, new, strict=True):
+                if before != after and not after & layout.OFFSET_MASK and before:
+                    metadata.drop_entry(before, DiscardKind.REQUEST)
+    finally:
+        metadata.unpin(position)
+    return count

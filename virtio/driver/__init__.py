@@ -1,0 +1,27 @@
+"""The guest's side: a small, correct driver in Python, for tests of devices (ours or anybody's).
+
+:class:`BlockDriver` brings a device up through its registers and does requests on a split ring that
+lies in guest memory. Under it :class:`DriverRing` writes any ring at all: wrong ones, too, on
+purpose.
+
+    registers = Registers(mmio.read, mmio.write)
+    driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
+    driver.start()
+    data = driver.read(sector=0, count=8)
+"""
+
+from __future__ import annotations
+
+from .blk import BlockDriver, Completion, DriverError
+from .registers import Registers
+from .ring import Arena, Buffer, DriverRing
+
+__all__ = [
+    "Arena",
+    "BlockDriver",
+    "Buffer",
+    "Completion",
+    "DriverError",
+    "DriverRing",
+    "Registers",
+]

@@ -1,0 +1,299 @@
+"""A driver for virtio block devices (virtio 1.4 §5.2): one request at a time, or as many as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .. import layout as at
+from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
+from ..memory import GuestMemory
+from .registers import Registers
+from .ring import Arena, Buffer, DriverRing
+
+__all__ = ["BlockDriver", "Completion", "DriverError"]
+
+_UNTOUCHED = 0xFF
+"""What a status byte is before the device writes it."""
+
+UNDERSTOOD = sum(
+    1 << bit
+    for bit in (
+        at.VIRTIO_F_ANY_LAYOUT,
+        at.VIRTIO_F_INDIRECT_DESC,
+        at.VIRTIO_F_EVENT_IDX,
+        at.VIRTIO_F_VERSION_1,
+        at.VIRTIO_BLK_F_SIZE_MAX,
+        at.VIRTIO_BLK_F_SEG_MAX,
+        at.VIRTIO_BLK_F_GEOMETRY,
+        at.VIRTIO_BLK_F_RO,
+        at.VIRTIO_BLK_F_BLK_SIZE,
+        at.VIRTIO_BLK_F_FLUSH,
+        at.VIRTIO_BLK_F_TOPOLOGY,
+        at.VIRTIO_BLK_F_CONFIG_WCE,
+        at.VIRTIO_BLK_F_MQ,
+        at.VIRTIO_BLK_F_DISCARD,
+        at.VIRTIO_BLK_F_WRITE_ZEROES,
+    )
+)
+"""The features that this driver knows, as a bit mask."""
+
+
+class DriverError(Exception):
+    """The device did not do what the driver needs; says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came back of a request."""
+
+    status: int
+    """The status byte; 255 if the device did not write it."""
+    used_length: int
+    data: bytes
+    """What the device may have written before the status."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    incoming: int
+    length: int
+    status: int
+
+
+class BlockDriver:
+    """A driver on one queue of a virtio block device behind MMIO registers.
+
+    ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
+    masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
+    devices that work when polled). ``legacy`` and ``order`` are as for the device.
+    """
+
+    def __init__(
+        self,
+        registers: Registers,
+        memory: GuestMemory,
+        arena: Arena,
+        *,
+        features: int = UNDERSTOOD,
+        queue_index: int = 0,
+        queue_size: int = 16,
+        legacy: bool = False,
+        order: ByteOrder = "little",
+        page_size: int = 4096,
+        wait: Callable[[], object] | None = None,
+    ) -> None:
+        self.registers = registers
+        self.memory = memory
+        self.arena = arena
+        self.features = features
+        self.queue_index = queue_index
+        self.queue_size = queue_size
+        self.legacy = legacy
+        self.order: ByteOrder = order
+        self.page_size = page_size
+        self.structs = LITTLE if order == "little" else BIG
+        self.ring: DriverRing
+        self._wait = wait
+        self._pending: dict[int, _Pending] = {}
+
+    # -- bringing the device up ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Reset and initialise the device (§3.1.1). Raises DriverError if it will not."""
+        self.identify()
+        self.negotiate()
+        self.set_up_queue()
+        self.registers.status |= at.STATUS_DRIVER_OK
+
+    def identify(self) -> None:
+        """Check that there is a block device, reset it and say that it was found."""
+        registers = self.registers
+        found = [registers.load(each) for each in (at.MMIO_MAGIC_VALUE, at.MMIO_VERSION)]
+        if found != [at.MMIO_MAGIC, 1 if self.legacy else 2]:
+            raise DriverError(f"no virtio device of that version: {found}")
+        if registers.load(at.MMIO_DEVICE_ID) != at.VIRTIO_ID_BLOCK:
+            raise DriverError("not a block device")
+        registers.status = 0
+        if registers.status:
+            raise DriverError("the device does not reset")
+        registers.status = at.STATUS_ACKNOWLEDGE
+        registers.status |= at.STATUS_DRIVER
+
+    def negotiate(self) -> None:
+        """Accept what is offered and wanted."""
+        registers = self.registers
+        self.features &= registers.offered_features()
+        registers.accept_features(self.features)
+        if not self.legacy:
+            registers.status |= at.STATUS_FEATURES_OK
+            if not registers.status & at.STATUS_FEATURES_OK:
+                raise DriverError("the device refuses the features")
+
+    def set_up_queue(self) -> None:
+        """Lay out the ring and give it to the device."""
+        registers = self.registers
+        largest = registers.select_queue(self.queue_index)
+        size = min(self.queue_size, largest)
+        if not size:
+            raise DriverError(f"there is no queue {self.queue_index}")
+        self.ring = ring = DriverRing.allocate(
+            self.memory,
+            self.arena,
+            size,
+            event_idx=bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1),
+            order=self.order,
+            align=self.page_size if self.legacy else None,
+        )
+        self._pending = {}
+        if self.legacy:
+            ready = registers.enable_legacy_queue(
+                size, ring.descriptors, self.page_size, self.page_size
+            )
+        else:
+            ready = registers.enable_queue(size, ring.descriptors, ring.available, ring.used)
+        if not ready:
+            raise DriverError("the device does not take the queue")
+
+    @property
+    def capacity(self) -> int:
+        """Of the disk, in sectors of 512 bytes."""
+        if self.order == "big":
+            high = self.registers.read(at.MMIO_CONFIG, 4)
+            return high << 32 | self.registers.read(at.MMIO_CONFIG + 4, 4)
+        return self.registers.config(0, 8)
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        kind: int,
+        sector: int = 0,
+        outgoing: bytes = b"",
+        incoming: int = 0,
+        *,
+        cuts: Iterable[int] = (),
+        indirect: int | None = None,
+    ) -> int:
+        """Add one request to the ring (published by :meth:`kick`); its head.
+
+        ``outgoing`` is data for the device, ``incoming`` the number of bytes expected from it.
+        ``cuts`` are lengths of the first descriptors, instead of header, data and status in one
+        each. ``indirect`` puts all but that many descriptors into an indirect table.
+        """
+        memory = self.memory
+        header = self.structs.blk_request.pack(kind, 0, sector)
+        out_at = self.arena.take(len(header) + len(outgoing))
+        memory.write(out_at, header + outgoing)
+        in_at = self.arena.take(incoming + 1)
+        memory.write(in_at, bytes([_UNTOUCHED]) * (incoming + 1))
+        pieces = [
+            Buffer(out_at, len(header)),
+            Buffer(out_at + len(header), len(outgoing)),
+            Buffer(in_at, incoming, True),
+            Buffer(in_at + incoming, 1, True),
+        ]
+        buffers = [piece for piece in pieces if piece.length]
+        lengths = list(cuts)
+        if lengths:
+            whole = [Buffer(out_at, 16 + len(outgoing)), Buffer(in_at, incoming + 1, True)]
+            buffers = _cut(whole, lengths)
+        if indirect is None:
+            head = self.ring.add(buffers)
+        else:
+            table = self.arena.take(at.VIRTQ_DESC_SIZE * len(buffers))
+            head = self.ring.add_indirect(buffers, table, indirect)
+        self._pending[head] = _Pending(in_at, incoming, in_at + incoming)
+        return head
+
+    def kick(self) -> None:
+        """Publish what was added, and notify the device if it wants that."""
+        if self.ring.publish():
+            self.registers.notify(self.queue_index)
+
+    def collect(self) -> dict[int, Completion]:
+        """What is done, by head."""
+        done = {}
+        for head, used_length in self.ring.collect():
+            pending = self._pending.pop(head)
+            done[head] = Completion(
+                self.memory.read(pending.status, 1)[0],
+                used_length,
+                self.memory.read(pending.incoming, pending.length),
+            )
+        if self.ring.event_idx:
+            self.ring.used_event = self.ring.used_index
+        self.registers.take_interrupt()
+        return done
+
+    def request(
+        self,
+        kind: int,
+        sector: int = 0,
+        outgoing: bytes = b"",
+        incoming: int = 0,
+        *,
+        cuts: Iterable[int] = (),
+        indirect: int | None = None,
+    ) -> Completion:
+        """Do one request, see :meth:`submit`. Raises DriverError if nothing comes back."""
+        mark = self.arena.mark()
+        head = self.submit(kind, sector, outgoing, incoming, cuts=cuts, indirect=indirect)
+        self.kick()
+        done = self.collect()
+        if head not in done and self._wait is not None:
+            self._wait()
+            done = self.collect()
+        if head not in done:
+            raise DriverError("the request did not come back")
+        self.arena.give_back(mark)
+        return done[head]
+
+    def read(self, sector: int, count: int) -> bytes:
+        """``count`` sectors from ``sector`` on. Raises DriverError unless the status is OK."""
+        return self._checked(at.VIRTIO_BLK_T_IN, sector, b"", count * SECTOR_SIZE).data
+
+    def write(self, sector: int, data: bytes) -> None:
+        """Write whole sectors. Raises DriverError, as those that follow, unless it went well."""
+        self._checked(at.VIRTIO_BLK_T_OUT, sector, data)
+
+    def flush(self) -> None:
+        """Have everything written before on stable storage."""
+        self._checked(at.VIRTIO_BLK_T_FLUSH)
+
+    def serial(self) -> str:
+        """The device's id string."""
+        data = self._checked(at.VIRTIO_BLK_T_GET_ID, 0, b"", at.VIRTIO_BLK_ID_BYTES).data
+        return data.rstrip(b"\0").decode("ascii")
+
+    def discard(self, sector: int, count: int) -> None:
+        """Say that these sectors are no longer needed."""
+        self._checked(at.VIRTIO_BLK_T_DISCARD, 0, self.segment(sector, count))
+
+    def write_zeroes(self, sector: int, count: int, *, unmap: bool = False) -> None:
+        """Have these sectors read as zeroes."""
+        self._checked(at.VIRTIO_BLK_T_WRITE_ZEROES, 0, self.segment(sector, count, int(unmap)))
+
+    def segment(self, sector: int, count: int, flags: int = 0) -> bytes:
+        """One range of DISCARD or WRITE_ZEROES, as it goes into the request's data."""
+        return self.structs.blk_segment.pack(sector, count, flags)
+
+    def _checked(
+        self, kind: int, sector: int = 0, outgoing: bytes = b"", incoming: int = 0
+    ) -> Completion:
+        completion = self.request(kind, sector, outgoing, incoming)
+        if completion.status != at.VIRTIO_BLK_S_OK:
+            raise DriverError(f"request {kind} at sector {sector}: status {completion.status}")
+        return completion
+
+
+def _cut(buffers: list[Buffer], lengths: list[int]) -> list[Buffer]:
+    """The buffers cut so that the first pieces have these lengths (or end with their buffer)."""
+    pieces = []
+    for address, left, writable in buffers:
+        while left:
+            length = min(lengths.pop(0), left) if lengths else left
+            pieces.append(Buffer(address, length, writable))
+            address += length
+            left -= length
+    return pieces
