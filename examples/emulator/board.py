@@ -151,8 +151,10 @@ class Board:
         return stop is Stop.WAIT and not self.cpu.wakes
 
     def next_event(self) -> int:
-        """The tick at which a timer goes off; :data:`.clint.NEVER` if none is set."""
-        return min(self.clint.deadline(), self.csrs.deadline())
+        """The tick at which a timer goes off; :data:`.clint.NEVER` if none is yet to go off."""
+        now = self.clock.now()
+        timers = (self.clint.deadline(), self.csrs.deadline())
+        return min((tick for tick in timers if tick > now), default=NEVER)
 
     def sleep(self, until: int | None = None) -> None:
         """Let the time pass up to the next timer, or up to tick ``until`` if that is sooner."""

@@ -83,4 +83,4 @@ class WallClock:
         return most
 
     def sleep_until(self, tick: int) -> None:
-        """The board waits for the console or the deadline, whichever comes first, by itself."""
+        time.sleep(max(0, tick - self.now()) / TICKS_PER_SECOND)
