@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -125,6 +126,7 @@ class FileDisk(Disk):
         constructor's.
         """
         name = os.fsdecode(path)
+        _check_preallocation(preallocation)
         flags = os.O_RDWR | os.O_CREAT | _BASE_FLAGS
         try:
             os.close(os.open(name, flags | os.O_EXCL, mode))
@@ -135,6 +137,11 @@ class FileDisk(Disk):
             made = False
         except OSError as error:
             raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
+        if not made and not os.path.exists(name):  # a symbolic link to what is not there yet
+            try:
+                os.close(os.open(name, flags, mode))
+            except OSError as error:
+                raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
         try:
             disk = cls(name, **options)
             try:
@@ -154,36 +161,39 @@ class FileDisk(Disk):
         return disk
 
     # -- reading and writing -------------------------------------------------------------------
-    # The two public methods are overridden for speed alone: one buffer that lies inside the file,
-    # as nearly every request of a guest, goes to the system call with one comparison.
+    # The two public methods are overridden for speed alone: memoryviews inside the file, as nearly
+    # every request of a guest, go to the system call with one comparison.
 
     def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
         """See :meth:`Disk.readv`."""
-        if type(buffers) is not list:
-            buffers = list(buffers)
-        if len(buffers) == 1 and type(view := buffers[0]) is memoryview:
-            length = view.nbytes
-            if offset + length <= self._straight_read_end and offset >= 0:
-                try:
-                    if os.preadv(self._fd, buffers, offset) == length:
-                        return
-                except OSError:
-                    pass  # the long way finds out again, and what to say of it
-        super().readv(offset, buffers)
+        views: list[Any] = buffers if type(buffers) is list else list(buffers)
+        try:
+            length = views[0].nbytes if len(views) == 1 else sum([view.nbytes for view in views])
+            if (
+                offset + length <= self._straight_read_end
+                and offset >= 0
+                and os.preadv(self._fd, views, offset) == length
+            ):
+                return
+        except (AttributeError, BufferError, OSError):
+            pass  # the long way takes any buffers, and finds out again what to say of an error
+        super().readv(offset, views)
 
     def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
         """See :meth:`Disk.writev`."""
-        if type(buffers) is not list:
-            buffers = list(buffers)
-        if len(buffers) == 1 and not fua and type(view := buffers[0]) is memoryview:
-            length = view.nbytes
-            if offset + length <= self._straight_write_end and offset >= 0:
-                try:
-                    if os.pwritev(self._fd, buffers, offset) == length:
-                        return
-                except OSError:
-                    pass
-        super().writev(offset, buffers, fua=fua)
+        views: list[Any] = buffers if type(buffers) is list else list(buffers)
+        try:
+            length = views[0].nbytes if len(views) == 1 else sum([view.nbytes for view in views])
+            if (
+                offset + length <= self._straight_write_end
+                and offset >= 0
+                and not fua
+                and os.pwritev(self._fd, views, offset) == length
+            ):
+                return
+        except (AttributeError, BufferError, OSError):
+            pass
+        super().writev(offset, views, fua=fua)
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         try:
@@ -259,8 +269,12 @@ class FileDisk(Disk):
 
     @property
     def filename(self) -> str:
-        """The path as it was given."""
+        """The path as it was given; to be set if the file has been moved."""
         return self._path
+
+    @filename.setter
+    def filename(self, path: str) -> None:
+        self._path = self._locks.filename = path
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -298,10 +312,7 @@ class FileDisk(Disk):
             raise failure from error
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        if preallocation not in ("off", "falloc", "full"):
-            raise UnsupportedError(
-                f"Unsupported preallocation mode: {preallocation}", feature="preallocation"
-            )
+        _check_preallocation(preallocation)
         if self._is_device:
             self._truncate_device(size, preallocation)
             return
@@ -388,20 +399,19 @@ class FileDisk(Disk):
             self._refuse(0, 0)
         self._set_size(os.lseek(self._fd, 0, os.SEEK_END))
 
-    def rename(self, path: StrPath) -> None:
-        """Move the file to another name of the same file system, replacing what is there."""
-        name = os.fsdecode(path)
-        try:
-            os.replace(self._path, name)
-        except OSError as error:
-            raise self._failed(error, f"Could not rename to '{name}'") from error
-        self._path = name
-        self._locks.filename = name
-
     def _close(self) -> None:
         self._straight_read_end = self._straight_write_end = _NO_STRAIGHT
         fd, self._fd = self._fd, -1
         os.close(fd)
+
+    def __del__(self) -> None:
+        # A disk that was forgotten must not keep its image locked.
+        fd = getattr(self, "_fd", -1)
+        if fd >= 0:
+            self._fd = -1
+            os.close(fd)
+            message = f"unclosed disk {self._path!r}"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def _set_size(self, size: int) -> None:
         super()._set_size(size)
@@ -440,6 +450,11 @@ def _check_modes(cache: str, discard: str) -> None:
         raise ValueError(f"Invalid discard option: {discard}")
 
 
+def _check_preallocation(mode: str) -> None:
+    if mode not in ("off", "falloc", "full"):
+        raise UnsupportedError(f"Unsupported preallocation mode: {mode}", feature="preallocation")
+
+
 def _kind_checked(status: os.stat_result, path: str) -> bool:
     """True for a block device, False for a regular file; anything else raises BackendError."""
     if stat.S_ISREG(status.st_mode):
@@ -459,14 +474,19 @@ def _open(path: str, read_only: bool, cache: str) -> int:
     try:
         # Asked before opening, since opening alone has effects on some devices. What passes and
         # then turns out to be a pipe is not waited for.
-        is_device = _kind_checked(os.stat(path), path)
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode) and not read_only:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        is_device = _kind_checked(status, path)
         return os.open(path, _flags(read_only, cache) | (0 if is_device else os.O_NONBLOCK))
     except BackendError:
         raise
     except OSError as error:
         if cache == "none" and error.errno == errno.EINVAL:
             raise BackendError(
-                errno.EINVAL, f"Could not open '{path}': O_DIRECT is not supported here", path
+                errno.EINVAL,
+                f"Could not open '{path}': filesystem does not support O_DIRECT",
+                path,
             ) from error
         raise BackendError.wrap(error, f"Could not open '{path}'", path) from error
     except ValueError as error:  # a NUL in the name

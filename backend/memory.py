@@ -100,6 +100,10 @@ class MemoryDisk(Disk):
                 self._make_room(size)
             self._set_size(size)
 
+    def _close(self) -> None:
+        if not self._owned:
+            self._data.release()  # or the caller could not close an mmap
+
     def _make_room(self, end: int) -> None:
         """Have memory up to ``end``. Readers under way go on with the old memory, whole."""
         if end > len(self._data):

@@ -6,17 +6,17 @@ import errno
 import os
 import re
 import stat
-import tempfile
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import BackendError, ImageError, InUseError, UnsupportedError
+from ..errors import BackendError, ImageError, InUseError, PyvirtioError, UnsupportedError
 from .disk import Disk
 from .file import CacheMode, DiscardMode, FileDisk, file_identity
-from .registry import PROBE_SIZE, Format, find_format, formats
+from .registry import PROBE_SIZE, Format, find_format, format_names, formats
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_CHAIN", "FileReference", "Policy", "create_disk", "open_disk"]
 
 MAX_CHAIN = 200
-"""Files in one backing chain. QEMU has no such limit, and runs out of stack."""
+"""Files in one backing chain. QEMU has no such limit, and runs out of stack; Python's recursion
+limit may be met before."""
 
 _PROTOCOL = re.compile(r"([^/:]*):")
 
@@ -114,8 +115,13 @@ class _Opener:
     def open_file(self, path: str) -> FileDisk:
         """Open the file at ``path``; it must not be one of those that lead here."""
         # Looked at before it is opened: our own lock would refuse it with the wrong reason.
-        with suppress(OSError, ValueError):
-            self._check_loop(path, file_identity(os.stat(path)))
+        if self.chain:
+            try:
+                identity = file_identity(os.stat(path))
+            except (OSError, ValueError):
+                pass  # opening it says what is wrong
+            else:
+                self._check_loop(path, identity)
         file = FileDisk(
             path,
             read_only=self.read_only,
@@ -160,17 +166,30 @@ class _Opener:
                 value=reference.name,
                 limit=MAX_CHAIN,
             )
-        decision = self.policy(reference)
-        if decision is None or isinstance(decision, Disk):
-            return decision
-        path = os.fsdecode(decision)
         try:
+            decision = self.policy(reference)
+            if decision is None or isinstance(decision, Disk):
+                return decision
+            path = os.fsdecode(decision)
             if reference.role == "data-file":  # QEMU opens this as a bare file, too
                 return self.open_file(path)
+            if reference.format is not None and reference.format not in format_names():
+                raise UnsupportedError(
+                    f"Unknown driver '{reference.format}'", feature=reference.format
+                )
             return replace(self, read_only=True).open_path(path, reference.format, {})
-        except (OSError, ValueError) as error:
+        except RecursionError:
+            if self.depth > 1:
+                raise  # told where the stack is short again
+            raise ImageError(
+                "The backing chain is too long for Python's recursion limit",
+                field="backing file",
+                value=reference.name,
+                limit=sys.getrecursionlimit(),
+            ) from None
+        except PyvirtioError as error:
             role = "backing file" if reference.role == "backing" else reference.role
-            _raise_prefixed(f"Could not open {role}: ", error, reference)
+            _raise_prefixed(f"Could not open {role}: ", error)
 
     def _check_loop(self, path: str, identity: tuple[int, int]) -> None:
         if identity in self.chain:
@@ -187,7 +206,7 @@ def probe(file: Disk) -> Format:
     return max(formats(), key=lambda kind: kind.probe(start))
 
 
-def _raise_prefixed(prefix: str, error: Exception, reference: FileReference) -> NoReturn:
+def _raise_prefixed(prefix: str, error: PyvirtioError) -> NoReturn:
     """Raise the same error with words before its message."""
     if isinstance(error, InUseError):
         raise InUseError(prefix + str(error.strerror), error.filename) from error
@@ -200,8 +219,7 @@ def _raise_prefixed(prefix: str, error: Exception, reference: FileReference) -> 
         ) from error
     if isinstance(error, UnsupportedError):
         raise UnsupportedError(prefix + str(error), feature=error.feature) from error
-    # Of what an image names only an unknown format's name can be a plain ValueError.
-    raise UnsupportedError(prefix + str(error), feature=reference.format) from error
+    raise error
 
 
 # -- names -----------------------------------------------------------------------------------------
@@ -276,53 +294,74 @@ def create_disk(
         return FileDisk.create(name, cache=cache, locking=locking, discard=discard, growable=True)
 
     with ExitStack() as cleanup:
-        old = _old_image(path, locking)
-        if old is None:
-            made = not os.path.exists(path)
-            file = make(path)
-            if made:
-                cleanup.callback(_unlink, path)
-        else:
-            cleanup.enter_context(old)
-            file = _beside(path, make)
-            cleanup.callback(_unlink, file.filename)
-        cleanup.callback(file.close)
-        kind.create(file, size, **options)
+        old = _replaceable(path, locking)
         if old is not None:
-            file.flush()
-            file.rename(os.path.realpath(path))
-            old.close()
+            cleanup.callback(old.close)
+            new_name = _name_beside(path)
+            cleanup.callback(_unlink, new_name)
+            file = make(new_name)
+        else:
+            is_new = not os.path.exists(path)
+            file = make(path)
+            if is_new:
+                cleanup.callback(_unlink, path)
+        cleanup.callback(file.close)
+        file.filename = path  # what it names itself is relative to this
+        kind.create(file, size, **options)
         disk = opener.open_image(file, format, {})
+        if old is not None:
+            cleanup.callback(disk.close)
+            disk.flush()
+            _move(new_name, os.path.realpath(path))
+            old.close()
         cleanup.pop_all()
         return disk
 
 
-def _old_image(path: str, locking: bool) -> FileDisk | None:
-    """The file to be replaced, locked against everybody; None if there is nothing to save."""
+def _replaceable(path: str, locking: bool) -> FileDisk | None:
+    """The file that a new one shall replace, locked against everybody.
+
+    None if nothing is there, or nothing worth saving, or if it can only be overwritten: another
+    name (a hard link) leads to it, or its folder takes no new file.
+    """
     try:
         status = os.stat(path)
     except OSError:
         return None
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+    folder = os.path.dirname(os.path.realpath(path))
+    if (
+        not stat.S_ISREG(status.st_mode)
+        or not status.st_size
+        or status.st_nlink > 1
+        or not os.access(folder, os.W_OK | os.X_OK)
+    ):
         return None
     return FileDisk(path, locking=locking)
 
 
-def _beside(path: str, make: Callable[[str], FileDisk]) -> FileDisk:
-    """A new file in the same folder, with the mode of the old one."""
+def _name_beside(path: str) -> str:
+    """A new empty file in the folder of the old one, with its mode and owner."""
     path = os.path.realpath(path)
+    name = f"{path}.{os.urandom(8).hex()}"
     try:
-        fd, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise BackendError.wrap(error, f"Could not create '{path}'", path) from error
     try:
-        os.fchmod(fd, stat.S_IMODE(os.stat(path).st_mode))
-        return make(name)
-    except BaseException:
-        _unlink(name)
-        raise
+        status = os.stat(path)
+        with suppress(PermissionError):
+            os.fchown(fd, status.st_uid, status.st_gid)
+        os.fchmod(fd, stat.S_IMODE(status.st_mode))
     finally:
         os.close(fd)
+    return name
+
+
+def _move(source: str, target: str) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        raise BackendError.wrap(error, f"Could not replace '{target}'", target) from error
 
 
 def _unlink(path: str) -> None:

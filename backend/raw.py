@@ -13,7 +13,7 @@ from .disk import Disk, DiskInfo, Extent
 from .registry import PROBE_SIZE, Format, formats
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = ["FORMAT", "RawDisk"]
 
@@ -69,6 +69,18 @@ class RawDisk(Disk):
             self.file.readv(self.offset + offset, buffers)
         else:
             super().readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """See :meth:`Disk.writev`."""
+        if (
+            type(buffers) is list
+            and len(buffers) == 1
+            and type(view := buffers[0]) is memoryview
+            and self._straight_write_start <= offset <= self._straight_write_end - view.nbytes
+        ):
+            self.file.writev(self.offset + offset, buffers, fua=fua)
+        else:
+            super().writev(offset, buffers, fua=fua)
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         if offset + length > self._straight_end:
@@ -178,6 +190,7 @@ class RawDisk(Disk):
         """Reopen the file, too."""
         self.file.reopen(read_only=read_only)
         self.read_only = read_only
+        self._aim()
 
     def invalidate(self) -> None:
         """Take note of a size that somebody else has changed."""
@@ -190,7 +203,7 @@ class RawDisk(Disk):
         self.file.debug_event(name)
 
     def _close(self) -> None:
-        self._straight_end = -1
+        self._straight_end = self._straight_write_end = -1
         self.file.close()
 
     def _set_size(self, size: int) -> None:
@@ -198,9 +211,11 @@ class RawDisk(Disk):
         self._aim()
 
     def _aim(self) -> None:
-        """Note up to where reads are the file's own: it may end inside the last sector."""
+        """Note which requests are the file's own matter: it may end inside the last sector."""
         growable = self.file.growable
         self._straight_end = self.size if growable else min(self.size, self.file.size - self.offset)
+        self._straight_write_start = PROBE_SIZE if self._guarded else 0
+        self._straight_write_end = -1 if self.read_only else self._straight_end
 
 
 def _window(file: Disk, offset: int, size: int | None) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 
 from .disk import Disk
 
@@ -45,6 +44,8 @@ def register_format(name: str, module: str, attribute: str = "FORMAT") -> None:
 
 @cache
 def _register_entry_points() -> None:
+    from importlib.metadata import entry_points  # half of the time that importing all else takes
+
     for point in entry_points(group="pyvirtio.formats"):
         _loaders.setdefault(point.name, cache(point.load))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from mmap import mmap
 
 from ..backend.disk import Disk
@@ -39,7 +40,7 @@ class TableCache:
         self.view = memoryview(self._slab)
         """The slab: slot n at byte n * slot_size."""
         self.index: dict[int, int] = {}
-        """Host offset of a slice -> slot."""
+        """Host offset of a slice -> slot. Always this one dict: others hold on to it."""
         self._offsets = array("Q", bytes(8 * slots))
         self.generations = array("Q", bytes(8 * slots))
         self._pins = array("L", bytes(array("L").itemsize * slots))
@@ -57,8 +58,10 @@ class TableCache:
         """Give the slab back; nothing is written."""
         self.index.clear()
         self._dirty.clear()
-        self.view.release()
-        self._slab.close()
+        with suppress(BufferError):
+            # A view in the traceback of an exception somebody keeps: the slab goes with it.
+            self.view.release()
+            self._slab.close()
 
     # -- slots ---------------------------------------------------------------------------------
 

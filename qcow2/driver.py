@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout, resize, zeroing
-from .cache import CacheFull
 from .check import CheckResult, check
 from .header import Header, read_header
 from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
@@ -58,8 +59,9 @@ class Qcow2Disk(Disk):
         self._header = header
         self._metadata = metadata
         missing = header.backing_file if backing is None else None
-        self._reader = Reader(metadata, backing, missing)
-        self._writer = Writer(metadata, self._reader)
+        self.reader = Reader(metadata, backing, missing)
+        """For an image that has this one as its backing file."""
+        self._writer = Writer(metadata, self.reader)
         self.snapshots = Snapshots(metadata, self._set_size)
         """The internal snapshots."""
 
@@ -116,7 +118,7 @@ class Qcow2Disk(Disk):
     # -- requests ------------------------------------------------------------------------------
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._reader.read(offset, views, length)
+        self.reader.read(offset, views, length)
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
         self._writer.write(offset, views, length)
@@ -133,47 +135,21 @@ class Qcow2Disk(Disk):
         self._metadata.flush()
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        metadata = self._metadata
-        with metadata.lock:
-            epoch = metadata.gate.enter()
-        try:
-            while True:
-                try:
-                    with metadata.lock:
-                        kind, host, run = metadata.tables.map(offset, length)
-                    break
-                except CacheFull:
-                    metadata.flush_inside()
-            return self._extent(kind, host, offset, run)
-        finally:
-            with metadata.lock:
-                metadata.gate.leave(epoch)
-
-    def _extent(self, kind: ClusterKind, host: int, offset: int, run: int) -> Extent:
-        file = self._file
+        reader, depth, kind, host, run = self.reader.map_chain(offset, length)
+        file = reader.file
         if kind is ClusterKind.NORMAL:
-            return Extent(run, True, False, True, host_offset=host, file=file)
+            return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
         if kind is ClusterKind.ZERO_ALLOCATED:
-            return Extent(run, False, True, True, host_offset=host, file=file)
+            return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
         if kind is ClusterKind.ZERO_PLAIN:
-            return Extent(run, False, True, True)
+            return Extent(run, False, True, True, depth=depth)
         if kind is ClusterKind.COMPRESSED:
-            return Extent(run, True, False, True, compressed=True)
-        backing = self._reader.backing
+            return Extent(run, True, False, True, compressed=True, depth=depth)
+        backing = reader.backing
         if backing is None or offset >= backing.size:
-            zero = self._header.backing_file is None or backing is not None
-            return Extent(run, False, zero, False)
+            return Extent(run, False, reader.backing_known, False, depth=depth)
         below = backing.block_status(offset, min(run, backing.size - offset))
-        return Extent(
-            below.length,
-            below.data,
-            below.zero,
-            below.allocated,
-            compressed=below.compressed,
-            depth=below.depth + 1,
-            host_offset=below.host_offset,
-            file=below.file,
-        )
+        return replace(below, depth=depth + 1 + below.depth)
 
     # -- the image -----------------------------------------------------------------------------
 
@@ -184,8 +160,8 @@ class Qcow2Disk(Disk):
     @property
     def children(self) -> Mapping[str, Disk]:
         children = {"file": self._file}
-        if self._reader.backing is not None:
-            children["backing"] = self._reader.backing
+        if self.reader.backing is not None:
+            children["backing"] = self.reader.backing
         return children
 
     @property
@@ -235,10 +211,28 @@ class Qcow2Disk(Disk):
                 f"Unsupported preallocation mode '{preallocation}'", feature="preallocation"
             )
         self._metadata.check_writable()
-        if size != self.size:
-            with self._metadata.exclusive():
-                resize.grow(self._metadata, size)
-            self._set_size(size)
+        metadata, old_size = self._metadata, self._header.size
+        if size == old_size:
+            return
+        with metadata.exclusive():
+            resize.make_room(metadata, size)
+        backing = self.reader.backing
+        if backing is not None and backing.size > old_size:
+            # What the backing file has there must not show.
+            hidden = min(size, backing.size) - old_size
+            self._zero_past_end(old_size, hidden)
+        with metadata.exclusive():
+            resize.set_size(metadata, size)
+        self._set_size(size)
+
+    def _zero_past_end(self, offset: int, length: int) -> None:
+        """Make a part of the disk's L1 coverage past its end read as zeroes."""
+        aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
+        end = offset + length
+        if self._header.version >= 3 and aligned < end:
+            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False)
+            end = aligned
+        self._write_zero_bytes(offset, end - offset)
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -250,21 +244,25 @@ class Qcow2Disk(Disk):
         Where the flush fails, what was not written is lost (the error is raised), and the image
         is what the last flush left.
         """
-        if self.closed:
-            return
-        try:
-            if not self.read_only and self._metadata.health.reason is None:
-                with self._metadata.gate.exclusive():
-                    self._metadata.settle()
-        finally:
-            self.closed = True
-            self._close()
+        disk: Disk | None = self
+        with ExitStack() as stack:
+            while isinstance(disk, Qcow2Disk) and not disk.closed:
+                stack.callback(disk._close_alone)
+                disk = disk.reader.backing
+            if disk is not None:
+                stack.callback(disk.close)
 
-    def _close(self) -> None:
-        self._metadata.close()
-        if self._reader.backing is not None:
-            self._reader.backing.close()
-        self._file.close()
+    def _close_alone(self) -> None:
+        """Close the image and its file, but not its backing file."""
+        with ExitStack() as stack:
+            stack.callback(self._file.close)
+            stack.callback(self._metadata.close)
+            try:
+                if not self.read_only and self._metadata.health.reason is None:
+                    with self._metadata.gate.exclusive():
+                        self._metadata.settle()
+            finally:
+                self.closed = True
 
 
 def _refuse_what_is_missing(header: Header) -> None:

@@ -159,24 +159,26 @@ class Metadata:
     def release(self, dropped: DroppedReferences) -> None:
         """Lower the refcounts of references whose drop is stable and unobserved (lock held)."""
         while dropped.runs:
-            first, count, kind = dropped.runs[-1]
-            try:
-                self.lower(first, count, kind)
-            except BackendError:
-                # The refcounts cannot be had now: the clusters stay in quarantine.
-                self.dropped.extend(dropped)
-                return
-            except ImageError as error:
-                self.health.poison(str(error))
-                return
-            dropped.runs.pop()
+            first, count, kind = dropped.runs.pop()
+            for start, length in self.refcounts.slices(first, count):
+                try:
+                    self.lower(start, length, kind)
+                except BackendError:
+                    # The refcounts cannot be had now: the rest stays in quarantine.
+                    dropped.runs.append((start, first + count - start, kind))
+                    self.dropped.extend(dropped)
+                    return
+                except ImageError as error:
+                    self.health.poison(str(error))
+                    return
 
-    def lower(self, first: int, count: int, kind: DiscardKind) -> None:
-        """Lower refcounts now (lock held); what becomes free is discarded if the policy says so.
+    def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
+        """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
+        policy says so.
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -1)):
+        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)

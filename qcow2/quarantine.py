@@ -26,19 +26,16 @@ class DiscardKind(Enum):
 class DroppedReferences:
     """A batch of (first host cluster, count, kind): one reference to each cluster was dropped."""
 
-    __slots__ = ("clusters", "runs")
+    __slots__ = ("runs",)
 
     def __init__(self) -> None:
         self.runs: list[tuple[int, int, DiscardKind]] = []
-        self.clusters = 0
-        """How many references, over all runs."""
 
     def __bool__(self) -> bool:
         return bool(self.runs)
 
     def add(self, first: int, count: int, kind: DiscardKind) -> None:
         """One more run; joined to the last one where it continues it."""
-        self.clusters += count
         if self.runs:
             last, length, last_kind = self.runs[-1]
             if last + length == first and last_kind is kind:
@@ -49,7 +46,6 @@ class DroppedReferences:
     def extend(self, other: DroppedReferences) -> None:
         """Take over another batch's runs."""
         self.runs += other.runs
-        self.clusters += other.clusters
 
 
 def merge_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -14,6 +14,8 @@ from .metadata import Metadata
 
 __all__ = ["Reader"]
 
+_UNALLOCATED = ClusterKind.UNALLOCATED
+
 
 class Reader:
     """Serves reads of one image: from its clusters, its backing file, or as zeroes."""
@@ -22,49 +24,122 @@ class Reader:
         self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
     ) -> None:
         self._metadata = metadata
+        self._file = metadata.file
+        self._gate = metadata.gate
+        self._lock = metadata.lock
+        self._map = metadata.tables.map
         self.backing = backing
+        below = getattr(backing, "reader", None)
+        self.below: Reader | None = below if isinstance(below, Reader) else None
+        """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
+        loop, whatever its length."""
         self._missing = missing_backing
         """The name of a backing file that was not opened."""
         self._decompressed: tuple[int, bytes] = (0, b"")
         """The last compressed cluster read: its L2 entry, its contents."""
         self._decompressing = Lock()
 
+    @property
+    def file(self) -> Disk:
+        """The file of the image."""
+        return self._file
+
+    @property
+    def size(self) -> int:
+        """Bytes of the image's disk."""
+        return self._metadata.header.size
+
+    @property
+    def backing_known(self) -> bool:
+        """False if there is a backing file that was not opened."""
+        return self._missing is None
+
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
-        metadata = self._metadata
-        gate, lock = metadata.gate, metadata.lock
+        run, below = self._read_first_run(offset, views, length)
+        if run == length and below is None:
+            return
+        # What is left to read: each part from the layer that it may be in.
+        todo: list[tuple[Reader, int, list[memoryview], int]] = []
+        reader = self
+        while True:
+            if run < length:
+                todo.append((reader, offset + run, split(views, run, length - run), length - run))
+            if below is not None:
+                todo.append((below, offset, split(views, 0, run), run))
+            if not todo:
+                return
+            reader, offset, views, length = todo.pop()
+            inside = min(max(reader.size - offset, 0), length)
+            clear(split(views, inside, length - inside))
+            views, length = split(views, 0, inside), inside
+            run, below = reader._read_first_run(offset, views, length) if length else (0, None)
+
+    def _read_first_run(
+        self, offset: int, views: list[memoryview], length: int
+    ) -> tuple[int, Reader | None]:
+        """Read the run that starts at ``offset``; returns its length and, if it has to be read
+        from another qcow2 image below instead, that one's reader."""
+        gate, lock = self._gate, self._lock
         with lock:
             epoch = gate.enter()
-        try:
-            while True:
+            try:
                 kind, host, run = self._map(offset, length)
-                if run == length:
-                    self.read_run(kind, host, offset, views, length)
-                    return
+            except CacheFull:
+                run = 0
+            except BaseException:
+                gate.leave(epoch)
+                raise
+        try:
+            if not run:
+                self._metadata.flush_inside()
+            elif kind is _UNALLOCATED and self.below is not None:
+                return run, self.below
+            elif run == length:
+                self.read_run(kind, host, offset, views, length)
+            else:
                 self.read_run(kind, host, offset, split(views, 0, run), run)
-                views = split(views, run, length - run)
-                offset += run
-                length -= run
+            return run, None
         finally:
             with lock:
                 gate.leave(epoch)
 
-    def _map(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
-        metadata = self._metadata
+    def map_chain(self, offset: int, length: int) -> tuple[Reader, int, ClusterKind, int, int]:
+        """The layer that has the run which starts at ``offset``, and :meth:`Tables.map` of it.
+
+        Returns (reader, depth, kind, host, run). The layer is the last one looked at if the run is
+        unallocated in all of them.
+        """
+        reader, depth = self, 0
         while True:
-            try:
-                with metadata.lock:
-                    return metadata.tables.map(offset, length)
-            except CacheFull:
-                metadata.flush_inside()
+            kind, host, length = reader._map_first_run(offset, length)
+            below = reader.below
+            if kind is not _UNALLOCATED or below is None or offset >= below.size:
+                return reader, depth, kind, host, length
+            length = min(length, below.size - offset)
+            reader, depth = below, depth + 1
+
+    def _map_first_run(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
+        with self._lock:
+            epoch = self._gate.enter()
+        try:
+            while True:
+                try:
+                    with self._lock:
+                        return self._map(offset, length)
+                except CacheFull:
+                    self._metadata.flush_inside()
+        finally:
+            with self._lock:
+                self._gate.leave(epoch)
 
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
         if kind is ClusterKind.NORMAL:
-            self._metadata.file.debug_event("read_aio")
-            self._metadata.file.readv(host, views)
+            self._file.debug_event("read_aio")
+            self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:
             self._read_backing(offset, views, length)
         elif kind is ClusterKind.COMPRESSED:

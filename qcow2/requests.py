@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, Lock
 
-__all__ = ["Allocation", "RequestGate"]
+__all__ = ["Allocation", "Epoch", "RequestGate"]
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +21,14 @@ class Allocation:
     first: int
     """Guest cluster number."""
     count: int
+
+
+@dataclass(slots=True, eq=False)
+class Epoch:
+    """Requests that came in between two points in time."""
+
+    inside: int = 0
+    """How many of them have not left."""
 
 
 class RequestGate:
@@ -33,48 +41,42 @@ class RequestGate:
     def __init__(self) -> None:
         self.lock = Lock()
         """The metadata lock. Never held while data is read or written."""
-        self.changed = Condition(self.lock)
-        """Notified when an allocation ends, a request leaves a waited-for gate, or a gate opens."""
-        self._epoch = 0
-        self._inside: dict[int, int] = {}
-        """Requests inside by epoch, oldest first; no zero counts but for the newest."""
+        self._changed = Condition(self.lock)
+        self._epoch = Epoch()
         self._exclusive = False
         self._waiting = 0
-        self._limbo: deque[tuple[int, Callable[[], None]]] = deque()
+        self._past: deque[tuple[Epoch, Callable[[], None]]] = deque()
+        """Former epochs, oldest first, and what to do when all up to this one are empty."""
         self.allocations: list[Allocation] = []
 
     # -- requests ------------------------------------------------------------------------------
 
-    def enter(self) -> int:
-        """Come in (lock held); waits while an exclusive operation runs. The epoch to leave with."""
+    def enter(self) -> Epoch:
+        """Come in (lock held); waits while an exclusive operation runs."""
         while self._exclusive:
             self._wait()
         epoch = self._epoch
-        self._inside[epoch] = self._inside.get(epoch, 0) + 1
+        epoch.inside += 1
         return epoch
 
-    def leave(self, epoch: int) -> None:
+    def leave(self, epoch: Epoch) -> None:
         """Go out (lock held)."""
-        count = self._inside[epoch] - 1
-        if count:
-            self._inside[epoch] = count
-            return
-        del self._inside[epoch]
-        if self._limbo:
-            self._release()
-        if self._waiting:
-            self.changed.notify_all()
+        epoch.inside -= 1
+        if not epoch.inside:
+            if self._past:
+                self._release()
+            if self._waiting:
+                self._changed.notify_all()
 
     def when_left(self, action: Callable[[], None]) -> None:
         """Call ``action`` (lock held) once all requests inside now have left; now if none is."""
-        self._limbo.append((self._epoch, action))
-        self._epoch += 1
+        self._past.append((self._epoch, action))
+        self._epoch = Epoch()
         self._release()
 
     def _release(self) -> None:
-        oldest = min(self._inside, default=self._epoch)
-        while self._limbo and self._limbo[0][0] < oldest:
-            self._limbo.popleft()[1]()
+        while self._past and not self._past[0][0].inside:
+            self._past.popleft()[1]()
 
     # -- alone ---------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class RequestGate:
                 self._wait()
             self._exclusive = True
             try:
-                while self._inside:
+                while self._past or self._epoch.inside:
                     self._wait()
             except BaseException:
                 self._open()
@@ -99,12 +101,12 @@ class RequestGate:
 
     def _open(self) -> None:
         self._exclusive = False
-        self.changed.notify_all()
+        self._changed.notify_all()
 
     def _wait(self) -> None:
         self._waiting += 1
         try:
-            self.changed.wait()
+            self._changed.wait()
         finally:
             self._waiting -= 1
 
@@ -131,4 +133,4 @@ class RequestGate:
         """The allocation is mapped, or given up."""
         self.allocations.remove(allocation)
         if self._waiting:
-            self.changed.notify_all()
+            self._changed.notify_all()

@@ -10,13 +10,13 @@ from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcounts import pack_table
 
-__all__ = ["grow"]
+__all__ = ["make_room", "set_size"]
 
 
-def grow(metadata: Metadata, size: int) -> None:
-    """Make the disk ``size`` bytes long, more than it was (in an exclusive operation).
+def make_room(metadata: Metadata, size: int) -> None:
+    """Have an L1 table that can map ``size`` bytes (in an exclusive operation).
 
-    A larger L1 table is made beside the old one; one header write switches table and size.
+    A larger table is made beside the old one; one header write switches to it.
     """
     header, geometry = metadata.header, metadata.geometry
     if size % layout.SECTOR:
@@ -31,8 +31,6 @@ def grow(metadata: Metadata, size: int) -> None:
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
         )
     if needed <= header.l1_size:
-        with metadata.lock, metadata.health.step("Changing the size"):
-            metadata.switch_l1(metadata.tables.l1, header.l1_table_offset, size)
         return
     l1 = array("Q", metadata.tables.l1)
     l1.frombytes(bytes(8 * (needed - len(l1))))
@@ -44,7 +42,14 @@ def grow(metadata: Metadata, size: int) -> None:
     metadata.flush_alone()
     old_offset, old_size = header.l1_table_offset, header.l1_size
     with metadata.lock, metadata.health.step("Growing the L1 table"):
-        metadata.switch_l1(l1, first << metadata.cluster_bits, size)
+        metadata.switch_l1(l1, first << metadata.cluster_bits, header.size)
         old_clusters = geometry.clusters(8 * old_size)
         if old_clusters:
             metadata.lower(old_offset >> metadata.cluster_bits, old_clusters, DiscardKind.OTHER)
+
+
+def set_size(metadata: Metadata, size: int) -> None:
+    """Make ``size`` bytes, which the L1 table can map, the disk's size (exclusively)."""
+    header = metadata.header
+    with metadata.lock, metadata.health.step("Changing the size"):
+        metadata.switch_l1(metadata.tables.l1, header.l1_table_offset, size)

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
-from ..errors import ImageError
+from ..errors import BackendError, ImageError
 from . import layout
 from .metadata import Metadata
 from .quarantine import merge_runs
 from .refcounts import pack_table
 
-__all__ = ["for_each_run", "l2_tables", "read_entries", "strip_copied", "update_copied"]
+__all__ = [
+    "for_each_run",
+    "l2_tables",
+    "raise_references",
+    "read_entries",
+    "strip_copied",
+    "update_copied",
+]
 
 _BATCH = 1 << 17
-"""Cluster numbers that are sorted at a time."""
+"""Cluster numbers that are collected at a time."""
 
 
 def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -61,28 +68,61 @@ def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
 
 
 def for_each_run(
-    metadata: Metadata, l1: Sequence[int], action: Callable[[int, int], object]
+    metadata: Metadata, l1: Sequence[int], action: Callable[[int, int, int], object]
 ) -> None:
-    """Call ``action(first cluster, count)`` so that every cluster that the L1 table reaches (its
-    L2 tables and what they refer to) is covered once for each reference (lock held)."""
-    pending: list[int] = []
-    for _, offset in l2_tables(metadata, l1):
-        pending.append(offset >> metadata.cluster_bits)
-        pending += clusters_of(metadata, read_entries(metadata, offset))
+    """Call ``action(first cluster, count, times)`` for all that the L1 table reaches: its L2
+    tables and what they refer to, ``times`` being how often (lock held). A cluster may come up
+    again, where L2 tables far apart refer to it."""
+    pending: Counter[int] = Counter()
+    tables = Counter(offset for _, offset in l2_tables(metadata, l1))
+    for offset, times in tables.items():
+        pending[offset >> metadata.cluster_bits] += times
+        clusters = clusters_of(metadata, read_entries(metadata, offset))
+        if times == 1:
+            pending.update(clusters)
+        else:
+            for cluster, repeated in Counter(clusters).items():
+                pending[cluster] += repeated * times
         if len(pending) >= _BATCH:
             _apply(pending, action)
-            pending = []
+            pending.clear()
     _apply(pending, action)
 
 
-def _apply(clusters: list[int], action: Callable[[int, int], object]) -> None:
-    """Cover each cluster as often as it is listed."""
-    while clusters:
-        clusters.sort()
-        repeated = [b for a, b in pairwise(clusters) if a == b]
-        for first, count in merge_runs(set(clusters) if repeated else clusters):
-            action(first, count)
-        clusters = repeated
+def _apply(clusters: Counter[int], action: Callable[[int, int, int], object]) -> None:
+    by_times: dict[int, list[int]] = {}
+    for cluster, times in clusters.items():
+        by_times.setdefault(times, []).append(cluster)
+    for times, numbers in by_times.items():
+        for first, count in merge_runs(numbers):
+            action(first, count, times)
+
+
+def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
+    """One reference more to all that the L1 table reaches; all of it or nothing (lock held).
+
+    Raises ImageError where a refcount has reached what its width can hold.
+    """
+    done = 0
+
+    def add(first: int, count: int, times: int) -> None:
+        nonlocal done
+        for start, length in metadata.refcounts.slices(first, count):
+            metadata.refcounts.add(start, length, times)
+            done += 1
+
+    def take_back(first: int, count: int, times: int) -> None:
+        nonlocal done
+        for start, length in metadata.refcounts.slices(first, count):
+            if done:
+                metadata.refcounts.add(start, length, -times)
+                done -= 1
+
+    try:
+        for_each_run(metadata, l1, add)
+    except (ImageError, BackendError):
+        for_each_run(metadata, l1, take_back)
+        raise
 
 
 def strip_copied(metadata: Metadata) -> None:

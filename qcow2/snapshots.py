@@ -15,11 +15,12 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 
+from ..errors import ImageError
 from . import layout
 from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcounts import load_table, pack_table
-from .sharing import for_each_run, strip_copied, update_copied
+from .sharing import for_each_run, raise_references, strip_copied, update_copied
 from .snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -93,7 +94,7 @@ class Snapshots:
                 strip_copied(metadata)
             metadata.settle()
             with metadata.lock:
-                for_each_run(metadata, l1, lambda first, n: metadata.refcounts.add(first, n, 1))
+                raise_references(metadata, l1)
                 snapshot.l1_size = len(l1)
                 snapshot.l1_table_offset = self._write_table(pack_table(l1))
             self._replace_list([*self._list, snapshot])
@@ -107,10 +108,15 @@ class Snapshots:
         with metadata.exclusive():
             target = self._load_l1(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
+            if 8 * needed > layout.MAX_L1_SIZE:
+                raise ImageError(
+                    "Snapshot's disk size is too big",
+                    field="snapshot disk_size",
+                    value=snapshot.disk_size,
+                )
             target.frombytes(bytes(8 * max(0, needed - len(target))))
             with metadata.lock:
-                for_each_run(metadata, target, metadata.refcounts.check_raise)
-                for_each_run(metadata, target, lambda first, n: metadata.refcounts.add(first, n, 1))
+                raise_references(metadata, target)
                 offset = self._write_table(pack_table(target))
             metadata.flush_alone()
             header = metadata.header
@@ -167,7 +173,11 @@ class Snapshots:
     def _lower(self, l1: array[int], offset: int, size: int) -> None:
         """Take back the references of an L1 table and the table itself (lock held)."""
         metadata = self._metadata
-        for_each_run(metadata, l1, lambda first, n: metadata.lower(first, n, DiscardKind.SNAPSHOT))
+
+        def lower(first: int, count: int, times: int) -> None:
+            metadata.lower(first, count, DiscardKind.SNAPSHOT, times)
+
+        for_each_run(metadata, l1, lower)
         clusters = metadata.geometry.clusters(8 * size)
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)

@@ -23,6 +23,10 @@ _ZERO_ALLOCATED = ClusterKind.ZERO_ALLOCATED
 _NORMAL = ClusterKind.NORMAL
 _COMPRESSED = ClusterKind.COMPRESSED
 
+_OFFSET_MASK = layout.OFFSET_MASK
+_SPECIAL = layout.COMPRESSED | layout.ZERO
+_NOT_OWN = layout.COPIED | layout.COMPRESSED | layout.ZERO
+_unpack = layout.U64.unpack_from
 _SWAP = sys.byteorder == "little"
 
 
@@ -49,9 +53,13 @@ class Tables:
         self._cluster_size = geometry.cluster_size
         self._l2_bits = geometry.l2_bits
         self._l2_mask = (1 << geometry.l2_bits) - 1
+        self._cluster_mask = geometry.cluster_size - 1
+        self._slot_bits = cache.slot_bits
         self._slice_bits = cache.slot_bits - 3
         self._slice_mask = (1 << self._slice_bits) - 1
-        self._unpack = layout.U64.unpack_from
+        self._slots = cache.index
+        self._referenced = cache.referenced
+        self._view = cache.view
 
     # -- looking up ----------------------------------------------------------------------------
 
@@ -69,22 +77,29 @@ class Tables:
 
     def locate(self, cluster: int) -> int:
         """Position in the cache's slab of the entry of guest cluster ``cluster``, or -1 if there
-        is no L2 table for it."""
-        offset = self.l2_offset(cluster >> self._l2_bits)
+        is no L2 table for it. Raises CacheFull."""
+        l1_index = cluster >> self._l2_bits
+        offset = self.l1[l1_index] & _OFFSET_MASK if l1_index < len(self.l1) else 0
         if not offset:
             return -1
-        index = cluster & self._l2_mask
-        slot = self.cache.get(offset + ((index >> self._slice_bits) << self.cache.slot_bits))
-        return (slot << self.cache.slot_bits) + ((index & self._slice_mask) << 3)
+        if offset & self._cluster_mask:
+            self.l2_offset(l1_index)
+        offset += (cluster & self._l2_mask) >> self._slice_bits << self._slot_bits
+        slot = self._slots.get(offset)
+        if slot is None:
+            slot = self.cache.get(offset)
+        else:
+            self._referenced[slot] = 1
+        return (slot << self._slot_bits) + ((cluster & self._slice_mask) << 3)
 
     def entry_at(self, position: int) -> int:
         """The L2 entry at a position in the slab."""
-        value: int = self._unpack(self.cache.view, position)[0]
+        value: int = _unpack(self._view, position)[0]
         return value
 
     def entries_at(self, position: int, count: int) -> Sequence[int]:
         """``count`` L2 entries of one slice."""
-        entries = array("Q", bytes(self.cache.view[position : position + 8 * count]))
+        entries = array("Q", bytes(self._view[position : position + 8 * count]))
         if _SWAP:
             entries.byteswap()
         return entries
@@ -122,33 +137,53 @@ class Tables:
             )
         return kind
 
-    def map(
-        self, offset: int, length: int, *, copied: bool = False
-    ) -> tuple[ClusterKind, int, int]:
+    def map(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
         """What the run that starts at guest byte ``offset`` is, for at most ``length`` bytes.
 
         Returns (kind, host, run): ``run`` bytes are of that kind. ``host`` is the host byte of
         ``offset`` for NORMAL and ZERO_ALLOCATED, where the run is contiguous in the host file;
-        the L2 entry for COMPRESSED, a run within one cluster; 0 otherwise. With ``copied`` the run
-        ends before an entry without the COPIED flag (but for the first).
+        the L2 entry for COMPRESSED, a run within one cluster; 0 otherwise.
         """
         bits = self._cluster_bits
         cluster = offset >> bits
         position = self.locate(cluster)
         if position < 0:
             return _UNALLOCATED, 0, self._extend(_UNALLOCATED, 0, position, offset, length, 0)
-        entry = self._unpack(self.cache.view, position)[0]
-        kind = self.check_entry(entry, cluster)
-        within = offset & (self._cluster_size - 1)
-        host = 0
-        if kind is _NORMAL or kind is _ZERO_ALLOCATED:
-            host = (entry & layout.OFFSET_MASK) + within
+        entry: int = _unpack(self._view, position)[0]
+        within = offset & self._cluster_mask
+        host = entry & _OFFSET_MASK
+        if host and not entry & _SPECIAL and not host & self._cluster_mask:
+            kind = _NORMAL
+            host += within
+        else:
+            kind = self.check_entry(entry, cluster)
+            host = host + within if kind is _ZERO_ALLOCATED else 0
         if within + length <= self._cluster_size:
             return kind, entry if kind is _COMPRESSED else host, length
         if kind is _COMPRESSED:
             return kind, entry, self._cluster_size - within
-        flags = layout.COPIED if copied else 0
-        return kind, host, self._extend(kind, entry, position, offset, length, flags)
+        return kind, host, self._extend(kind, entry, position, offset, length, 0)
+
+    def map_own(self, offset: int, length: int) -> tuple[int, int]:
+        """Where the run that starts at guest byte ``offset`` may be written in place.
+
+        Returns (host byte, bytes), no more than ``length`` bytes; 0 bytes where the first cluster
+        is not a normal one that only this entry refers to.
+        """
+        cluster = offset >> self._cluster_bits
+        position = self.locate(cluster)
+        if position < 0:
+            return 0, 0
+        entry: int = _unpack(self._view, position)[0]
+        host = entry & _OFFSET_MASK
+        if entry & _NOT_OWN != layout.COPIED or not host:
+            return 0, 0
+        if host & self._cluster_mask:
+            self.check_entry(entry, cluster)
+        within = offset & self._cluster_mask
+        if within + length > self._cluster_size:
+            length = self._extend(_NORMAL, entry, position, offset, length, layout.COPIED)
+        return host + within, length
 
     def _extend(
         self, kind: ClusterKind, entry: int, position: int, offset: int, length: int, flags: int
@@ -219,7 +254,7 @@ class Tables:
         packed = array("Q", entries)
         if _SWAP:
             packed.byteswap()
-        self.cache.view[position : position + 8 * len(packed)] = packed.tobytes()
+        self._view[position : position + 8 * len(packed)] = packed.tobytes()
 
     def set_l1(self, index: int, entry: int) -> None:
         """Replace an L1 entry; the file gets it with the next flush."""

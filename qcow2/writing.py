@@ -28,8 +28,8 @@ __all__ = ["Writer"]
 _MAX_CLUSTERS = 4096
 """Most clusters taken at once, so that one request does not hold everything."""
 
-_MAX_DROPPED = 1 << 14
-"""Dropped references that may wait for a flush before a write makes one itself."""
+_MAX_DROPPED = 1 << 12
+"""Runs of dropped references that may wait for a flush before a write makes one itself."""
 
 
 @dataclass(slots=True)
@@ -55,43 +55,59 @@ class Writer:
     def __init__(self, metadata: Metadata, reader: Reader) -> None:
         self._metadata = metadata
         self._reader = reader
+        self._file = metadata.file
+        self._gate = metadata.gate
+        self._lock = metadata.lock
+        self._health = metadata.health
+        self._map_own = metadata.tables.map_own
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
-        metadata = self._metadata
-        gate, lock = metadata.gate, metadata.lock
-        metadata.health.check()
+        gate, lock = self._gate, self._lock
         with lock:
+            self._health.check()
             epoch = gate.enter()
+            try:
+                host, run = self._map_own(offset, length)
+            except CacheFull:
+                run = 0
+            except BaseException:
+                gate.leave(epoch)
+                raise
         try:
-            while length:
-                done = self._write_run(offset, views, length)
-                if done == length:
-                    break
-                views = split(views, done, length - done)
-                offset += done
-                length -= done
-            if metadata.dropped.clusters > _MAX_DROPPED:
-                metadata.flush_inside()
+            if run == length:
+                self._file.debug_event("write_aio")
+                self._file.writev(host, views)
+            else:
+                self._write_runs(offset, views, length)
         finally:
             with lock:
                 gate.leave(epoch)
 
+    def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write what is more than one run, or is not all in place."""
+        while length:
+            done = self._write_run(offset, views, length)
+            views = split(views, done, length - done)
+            offset += done
+            length -= done
+        if len(self._metadata.dropped.runs) > _MAX_DROPPED:
+            self._metadata.flush_inside()
+
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Write as much as goes in one piece; how much that was."""
-        metadata = self._metadata
         while True:
             try:
-                with metadata.lock:
+                with self._lock:
                     plan = self._plan(offset, length)
                 break
             except CacheFull:
-                metadata.flush_inside()
+                self._metadata.flush_inside()
         if isinstance(plan, _NewClusters):
             return self._write_new(plan, offset, views, length)
         host, run = plan
-        metadata.file.debug_event("write_aio")
-        metadata.file.writev(host, views if run == length else split(views, 0, run))
+        self._file.debug_event("write_aio")
+        self._file.writev(host, split(views, 0, run))
         return run
 
     # -- planning (lock held) --------------------------------------------------------------------
@@ -102,12 +118,9 @@ class Writer:
         tables, gate = metadata.tables, metadata.gate
         cluster = offset >> metadata.cluster_bits
         while True:
-            position = tables.locate(cluster)
-            if position >= 0:
-                entry = tables.entry_at(position)
-                if entry & layout.COPIED and entry_kind(entry) is ClusterKind.NORMAL:
-                    _, host, run = tables.map(offset, length, copied=True)
-                    return host, run
+            host, run = tables.map_own(offset, length)
+            if run:
+                return host, run
             if not gate.wait_for_allocations(cluster, 1):
                 break
         count = ((offset + length - 1) >> metadata.cluster_bits) + 1 - cluster

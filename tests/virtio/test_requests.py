@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from pyvirtio.virtio import layout as at
 
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -70,9 +69,7 @@ def test_discard_reaches_the_disk(started: Any) -> None:
 
 def test_discard_takes_several_ranges(started: Any) -> None:
     driver = started.driver
-    done = driver.request(
-        at.VIRTIO_BLK_T_DISCARD, 0, driver.segment(0, 1) + driver.segment(4, 2)
-    )
+    done = driver.request(at.VIRTIO_BLK_T_DISCARD, 0, driver.segment(0, 1) + driver.segment(4, 2))
     assert (done.status, done.used_length) == (OK, 1)
     assert started.disk.calls == [("discard", 0, 512), ("discard", 2048, 1024)]
 
@@ -233,7 +230,9 @@ def test_framing_means_nothing_vq_s_08(make_started: Any) -> None:
         machine = make_started()
         machine.disk.content[512:1024] = expected = os.urandom(512)
         driver = machine.driver
-        done = driver.request(at.VIRTIO_BLK_T_IN, 1, incoming=512, cuts=[min(cut_out, 15), 16, cut_in])
+        done = driver.request(
+            at.VIRTIO_BLK_T_IN, 1, incoming=512, cuts=[min(cut_out, 15), 16, cut_in]
+        )
         assert (done.status, done.used_length, done.data) == (OK, 513, expected)
         data = os.urandom(512)
         done = driver.request(at.VIRTIO_BLK_T_OUT, 1, data, cuts=[cut_out, 100])
@@ -256,7 +255,9 @@ def test_indirect_descriptors_vq_s_24(started: Any, direct: int) -> None:
     data = os.urandom(4096)
     driver = started.driver
     assert driver.request(at.VIRTIO_BLK_T_OUT, 8, data, indirect=direct).status == OK
-    done = driver.request(at.VIRTIO_BLK_T_IN, 8, incoming=4096, cuts=[16, 512, 1024], indirect=direct)
+    done = driver.request(
+        at.VIRTIO_BLK_T_IN, 8, incoming=4096, cuts=[16, 512, 1024], indirect=direct
+    )
     assert (done.status, done.used_length, done.data) == (OK, 4097, data)
 
 
