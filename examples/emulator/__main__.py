@@ -28,32 +28,49 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the emulator; the process's exit status."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    switch = _Switch()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, switch.on_signal)
     try:
         with ExitStack() as stack:
             disks = [
-                stack.enter_context(pyvirtio.open_disk(path, read_only=options.read_only))
-                for path in options.disk
+                stack.enter_context(
+                    pyvirtio.open_disk(path, read_only=options.read_only, format=kind)
+                )
+                for path, kind in options.disk
             ]
-            return _run(options, disks)
+            status = _run(options, disks, switch)
     except (OSError, pyvirtio.PyvirtioError, ImageFileError, PackageError, ScriptError) as error:
         print(f"{_parser().prog}: {error}", file=sys.stderr)
-        return 1
+        status = 1
+    return 128 + switch.number if switch.number else status
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exception, that the terminal is put right on the way out."""
-    raise SystemExit(128 + number)
+class _Switch:
+    """Switches the running board off when a signal comes.
+
+    An exception would be lost if it came up inside one of the engine's hooks.
+    """
+
+    def __init__(self) -> None:
+        self.board: Board | None = None
+        self.number = 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if self.board is None:
+            raise SystemExit(128 + number)
+        self.board.finisher.power = Power.QUIT
 
 
-def _run(options: argparse.Namespace, disks: Sequence[pyvirtio.Disk]) -> int:
+def _run(options: argparse.Namespace, disks: Sequence[pyvirtio.Disk], switch: _Switch) -> int:
     """Run board after board until one does not end in a reset."""
     program = options.bios or options.kernel or find_u_boot()
     if options.script is None:
         with Console() as console:
             while True:
                 board = _switch_on(options, disks, program, console.send)
+                switch.board = board
                 power = console.run(board)
                 board.close()
                 if power is not Power.RESET:
@@ -61,7 +78,8 @@ def _run(options: argparse.Namespace, disks: Sequence[pyvirtio.Disk]) -> int:
         print(f"\n[the board is {power.value}]", file=sys.stderr)
         return 1 if power is Power.FAILED else 0
     session = Session(_show)
-    session.connect(_switch_on(options, disks, program, session.send_out))
+    switch.board = _switch_on(options, disks, program, session.send_out)
+    session.connect(switch.board)
     run_script(options.script, session)
     return 0
 
@@ -87,6 +105,10 @@ def _switch_on(
     return board
 
 
+def _disk(path: str) -> tuple[str, str | None]:
+    return path, "raw" if path.endswith(".raw") else None
+
+
 def _bytes(text: str) -> int:
     unit = _UNITS.get(text[-1:].upper(), 0)
     return int(text[:-1]) * unit if unit else int(text)
@@ -99,7 +121,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog="On the terminal, Ctrl-A X leaves and Ctrl-A H helps.",
     )
     add = parser.add_argument
-    add("--disk", action="append", default=[], help="an image (any format); may be repeated")
+    add(
+        "--disk",
+        action="append",
+        type=_disk,
+        default=[],
+        metavar="IMAGE",
+        help="an image of any format, raw if it is named *.raw; may be repeated",
+    )
+    add(
+        "--raw-disk",
+        action="append",
+        type=lambda path: (path, "raw"),
+        dest="disk",
+        metavar="IMAGE",
+        help="an image without a format, whatever is in it",
+    )
     add("--read-only", action="store_true", help="the guest may not write to the disks")
     add("--bios", type=Path, help="firmware: an ELF file, or bytes that start at 0x80000000")
     add("--kernel", type=Path, help="an ELF file; alone, it is started in machine mode")

@@ -16,13 +16,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from .board import Board
-from .clint import NEVER
 from .clock import TICKS_PER_SECOND
 from .syscon import Power
 
 __all__ = ["HELP", "Console"]
 
 _ESCAPE = 0x01
+_PATIENCE = 0.2
+"""Seconds to wait for a key at a time, so that a board switched off by a signal is noticed."""
 HELP = "\r\nCtrl-A X  leave   Ctrl-A H  this help   Ctrl-A Ctrl-A  send Ctrl-A\r\n"
 
 
@@ -77,15 +78,18 @@ class Console:
     def _rest(self, board: Board) -> None:
         """The guest sleeps: so do we, until its next timer or the next key."""
         now, tick = board.clock.now(), board.next_event()
-        wait = None if tick == NEVER else (tick - now) / TICKS_PER_SECOND
+        if not self._open:
+            board.sleep()
+            return
+        wait = (tick - now) / TICKS_PER_SECOND
         started = time.monotonic()
-        if self._open and self._read(board, wait):
+        if self._read(board, min(wait, _PATIENCE)) or wait > _PATIENCE:
             board.sleep(until=now + round((time.monotonic() - started) * TICKS_PER_SECOND))
         else:
             board.sleep()
 
-    def _read(self, board: Board, wait: float | None) -> bool:
-        """Pass on what is typed within ``wait`` seconds (None: as long as it takes)."""
+    def _read(self, board: Board, wait: float) -> bool:
+        """Pass on what is typed within ``wait`` seconds; True if there was something."""
         if not self._open or not select.select([self._source], [], [], wait)[0]:
             return False
         data = os.read(self._source, 4096)
