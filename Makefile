@@ -33,5 +33,9 @@ lint: venv build/types/pyvirtio
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p pyvirtio
 
+bench: venv
+	$(BIN)/python benchmarks/device.py --format raw
+	$(BIN)/python benchmarks/device.py --format qcow2
+
 clean:
 	rm -rf $(VENV) build .cache *.egg-info
