@@ -38,6 +38,8 @@ __all__ = ["Board"]
 
 _SLICE = 50_000
 """Instructions between two looks at the devices, at most."""
+_CUT_SLICE = 5_000
+"""Instructions that a slice counts for if it ends early, by wfi or for a device."""
 _TREE_ROOM = 0x20_0000
 """The device tree lies this far below the end of memory."""
 
@@ -140,15 +142,20 @@ class Board:
 
     def step(self) -> bool:
         """Run a slice and look after the devices. True if the guest has nothing to do now."""
-        self.clint.update()
-        self.csrs.update()
+        self._update_timers()
         count = self.clock.budget(self.next_event(), _SLICE)
         stop = self.cpu.run(count)
-        self.clock.ran(count)
+        # How much of a slice was run that ended early, the engine does not tell.
+        self.clock.ran(count if stop is Stop.COUNT else min(count, _CUT_SLICE))
         for slot in self._slots:
             slot.poll()
         self._forget_overwritten_code()
+        self._update_timers()
         return stop is Stop.WAIT and not self.cpu.wakes
+
+    def _update_timers(self) -> None:
+        self.clint.update()
+        self.csrs.update()
 
     def next_event(self) -> int:
         """The tick at which a timer goes off; :data:`.clint.NEVER` if none is yet to go off."""

@@ -26,7 +26,7 @@ from typing import Protocol
 import unicorn as u
 from unicorn import riscv_const as rv
 
-from .decode import data_address
+from .decode import changes_memory, data_address
 from .mmu import fetch_word
 from .state import MACHINE, SUPERVISOR, HartState
 from .traps import Cause, enter_exception
@@ -35,6 +35,7 @@ __all__ = ["Cpu", "Interrupt", "Registers", "Stop"]
 
 _WFI = 0x10500073
 _ADDRESS_CAUSES = frozenset((0, 1, 4, 5, 6, 7, 12, 13, 15))
+_LOAD_CAUSES = (Cause.LOAD_MISALIGNED, Cause.LOAD_ACCESS, Cause.LOAD_PAGE_FAULT)
 _UNMAPPED = {
     u.UC_ERR_FETCH_UNMAPPED: Cause.FETCH_ACCESS,
     u.UC_ERR_READ_UNMAPPED: Cause.LOAD_ACCESS,
@@ -62,6 +63,7 @@ class Stop(Enum):
 
     COUNT = "the instructions were used up, or the hart met an access outside memory"
     WAIT = "the guest waits for an interrupt (wfi)"
+    DEVICE = "a device has asked for it"
 
 
 class Registers(Protocol):
@@ -85,6 +87,7 @@ class Cpu:
         self._base = base
         self._ram = memoryview(ram)
         self._lines = 0
+        self._stopped_by_device = False
         self._mappings: list[object] = []
         address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
         self.uc.mem_map_ptr(base, len(ram), u.UC_PROT_ALL, address)
@@ -136,6 +139,7 @@ class Cpu:
     def run(self, count: int) -> Stop:
         """Run at most ``count`` instructions."""
         self._show_lines()
+        self._stopped_by_device = False
         try:
             self.uc.emu_start(self.state.pc, 0, count=count)
         except u.UcError as error:
@@ -143,6 +147,8 @@ class Cpu:
             if error.errno != u.UC_ERR_EXCEPTION:
                 self._access_fault(error)
                 return Stop.COUNT
+        if self._stopped_by_device:
+            return Stop.DEVICE
         state = self.state
         state.load()
         waits = fetch_word(state, self._ram, self._base, state.pc - 4) == _WFI
@@ -153,6 +159,7 @@ class Cpu:
 
         For use inside a device's ``write``, by devices that do not mind the repetition.
         """
+        self._stopped_by_device = True
         self.uc.emu_stop()
 
     @property
@@ -193,8 +200,16 @@ class Cpu:
                 return
         elif number in _ADDRESS_CAUSES:
             value = state.badaddr
-        enter_exception(state, number, value, pc)
+        enter_exception(state, self._by_the_book(number, pc), value, pc)
         state.store()
+
+    def _by_the_book(self, cause: int, pc: int) -> int:
+        """An atomic instruction faults as a store; the engine does it as a load and a store."""
+        if cause in _LOAD_CAUSES and changes_memory(
+            fetch_word(self.state, self._ram, self._base, pc) or 0
+        ):
+            return cause + 2
+        return cause
 
     def _on_breakpoint(self, uc: u.Uc, _: object) -> bool:
         self.state.load()
@@ -213,5 +228,6 @@ class Cpu:
         if cause != Cause.FETCH_ACCESS:
             word = fetch_word(state, self._ram, self._base, state.pc)
             value = 0 if word is None else data_address(state, word)
+            cause = Cause(self._by_the_book(cause, state.pc))
         enter_exception(state, cause, value, state.pc)
         state.store()

@@ -1,16 +1,22 @@
-"""The address that a load, a store or an atomic instruction is about, found from its encoding.
+"""What a load, a store or an atomic instruction is about, found from its encoding.
 
-Needed only for ``mtval`` after an access to nowhere: there the engine does not say.
+Needed only where an access has failed and the engine does not say enough about it.
 """
 
 from __future__ import annotations
 
 from .state import HartState
 
-__all__ = ["data_address"]
+__all__ = ["changes_memory", "data_address"]
 
 _LOAD, _LOAD_FP, _STORE, _STORE_FP, _AMO = 0x03, 0x07, 0x23, 0x27, 0x2F
 _STACK_POINTER = 2
+_LOAD_RESERVED = 2
+
+
+def changes_memory(word: int) -> bool:
+    """True for the atomic instructions, but for ``lr``, which only loads."""
+    return word & 0x7F == _AMO and word >> 27 != _LOAD_RESERVED
 
 
 def data_address(state: HartState, word: int) -> int:
