@@ -92,7 +92,7 @@ class Board:
         cpu.map(at.PLIC_BASE, at.PLIC_SIZE, self.plic)
         cpu.map(at.UART_BASE, at.UART_SIZE, self.uart)
         self._written: list[tuple[int, int]] = []
-        self._slots: list[VirtioSlot] = []
+        self.slots: list[VirtioSlot] = []
         self._blocks: list[pyvirtio.VirtioBlk] = []
         self._plug_in(disks, legacy_virtio)
 
@@ -110,7 +110,7 @@ class Board:
             mmio = pyvirtio.VirtioMmio(block, memory, interrupt, legacy=legacy, notify="deferred")
             slot = VirtioSlot(mmio, self.cpu.end_slice)
             self._blocks.append(block)
-            self._slots.append(slot)
+            self.slots.append(slot)
             self.cpu.map(base, at.VIRTIO_SIZE, slot)
 
     # -- starting ----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class Board:
         stop = self.cpu.run(count)
         # How much of a slice was run that ended early, the engine does not tell.
         self.clock.ran(count if stop is Stop.COUNT else min(count, _CUT_SLICE))
-        for slot in self._slots:
+        for slot in self.slots:
             slot.poll()
         self._forget_overwritten_code()
         self._update_timers()

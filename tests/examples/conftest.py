@@ -44,6 +44,11 @@ class Guest:
         assert self.board.power is not None, "the guest did not power off"
         return self.results
 
+    def put(self, index: int, value: int) -> None:
+        """Set a word of the results before the program runs."""
+        at = RESULTS - RAM_BASE + 8 * index
+        self.board.ram[at : at + 8] = value.to_bytes(8, "little")
+
     @property
     def results(self) -> list[int]:
         start = RESULTS - RAM_BASE
