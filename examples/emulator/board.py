@@ -76,6 +76,8 @@ class Board:
             self.clint, self.clock, partial(cpu.set_line, Interrupt.SUPERVISOR_TIMER)
         )
         cpu.illegal = self.csrs.execute
+        cpu.touched = self._on_access
+        self._alarm = NEVER
         self.plic = Plic(
             (
                 partial(cpu.set_line, Interrupt.MACHINE_EXTERNAL),
@@ -143,7 +145,8 @@ class Board:
     def step(self) -> bool:
         """Run a slice and look after the devices. True if the guest has nothing to do now."""
         self._update_timers()
-        count = self.clock.budget(self.next_event(), _SLICE)
+        self._alarm = self.next_event()
+        count = self.clock.budget(self._alarm, _SLICE)
         stop = self.cpu.run(count)
         # How much of a slice was run that ended early, the engine does not tell.
         self.clock.ran(count if stop is Stop.COUNT else min(count, _CUT_SLICE))
@@ -152,6 +155,13 @@ class Board:
         self._forget_overwritten_code()
         self._update_timers()
         return stop is Stop.WAIT and not self.cpu.wakes
+
+    def _on_access(self) -> None:
+        """Accesses to devices take time, in which a timer may go off."""
+        self.clock.touched()
+        if self.clock.now() >= self._alarm:
+            self._alarm = NEVER
+            self._update_timers()
 
     def _update_timers(self) -> None:
         self.clint.update()

@@ -1,9 +1,9 @@
 """Guest time. One tick is 100 ns: the timebase of QEMU's virt board is 10 MHz.
 
 By default time is made of instructions, so a run is the same each time, however busy the host is:
-so many instructions are one tick, and looking at the clock costs a fixed number of ticks, because a
-guest that waits in a loop until the time has come would otherwise wait for ages (a look goes
-through Python, and is thousands of times slower than an instruction).
+so many instructions are one tick, and touching a device or looking at the clock costs a fixed
+number of ticks. A guest that waits in a loop until the time has come, or a byte, would otherwise
+wait for ages: going through Python is hundreds of times slower than an instruction.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Clock(Protocol):
         """The time as the guest reads it."""
         ...
 
+    def touched(self) -> None:
+        """The guest has accessed a register of a device."""
+        ...
+
     def ran(self, instructions: int) -> None:
         """That many instructions have been run."""
         ...
@@ -41,19 +45,25 @@ class Clock(Protocol):
 
 
 class InstructionClock:
-    """Time by instructions run. ``rate`` instructions make a tick; a look costs ``look_cost``."""
+    """Time by instructions run: ``rate`` of them make a tick.
 
-    def __init__(self, rate: int = 10, look_cost: int = 30) -> None:
+    ``cost`` is the ticks that a look at the clock takes, and an access to a device.
+    """
+
+    def __init__(self, rate: int = 10, cost: int = 30) -> None:
         self._rate = rate
-        self._look_cost = look_cost
+        self._cost = cost * rate
         self._instructions = 0
 
     def now(self) -> int:
         return self._instructions // self._rate
 
     def look(self) -> int:
-        self._instructions += self._look_cost * self._rate
+        self._instructions += self._cost
         return self._instructions // self._rate
+
+    def touched(self) -> None:
+        self._instructions += self._cost
 
     def ran(self, instructions: int) -> None:
         self._instructions += instructions
@@ -76,8 +86,11 @@ class WallClock:
 
     look = now
 
+    def touched(self) -> None:
+        """Took the time it took."""
+
     def ran(self, instructions: int) -> None:
-        pass
+        """Took the time it took."""
 
     def budget(self, until: int, most: int) -> int:
         return most

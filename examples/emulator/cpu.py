@@ -84,6 +84,8 @@ class Cpu:
         """Asked first about an illegal instruction: True if it carried it out (on the state)."""
         self.firmware: Callable[[HartState], bool] = lambda state: False
         """Asked first about an ``ecall`` from supervisor mode: True if it answered it."""
+        self.touched: Callable[[], None] = lambda: None
+        """Called before every access to a device."""
         self._base = base
         self._ram = memoryview(ram)
         self._lines = 0
@@ -101,9 +103,11 @@ class Cpu:
         """Put a device at ``address``; ``size`` is a multiple of 4096."""
 
         def read(uc: u.Uc, offset: int, width: int, _: object) -> int:
+            self.touched()
             return device.read(offset, width)
 
         def write(uc: u.Uc, offset: int, width: int, value: int, _: object) -> None:
+            self.touched()
             device.write(offset, width, value)
 
         self._mappings.append((read, write))

@@ -246,7 +246,7 @@ def test_uart_scratch_register_keeps_a_byte(port):
 
 @pytest.fixture
 def clint(lines):
-    clock = InstructionClock(rate=10, look_cost=1)
+    clock = InstructionClock(rate=10, cost=1)
     return Clint(clock, lines.line(0), lines.line(1)), clock
 
 
