@@ -123,8 +123,8 @@ class Board:
             return load_program(path, ram, at.RAM_BASE, address)
 
     def start(self, entry: int, arguments: str = "") -> None:
-        """Reset the hart to ``entry``, as QEMU's reset code leaves it: in machine mode, a0 the hart's
-        number, a1 the address of the device tree (which hands over ``arguments``).
+        """Start the hart at ``entry``, as QEMU's reset code does: in machine mode, its number in
+        a0, the address of the device tree (which hands over ``arguments``) in a1.
         """
         tree = flatten(describe(len(self.ram), arguments))
         where = len(self.ram) - _TREE_ROOM

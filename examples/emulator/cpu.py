@@ -10,7 +10,7 @@ Unicorn 2.1.4 is QEMU's translator without QEMU's machine. What that means here:
   memory hook, so a device's line falls at the very access that clears it.
 * **Time** does not exist, nor do CSRs newer than 2019: see :mod:`.csr`.
 * **Accesses outside memory** stop the engine with an error instead of trapping.
-* **Code** that a device overwrites in memory stays as it was translated: see :meth:`Cpu.forget_code`.
+* **Code** that a device overwrites stays as it was translated: see :meth:`Cpu.forget_code`.
 * The engine cannot be stopped safely from outside. It runs in slices of a counted number of
   instructions, and devices are looked after in between. ``wfi`` ends a slice early.
 """

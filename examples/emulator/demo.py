@@ -192,7 +192,9 @@ class Demo:
         for start in range(0, len(data), 4):
             word = int.from_bytes(data[start : start + 4], "little")
             session.command(f"mw.l {WRITTEN_FROM + start:x} {word:08x}", PROMPT)
-        said = session.command(f"fatwrite virtio 0 {WRITTEN_FROM:x} nonce.txt {len(data):x}", PROMPT)
+        said = session.command(
+            f"fatwrite virtio 0 {WRITTEN_FROM:x} nonce.txt {len(data):x}", PROMPT
+        )
         self.check(f"{len(data)} bytes written" in said, "the guest says that it has written")
         listing = session.command("ls virtio 0", PROMPT)
         self.check(f"{len(data)}   nonce.txt" in listing, "the guest lists nonce.txt")

@@ -1,4 +1,4 @@
-"""U-Boot, the board's own firmware: Debian builds it for QEMU's virt machine, which this board is."""
+"""U-Boot, the board's firmware: Debian builds it for QEMU's virt machine, as this board is."""
 
 from __future__ import annotations
 

@@ -25,7 +25,11 @@ def load_program(path: Path, ram: memoryview, base: int, address: int) -> int:
     if not data.startswith(b"\x7fELF"):
         _place(path, ram, address - base, data, len(data))
         return address
-    if len(data) < 64 or data[4:6] != b"\x02\x01" or struct.unpack_from("<H", data, 18) != (_RISCV,):
+    if (
+        len(data) < 64
+        or data[4:6] != b"\x02\x01"
+        or struct.unpack_from("<H", data, 18) != (_RISCV,)
+    ):
         raise ImageFileError(f"{path}: not a program for 64-bit RISC-V")
     entry, table = struct.unpack_from("<QQ", data, 24)
     entry_size, count = struct.unpack_from("<HH", data, 54)
@@ -33,7 +37,9 @@ def load_program(path: Path, ram: memoryview, base: int, address: int) -> int:
         where = table + index * entry_size
         if where + 56 > len(data):
             raise ImageFileError(f"{path}: the program headers lie outside the file")
-        kind, _, offset, _, physical, in_file, in_memory = struct.unpack_from("<IIQQQQQ", data, where)
+        kind, _, offset, _, physical, in_file, in_memory = struct.unpack_from(
+            "<IIQQQQQ", data, where
+        )
         if kind == _LOAD:
             _place(path, ram, physical - base, data[offset : offset + in_file], in_memory)
     return int(entry)

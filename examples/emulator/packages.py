@@ -1,7 +1,7 @@
 """Debian packages without being root: downloaded and unpacked into a folder, never installed.
 
 apt does the fetching, from the mirrors that this machine is set up for, and checks the signatures.
-Where the machine has no package lists (a fresh container), private ones are made in the same folder.
+Where the machine has no package lists (a fresh container), private ones are made in that folder.
 """
 
 from __future__ import annotations

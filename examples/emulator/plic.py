@@ -102,6 +102,10 @@ class Plic:
     def _has(self, context: int) -> bool:
         return context < len(self._targets)
 
+    def _may_complete(self, context: int, source: int) -> bool:
+        """Completing a source that the context has not enabled is ignored (specification, 9)."""
+        return 0 < source <= self._sources and bool(self._enable[context] >> source & 1)
+
     def _claim(self, context: int) -> int:
         source = self._best(context)
         if source:
@@ -133,8 +137,6 @@ class Plic:
             context, register = divmod(offset - _CONTEXT, _CONTEXT_STRIDE)
             if self._has(context) and register == 0:
                 self._threshold[context] = value & _MAX_PRIORITY
-            elif self._has(context) and register == 4 and 0 < value <= self._sources:
-                # A source that the context has not enabled is ignored (specification, 9).
-                if self._enable[context] >> value & 1:
-                    self._claimed &= ~(1 << value)
+            elif self._has(context) and register == 4 and self._may_complete(context, value):
+                self._claimed &= ~(1 << value)
         self._update()

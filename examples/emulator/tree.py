@@ -16,7 +16,7 @@ _M_SOFT, _S_TIMER, _M_TIMER, _S_EXT, _M_EXT = 3, 5, 7, 9, 11
 
 
 def describe(ram: int, arguments: str) -> Node:
-    """The tree for a board with ``ram`` bytes of memory; ``arguments`` is the kernel command line."""
+    """The tree for a board with ``ram`` bytes; ``arguments`` is the kernel's command line."""
     root = Node(compatible="riscv-virtio", model="riscv-virtio,qemu")
     root["#address-cells"], root["#size-cells"] = 2, 2
     chosen = root.add("chosen", bootargs=arguments, stdout_path=f"/soc/serial@{at.UART_BASE:x}")

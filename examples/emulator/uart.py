@@ -25,8 +25,9 @@ _FIFO = 16
 
 
 class Uart:
-    """``send(byte)`` takes what the guest writes. ``interrupt(level)`` is the line of the receiver's
-    interrupts; ``event(True)`` says that the transmitter is empty, ``event(False)`` takes it back.
+    """``send(byte)`` takes what the guest writes. ``interrupt(level)`` is the line of the
+    receiver's interrupts; ``event(True)`` says that the transmitter is empty, ``event(False)``
+    takes that back.
 
     Bytes from outside (:meth:`receive`) wait in a queue of any length and move into the guest's
     FIFO as there is room, so nothing typed is ever lost.

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
-from examples.emulator.board import Board  # noqa: E402
-from examples.emulator.layout import RAM_BASE  # noqa: E402
-from tests.examples.riscv import assemble  # noqa: E402
+from examples.emulator.board import Board
+from examples.emulator.layout import RAM_BASE
+from tests.examples.riscv import assemble
 
 RESULTS = RAM_BASE + 0x10_0000
 """Where guest programs put what they found out, in 64-bit words (register s0 points there)."""

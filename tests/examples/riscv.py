@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 
-REGISTERS = {
-    name: number
-    for number, names in enumerate(
-        "zero ra sp gp tp t0 t1 t2 s0 s1 a0 a1 a2 a3 a4 a5 a6 a7 "
-        "s2 s3 s4 s5 s6 s7 s8 s9 s10 s11 t3 t4 t5 t6".split()
-    )
-    for name in (names, f"x{number}")
-}
+_NAMES = (
+    "zero ra sp gp tp t0 t1 t2 s0 s1 a0 a1 a2 a3 a4 a5 a6 a7 "
+    "s2 s3 s4 s5 s6 s7 s8 s9 s10 s11 t3 t4 t5 t6"
+)
+REGISTERS = {name: number for number, name in enumerate(_NAMES.split())}
 CSRS = {
     "mstatus": 0x300, "medeleg": 0x302, "mideleg": 0x303, "mie": 0x304, "mtvec": 0x305,
     "mcounteren": 0x306, "menvcfg": 0x30A, "mscratch": 0x340, "mepc": 0x341, "mcause": 0x342,
@@ -129,7 +126,13 @@ def _one(name: str, args: list[str], at: int, labels: dict[str, int]) -> int:
     if name == "jalr":
         return _immediate(0x67, 0, REGISTERS["ra"], REGISTERS[args[0]], 0)
     if name == "amoadd.w":
-        return REGISTERS[args[1]] << 20 | REGISTERS[args[2]] << 15 | 2 << 12 | REGISTERS[args[0]] << 7 | 0x2F
+        return (
+            REGISTERS[args[1]] << 20
+            | REGISTERS[args[2]] << 15
+            | 2 << 12
+            | REGISTERS[args[0]] << 7
+            | 0x2F
+        )
     if name in BRANCHES:
         offset = labels[args[2]] - at
         bits = (offset >> 12 & 1) << 31 | (offset >> 5 & 0x3F) << 25

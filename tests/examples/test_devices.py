@@ -139,7 +139,9 @@ class Port:
         self.sent = bytearray()
         self.level = False
         self.events = []
-        self.uart = Uart(self.sent.append, lambda level: setattr(self, "level", level), self.events.append)
+        self.uart = Uart(
+            self.sent.append, lambda level: setattr(self, "level", level), self.events.append
+        )
 
     def __getattr__(self, name):
         return getattr(self.uart, name)
@@ -337,7 +339,9 @@ def test_device_tree_is_laid_out_as_the_specification_says():
 
 def elf(segments, entry=0x80000004, machine=243):
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header += struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, entry, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 2, machine, 1, entry, 64, 0, 0, 64, 56, len(segments), 0, 0, 0
+    )
     offset = 64 + 56 * len(segments)
     table = data = b""
     for address, contents, size in segments:

@@ -62,7 +62,7 @@ def test_session_gives_what_came_before_the_text_expected(session):
 def test_session_finds_a_text_only_once(session):
     session.limit = 0.01
     session.expect(">")
-    with pytest.raises(ScriptError, match="expected '>' within 0.01 s of guest time"):
+    with pytest.raises(ScriptError, match=r"expected '>' within 0\.01 s of guest time"):
         session.expect(">")
 
 
@@ -74,7 +74,9 @@ def test_session_says_that_the_board_stopped_instead(session):
 
 def test_script_file_is_carried_out(session, tmp_path):
     script = tmp_path / "talk"
-    script.write_text('# a comment\n\nlimit 2\nexpect ">"\nline two words\nexpect "words\\r"\nsend q\npoweroff\n')
+    script.write_text(
+        '# a comment\n\nlimit 2\nexpect ">"\nline two words\nexpect "words\\r"\nsend q\npoweroff\n'
+    )
     run_script(script, session)
     assert session.transcript == b">two words\rq"
 
