@@ -10,7 +10,7 @@ pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
 from examples.emulator.board import Board
 from examples.emulator.layout import RAM_BASE
-from tests.examples.riscv import assemble
+from support.riscv import assemble
 
 RESULTS = RAM_BASE + 0x10_0000
 """Where guest programs put what they found out, in 64-bit words (register s0 points there)."""

@@ -16,7 +16,7 @@ from examples.emulator.board import Board
 from examples.emulator.console import Console
 from examples.emulator.script import ScriptError, Session, run_script
 from examples.emulator.syscon import Power
-from tests.examples.riscv import assemble
+from support.riscv import assemble
 
 ECHO = """
     li s1, 0x10000000
