@@ -96,6 +96,12 @@ class Cpu:
         # No address ends the emulation: 0, the usual choice, is where some guests' programs start.
         self.uc.ctl_exits_enabled(True)
         self.uc.ctl_set_exits([])
+        # Never called: nothing here is write-protected. But while a hook like this covers memory,
+        # every store is checked for code that it overwrites; without one, Unicorn takes a page
+        # off that list at the first store to it, whatever translated code is still there.
+        self.uc.hook_add(
+            u.UC_HOOK_MEM_WRITE_PROT, lambda *_: False, begin=base, end=base + len(ram) - 1
+        )
         self.uc.hook_add(u.UC_HOOK_INTR, self._on_exception)
         self.uc.hook_add(u.UC_HOOK_INSN_INVALID, self._on_breakpoint)
 
