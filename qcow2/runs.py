@@ -132,5 +132,4 @@ def _entries(metadata: Metadata, cluster: int, count: int) -> tuple[Sequence[int
             except CacheFull:
                 metadata.flush_inside()
     finally:
-        with lock:
-            gate.leave()
+        gate.leave()
