@@ -30,6 +30,10 @@ def zero_runs(data: bytes, offset: int, unit: int) -> Iterator[tuple[int, int, b
     as data, but for a part of a unit at an end of ``data``. Positions are in ``data``.
     """
     zeroes = bytes(unit)
+    if not (offset % unit or len(data) % unit) and zeroes not in data:
+        if data:
+            yield 0, len(data), False
+        return
     start, kind = 0, None
     for at, end in units(offset, len(data), unit):
         zero = data[at:end] == (zeroes if end - at == unit else zeroes[: end - at])
