@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
 
@@ -178,7 +178,17 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
+        self._freed(self.refcounts.add(first, count, -times), kind)
+
+    def lower_each(self, first: int, times: Sequence[int], kind: DiscardKind) -> None:
+        """:meth:`lower` the refcount of ``first + i`` by ``times[i]``."""
+        if times == times[:1] * len(times):
+            self.lower(first, len(times), kind, times[0])
+        else:
+            self._freed(self.refcounts.add_each(first, [-value for value in times]), kind)
+
+    def _freed(self, clusters: list[int], kind: DiscardKind) -> None:
+        for start, length in merge_runs(clusters):
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)

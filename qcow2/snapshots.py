@@ -20,7 +20,13 @@ from . import layout
 from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcounts import load_table, pack_table
-from .sharing import for_each_run, raise_references, strip_copied, update_copied
+from .sharing import (
+    check_raise,
+    lower_references,
+    raise_references,
+    strip_copied,
+    update_copied,
+)
 from .snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -90,7 +96,7 @@ class Snapshots:
             pack_snapshots([*self._list, snapshot])
             l1 = metadata.tables.l1
             with metadata.lock:
-                for_each_run(metadata, l1, metadata.refcounts.check_raise)
+                check_raise(metadata, l1)
                 strip_copied(metadata)
             metadata.settle()
             with metadata.lock:
@@ -173,11 +179,7 @@ class Snapshots:
     def _lower(self, l1: array[int], offset: int, size: int) -> None:
         """Take back the references of an L1 table and the table itself (lock held)."""
         metadata = self._metadata
-
-        def lower(first: int, count: int, times: int) -> None:
-            metadata.lower(first, count, DiscardKind.SNAPSHOT, times)
-
-        for_each_run(metadata, l1, lower)
+        lower_references(metadata, l1, DiscardKind.SNAPSHOT)
         clusters = metadata.geometry.clusters(8 * size)
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
