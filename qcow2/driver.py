@@ -22,11 +22,10 @@ from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT
+_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
     Incompatible.COMPRESSION: "compression type",
-    Incompatible.EXTENDED_L2: "extended L2 entries",
 }
 
 
@@ -50,7 +49,7 @@ class Qcow2Disk(Disk):
             read_only=read_only,
             limits=Limits(
                 request_alignment=file.limits.request_alignment,
-                write_zeroes_alignment=cluster_size,
+                write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
             ),
@@ -124,7 +123,19 @@ class Qcow2Disk(Disk):
         self._writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
+        # With subclusters the first and the last cluster may be there in part only.
+        size, end = self._metadata.cluster_size, offset + length
+        while offset < end:
+            stop = end if end == self.size else max(end // size * size, offset)
+            if offset % size or stop == offset:
+                stop = min(end, (offset // size + 1) * size)
+            try:
+                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+            except UnsupportedError:
+                if self._header.version < 3:
+                    raise
+                self._write_zero_bytes(offset, stop - offset)
+            offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
         zeroing.discard(
@@ -170,7 +181,7 @@ class Qcow2Disk(Disk):
         return self._header.backing_file
 
     def info(self) -> DiskInfo:
-        header = self._header
+        header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         if header.version >= 3:
             specific |= {
@@ -178,14 +189,14 @@ class Qcow2Disk(Disk):
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": False,
+                "extended-l2": metadata.geometry.extended_l2,
             }
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=self._metadata.cluster_size,
+            cluster_size=metadata.cluster_size,
             specific=specific,
         )
 

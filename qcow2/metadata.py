@@ -29,6 +29,7 @@ from .layout import ClusterKind
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
+from .subclusters import SubclusterTables
 from .tables import Tables, entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
@@ -63,7 +64,8 @@ class Metadata:
         slot = min(self.cluster_size, _SLICE_SIZE)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        self.tables = Tables(l1, self.geometry, l2_cache)
+        kind = SubclusterTables if self.geometry.extended_l2 else Tables
+        self.tables = kind(l1, self.geometry, l2_cache)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
         self.dropped = DroppedReferences()

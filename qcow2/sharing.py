@@ -47,8 +47,25 @@ def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]
 
 
 def read_entries(metadata: Metadata, offset: int) -> array[int]:
-    """All entries of the L2 table at a host offset, as they are now."""
-    return decode(metadata.read_l2_table(offset))
+    """All entries of the L2 table at a host offset, as they are now (without subclusters)."""
+    return decode(read_plain(metadata, offset))
+
+
+def read_plain(metadata: Metadata, offset: int) -> bytes:
+    """:func:`read_entries` as bytes: a table of standard entries."""
+    table = metadata.read_l2_table(offset)
+    words = metadata.geometry.l2_entry_words
+    return table if words == 1 else pack_table(decode(table)[::words])
+
+
+def write_plain(metadata: Metadata, offset: int, table: bytes) -> None:
+    """Replace what :func:`read_plain` gave; the states of subclusters stay."""
+    words = metadata.geometry.l2_entry_words
+    if words > 1:
+        whole = decode(metadata.read_l2_table(offset))
+        whole[::words] = decode(table)
+        table = pack_table(whole)
+    metadata.write_l2_table(offset, table)
 
 
 def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
@@ -85,7 +102,7 @@ def walk_references(
     tally = Tally(metadata.geometry, in_slices)
     for offset, times in Counter(offset for _, offset in l2_tables(metadata, l1)).items():
         tally.add_run(offset >> metadata.cluster_bits, 1, times)
-        tally.add_table(metadata.read_l2_table(offset), times)
+        tally.add_table(read_plain(metadata, offset), times)
     tally.finish()
 
 
@@ -139,7 +156,8 @@ def strip_copied(metadata: Metadata) -> None:
     Changed L2 tables are written straight to the file: an entry without the flag is right at any
     moment. A compressed entry has no such flag, and the bit is clear there too.
     """
-    mask = int.from_bytes((layout.COPIED - 1).to_bytes(8) * (metadata.cluster_size // 8))
+    pattern = (layout.COPIED - 1).to_bytes(8) + b"\xff" * 8 * (metadata.geometry.l2_entry_words - 1)
+    mask = int.from_bytes(pattern * (metadata.cluster_size // len(pattern)))
     for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
         table = int.from_bytes(metadata.read_l2_table(offset))
         stripped = table & mask
@@ -157,10 +175,10 @@ def update_copied(metadata: Metadata) -> None:
     tables, bits = metadata.tables, metadata.cluster_bits
     singles = _Singles(metadata)
     for index, offset in list(l2_tables(metadata, tables.l1)):
-        table = metadata.read_l2_table(offset)
+        table = read_plain(metadata, offset)
         changed = _flagged(metadata, table, singles)
         if changed != table:
-            metadata.write_l2_table(offset, changed)
+            write_plain(metadata, offset, changed)
         own = singles.run(offset >> bits, 1) == b"\1"
         table_entry = offset | (layout.COPIED if own else 0)
         if table_entry != tables.l1[index]:
