@@ -9,7 +9,7 @@ from ..backend.disk import Disk
 from . import layout
 from .geometry import Geometry
 from .header import Header
-from .layout import Compatible, Incompatible
+from .layout import COMPRESSION_NAMES, Compatible, CompressionType, Incompatible
 from .refcount_codec import codec_for
 from .refcounts import pack_table
 
@@ -28,6 +28,8 @@ class CreateOptions:
     refcount_bits: int = 16
     """Width of a refcount: 1, 2, 4, 8, 16, 32 or 64."""
     lazy_refcounts: bool = False
+    compression_type: str = "zlib"
+    """For clusters that are written compressed: ``zlib`` or ``zstd``."""
     extended_l2: bool = False
     """L2 entries with 32 subclusters each; needs clusters of 16 KiB or more."""
     backing_file: str | os.PathLike[str] | None = None
@@ -59,6 +61,18 @@ class CreateOptions:
                 "Lazy refcounts only supported with compatibility level 1.1 and above "
                 "(use version=v3 or greater)"
             )
+        compression = next(
+            (n for n, t in COMPRESSION_NAMES.items() if t == self.compression_type), None
+        )
+        if compression is None:
+            raise ValueError(
+                f"Parameter 'compression_type' does not accept value '{self.compression_type}'"
+            )
+        if version < 3 and compression is not CompressionType.DEFLATE:
+            raise ValueError(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and "
+                "above (use version=v3 or greater)"
+            )
         if self.extended_l2 and version < 3:
             raise ValueError(
                 "Extended L2 entries are only supported with compatibility level 1.1 and above "
@@ -81,7 +95,9 @@ class CreateOptions:
             cluster_bits=bits,
             size=size,
             refcount_order=width.bit_length() - 1,
-            incompatible_features=Incompatible.EXTENDED_L2 if self.extended_l2 else 0,
+            compression_type=compression,
+            incompatible_features=(Incompatible.COMPRESSION if compression else 0)
+            | (Incompatible.EXTENDED_L2 if self.extended_l2 else 0),
             compatible_features=Compatible.LAZY_REFCOUNTS if self.lazy_refcounts else 0,
             backing_file=name,
             backing_format=self.backing_fmt,

@@ -11,10 +11,11 @@ from typing import Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import layout, resize, zeroing
+from . import header_update, layout, resize, zeroing
 from .check import CheckResult, check
+from .compressed_writing import CompressedWriter
 from .header import Header, read_header
-from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
+from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshots import Snapshots
@@ -22,10 +23,11 @@ from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
+_SUPPORTED = int(
+    Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION | Incompatible.EXTENDED_L2
+)
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
-    Incompatible.COMPRESSION: "compression type",
 }
 
 
@@ -61,6 +63,7 @@ class Qcow2Disk(Disk):
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
+        self._compressed_writer = CompressedWriter(metadata, self._writer)
         self.snapshots = Snapshots(metadata, self._set_size)
         """The internal snapshots."""
 
@@ -122,6 +125,9 @@ class Qcow2Disk(Disk):
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
         self._writer.write(offset, views, length)
 
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._compressed_writer.write(offset, views, length)
+
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
         size, end = self._metadata.cluster_size, offset + length
@@ -180,12 +186,30 @@ class Qcow2Disk(Disk):
         """The backing file's name as it stands in the image."""
         return self._header.backing_file
 
+    def change_backing_file(self, name: str | None, format: str | None = None) -> None:
+        """Have the image name another backing file (None: none), as ``qemu-img rebase -u`` does.
+
+        Only what is written in the image changes: the backing file that is open stays in use
+        until :meth:`replace_backing`, and nobody compares the two.
+        """
+        with self._metadata.exclusive():
+            header_update.change_backing_file(self._metadata, name, format)
+
+    def replace_backing(self, backing: Disk | None) -> Disk | None:
+        """Read from another backing file, which the image then owns, from now on.
+
+        Returns the former one, which is the caller's then. What is written in the image does not
+        change.
+        """
+        with self._metadata.gate.exclusive():
+            return self.reader.replace_backing(backing, self._header.backing_file)
+
     def info(self) -> DiskInfo:
         header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         if header.version >= 3:
             specific |= {
-                "compression-type": "zlib",
+                "compression-type": COMPRESSION_NAMES[header.compression_type],
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),

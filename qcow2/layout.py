@@ -83,6 +83,10 @@ class CompressionType(IntEnum):
     ZSTD = 1
 
 
+COMPRESSION_NAMES = {CompressionType.DEFLATE: "zlib", CompressionType.ZSTD: "zstd"}
+"""QEMU's names for them."""
+
+
 # -- header extensions (spec, "Header extensions") -----------------------------------------------
 
 EXTENSION = Struct(">II")

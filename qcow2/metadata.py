@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
 
@@ -23,6 +23,7 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
+from .compression import DecompressedClusters
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
@@ -78,6 +79,8 @@ class Metadata:
             DiscardKind.ALWAYS: True,
         }
         """Whether clusters freed for that reason are discarded in the file below."""
+        self.decompressed = DecompressedClusters(self.geometry)
+        self._when_freed: list[Callable[[int, int], None]] = [self.decompressed.forget]
         self._flushing = Lock()
 
     def close(self) -> None:
@@ -174,6 +177,11 @@ class Metadata:
                     self.health.poison(str(error))
                     return
 
+    def when_freed(self, listener: Callable[[int, int], None]) -> None:
+        """Have ``listener(first cluster, count)`` called (lock held) before clusters that were
+        referred to can be handed out again."""
+        self._when_freed.append(listener)
+
     def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
         """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
         policy says so.
@@ -191,6 +199,8 @@ class Metadata:
 
     def _freed(self, clusters: list[int], kind: DiscardKind) -> None:
         for start, length in merge_runs(clusters):
+            for listener in self._when_freed:
+                listener(start, length)
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-from threading import Lock
-
 from ..backend.buffers import clear, copy_in, split
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from .cache import CacheFull
+from .compression import CompressedDataError, decompress
 from .layout import ClusterKind
 from .metadata import Metadata
 
@@ -29,15 +27,11 @@ class Reader:
         self._lock = metadata.lock
         self._map = metadata.tables.map
         self.backing = backing
-        below = getattr(backing, "reader", None)
-        self.below: Reader | None = below if isinstance(below, Reader) else None
+        self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
         loop, whatever its length."""
         self._missing = missing_backing
         """The name of a backing file that was not opened."""
-        self._decompressed: tuple[int, bytes] = (0, b"")
-        """The last compressed cluster read: its L2 entry, its contents."""
-        self._decompressing = Lock()
 
     @property
     def file(self) -> Disk:
@@ -53,6 +47,16 @@ class Reader:
     def backing_known(self) -> bool:
         """False if there is a backing file that was not opened."""
         return self._missing is None
+
+    def replace_backing(self, backing: Disk | None, name: str | None) -> Disk | None:
+        """Read from another backing file (in an exclusive operation); returns the former one.
+
+        ``name`` is that of the backing file in the image, missing now if ``backing`` is None.
+        """
+        former, self.backing = self.backing, backing
+        self.below = _reader_of(backing)
+        self._missing = name if backing is None else None
+        return former
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
@@ -168,29 +172,20 @@ class Reader:
             clear(split(views, there, length - there))
 
     def decompress(self, entry: int) -> bytes:
-        """The whole guest cluster that a compressed L2 entry stands for."""
-        with self._decompressing:
-            known, contents = self._decompressed
-            if known == entry:
-                return contents
-            metadata = self._metadata
-            size = metadata.cluster_size
-            offset, length = metadata.geometry.compressed_extent(entry)
-            metadata.file.debug_event("read_compressed")
-            data = metadata.file.read(offset, length)
-            try:
-                contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-            except zlib.error as error:
-                raise _damaged(metadata, entry, str(error)) from error
-            if len(contents) != size:
-                raise _damaged(metadata, entry, f"{len(contents)} bytes instead of {size}")
-            self._decompressed = (entry, contents)
+        """The whole guest cluster that a compressed L2 entry stands for (inside the gate)."""
+        metadata = self._metadata
+        contents = metadata.decompressed.get(entry)
+        if contents is not None:
             return contents
-
-    def forget(self) -> None:
-        """Forget decompressed data: host clusters may have changed."""
-        with self._decompressing:
-            self._decompressed = (0, b"")
+        offset, length = metadata.geometry.compressed_extent(entry)
+        metadata.file.debug_event("read_compressed")
+        data = metadata.file.read(offset, length)
+        try:
+            contents = decompress(metadata.header.compression_type, data, metadata.cluster_size)
+        except CompressedDataError as error:
+            raise _damaged(metadata, entry, str(error)) from error
+        metadata.decompressed.put(entry, contents)
+        return contents
 
     def is_zero(self, kind: ClusterKind, offset: int, length: int) -> bool:
         """True if it costs nothing to know that these guest bytes, of this kind, are zeroes."""
@@ -206,6 +201,11 @@ class Reader:
         except BackendError:
             return False
         return extent.zero and extent.length == there
+
+
+def _reader_of(disk: Disk | None) -> Reader | None:
+    reader = getattr(disk, "reader", None)
+    return reader if isinstance(reader, Reader) else None
 
 
 def _damaged(metadata: Metadata, entry: int, reason: str) -> ImageError:

@@ -24,12 +24,12 @@ from .requests import Allocation
 from .subclusters import allocated_mask, subcluster_runs, zero_mask
 from .tables import entry_kind
 
-__all__ = ["Writer"]
+__all__ = ["MAX_DROPPED", "Writer"]
 
 _MAX_CLUSTERS = 4096
 """Most clusters taken at once, so that one request does not hold everything."""
 
-_MAX_DROPPED = 1 << 12
+MAX_DROPPED = 1 << 12
 """Runs of dropped references that may wait for a flush before a write makes one itself."""
 
 
@@ -96,7 +96,7 @@ class Writer:
             views = split(views, done, length - done)
             offset += done
             length -= done
-        if len(self._metadata.dropped.runs) > _MAX_DROPPED:
+        if len(self._metadata.dropped.runs) > MAX_DROPPED:
             self._metadata.flush_inside()
 
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
