@@ -239,25 +239,14 @@ class Qcow2Disk(Disk):
     # -- life ----------------------------------------------------------------------------------
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        if size < self.size:
-            raise UnsupportedError("qcow2 images cannot be shrunk yet", feature="shrink")
-        if preallocation != "off":
-            raise UnsupportedError(
-                f"Unsupported preallocation mode '{preallocation}'", feature="preallocation"
-            )
-        self._metadata.check_writable()
-        metadata, old_size = self._metadata, self._header.size
-        if size == old_size:
-            return
-        with metadata.exclusive():
-            resize.make_room(metadata, size)
         backing = self.reader.backing
-        if backing is not None and backing.size > old_size:
-            # What the backing file has there must not show.
-            hidden = min(size, backing.size) - old_size
-            self._zero_past_end(old_size, hidden)
-        with metadata.exclusive():
-            resize.set_size(metadata, size)
+        resize.truncate(
+            self._metadata,
+            size,
+            preallocation,
+            backing_size=0 if backing is None else backing.size,
+            hide=self._zero_past_end,
+        )
         self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:

@@ -117,7 +117,12 @@ class Metadata:
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
-        self.tables.set_l1(l1_index, new << self.cluster_bits | layout.COPIED)
+        self.replace_l2_table(l1_index, new)
+
+    def replace_l2_table(self, l1_index: int, cluster: int) -> None:
+        """Name another L2 table, our own, written to a host cluster already, in the L1 table."""
+        old = self.tables.l2_offset(l1_index)
+        self.tables.set_l1(l1_index, cluster << self.cluster_bits | layout.COPIED)
         if old:
             self.forget_l2_table(old)
             self.dropped.add(old >> self.cluster_bits, 1, DiscardKind.OTHER)

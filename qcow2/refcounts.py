@@ -126,10 +126,19 @@ class Refcounts:
 
     # -- changing counts -----------------------------------------------------------------------
 
-    def check_raise(self, cluster: int, count: int, times: int) -> None:
-        """Raise ImageError unless every count in the range can be raised by ``times``."""
-        for values in self.counts(cluster, count):
-            if _highest(values) + times > self._codec.max:
+    def check_raise(self, cluster: int, times: Sequence[int]) -> None:
+        """Raise ImageError unless the count of ``cluster + i`` can be raised by ``times[i]``."""
+        at = 0
+        for values in self.counts(cluster, len(times)):
+            part = times[at : at + len(values)]
+            at += len(part)
+            if _highest(values) + _highest(part) <= self._codec.max:
+                continue
+            if any(
+                value + more > self._codec.max
+                for value, more in zip(values, part, strict=True)
+                if more
+            ):
                 raise ImageError(
                     "Reference count limit reached: a cluster cannot be shared more often",
                     field="refcount",
@@ -397,6 +406,52 @@ class Refcounts:
             self.table = table
             self._dirty_entries.clear()
         self.add(old, old_clusters, -1)
+
+    def drop_empty_blocks(self) -> None:
+        """Give up the refcount blocks that count nothing but, at most, themselves.
+
+        The counts must be on stable storage (``qcow2_shrink_reftable``).
+        """
+        cluster_bits = self._geometry.cluster_bits
+        empty = [block for block, entry in enumerate(self.table) if entry and self._is_empty(block)]
+        if not empty:
+            return
+        for block in empty:
+            self._file.write(self._header.refcount_table_offset + 8 * block, bytes(8))
+        self._file.flush()
+        for block in empty:
+            offset = self.block_offset(block)
+            self.table[block] = 0
+            self._dirty_entries.discard(block)
+            self.cache.forget(offset, self._geometry.cluster_size)
+            if offset >> cluster_bits >> self._block_bits != block:
+                self.add(offset >> cluster_bits, 1, -1)
+            else:
+                self._hint = min(self._hint, offset >> cluster_bits)
+
+    def _is_empty(self, block: int) -> bool:
+        own = self.block_offset(block) >> self._geometry.cluster_bits
+        cluster = block << self._block_bits
+        for values in self.counts(cluster, 1 << self._block_bits):
+            for i, value in enumerate(values) if any(values) else ():
+                if value and cluster + i != own:
+                    return False
+            cluster += len(values)
+        return True
+
+    def end_of_use(self) -> int:
+        """The cluster after the last one in use."""
+        for block in range(len(self.table) - 1, -1, -1):
+            if not self.table[block]:
+                continue
+            first = block << self._block_bits
+            pieces = list(self.slices(first, 1 << self._block_bits))
+            for start, count in reversed(pieces):
+                values = next(iter(self.counts(start, count)))
+                for i in range(count - 1, -1, -1) if any(values) else ():
+                    if values[i]:
+                        return start + i + 1
+        return 0
 
     # -- to the file -----------------------------------------------------------------------------
 

@@ -108,12 +108,7 @@ def walk_references(
 
 def check_raise(metadata: Metadata, l1: Sequence[int]) -> None:
     """Raise ImageError unless :func:`raise_references` would find room in every refcount."""
-
-    def look(first: int, counts: Sequence[int]) -> None:
-        uniform = counts == counts[:1] * len(counts)
-        metadata.refcounts.check_raise(first, len(counts), counts[0] if uniform else max(counts))
-
-    walk_references(metadata, l1, look)
+    walk_references(metadata, l1, metadata.refcounts.check_raise)
 
 
 def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
