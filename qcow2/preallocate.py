@@ -38,15 +38,16 @@ def preallocate(metadata: Metadata, start: int, end: int, mode: str) -> None:
     pieces = [piece for piece in pieces if piece[3]]
     if not pieces:
         return
+
+    def lengthen(size: int) -> None:
+        if size > metadata.file.size:
+            metadata.file.truncate(size, preallocation="off" if mode == "metadata" else mode)
+
     with metadata.lock:
         new_tables = sum(not _is_own(metadata, piece[0]) for piece in pieces)
         total = new_tables + sum(piece[3] for piece in pieces)
-        at = metadata.refcounts.allocate_area(total)
-        area = at
-    size = (at + total) << metadata.cluster_bits
+        at = area = metadata.refcounts.allocate_area(total, lengthen)
     try:
-        if size > metadata.file.size:
-            metadata.file.truncate(size, preallocation="off" if mode == "metadata" else mode)
         metadata.settle()
     except BaseException:
         with metadata.lock:

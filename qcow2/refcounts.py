@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -233,11 +233,12 @@ class Refcounts:
             if ready:
                 return self._take(first, count)[0]
 
-    def allocate_area(self, count: int) -> int:
+    def allocate_area(self, count: int, extend: Callable[[int], None] | None = None) -> int:
         """Take ``count`` fresh clusters in a row, any number, behind everything ever used.
 
-        They read as zeroes once the file is that long. The refcount blocks that they need are made
-        behind them, counted already. Returns the first cluster.
+        They read as zeroes once the file is that long; ``extend`` is called with the length that it
+        needs before anything changes. The refcount blocks that they need are made behind them,
+        counted already. Returns the first cluster.
         """
         bits = self._block_bits
         while True:
@@ -256,6 +257,8 @@ class Refcounts:
                 break
             self._grow_table(blocks[-1] + 1)
         self._refuse_invalid(first, end - first)
+        if extend is not None:
+            extend(end << self._geometry.cluster_bits)
         for i, block in enumerate(missing):
             start, stop = max(first, block << bits), min(end, block + 1 << bits)
             self._write_block(first + count + i, stop - start, start - (block << bits))
