@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
@@ -19,6 +18,8 @@ from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Inc
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshots import Snapshots
+from .status import block_status
+from .vmstate import VmState
 from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
@@ -64,8 +65,10 @@ class Qcow2Disk(Disk):
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
         self._compressed_writer = CompressedWriter(metadata, self._writer)
-        self.snapshots = Snapshots(metadata, self._set_size)
+        self.snapshots = Snapshots(metadata, self._set_size, self._make_reader)
         """The internal snapshots."""
+        self.vmstate = VmState(metadata, self.reader, self._writer)
+        """The VM state past the disk's end, until a snapshot takes it."""
 
     @classmethod
     def open(
@@ -117,6 +120,11 @@ class Qcow2Disk(Disk):
             self._file.flush()
             self._header.autoclear_features = 0
 
+    def _make_reader(self, metadata: Metadata) -> Reader:
+        """A reader of other tables of this image: a snapshot's."""
+        backing = self.reader.backing
+        return Reader(metadata, backing, None if backing else self._header.backing_file)
+
     # -- requests ------------------------------------------------------------------------------
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
@@ -152,21 +160,7 @@ class Qcow2Disk(Disk):
         self._metadata.flush()
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        reader, depth, kind, host, run = self.reader.map_chain(offset, length)
-        file = reader.file
-        if kind is ClusterKind.NORMAL:
-            return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_ALLOCATED:
-            return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_PLAIN:
-            return Extent(run, False, True, True, depth=depth)
-        if kind is ClusterKind.COMPRESSED:
-            return Extent(run, True, False, True, compressed=True, depth=depth)
-        backing = reader.backing
-        if backing is None or offset >= backing.size:
-            return Extent(run, False, reader.backing_known, False, depth=depth)
-        below = backing.block_status(offset, min(run, backing.size - offset))
-        return replace(below, depth=depth + 1 + below.depth)
+        return block_status(self.reader, offset, length)
 
     # -- the image -----------------------------------------------------------------------------
 
@@ -281,6 +275,7 @@ class Qcow2Disk(Disk):
         with ExitStack() as stack:
             stack.callback(self._file.close)
             stack.callback(self._metadata.close)
+            stack.callback(self.snapshots.close_views)
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():

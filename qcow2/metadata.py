@@ -81,6 +81,8 @@ class Metadata:
         """Whether clusters freed for that reason are discarded in the file below."""
         self.decompressed = DecompressedClusters(self.geometry)
         self._when_freed: list[Callable[[int, int], None]] = [self.decompressed.forget]
+        self.vm_state_end: int | None = None
+        """Bytes of VM state past the disk's end, as far as is known."""
         self._flushing = Lock()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ def drop_past_end(metadata: Metadata, size: int) -> None:
     _drop_entries(metadata, geometry.clusters(size), tables << geometry.l2_bits)
     drop_tables(metadata, tables, DiscardKind.ALWAYS)
     metadata.settle()
+    metadata.vm_state_end = 0
 
 
 def drop_tables(metadata: Metadata, first: int, kind: DiscardKind) -> None:
