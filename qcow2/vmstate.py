@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["VmState", "VmStateStream"]
 
 _MAX_POSITION = layout.INT64_MAX
+_ZERO_CHUNK = 1 << 21
 
 
 class VmState:
@@ -138,8 +139,15 @@ class VmState:
         """Where nothing is written QEMU reads the backing file, if it is so long: zeroes instead."""
         metadata, size = self._metadata, self._metadata.cluster_size
         first, last = -(-start // size) * size, end // size * size
-        if metadata.header.backing_file and metadata.geometry.version >= 3 and first < last:
+        if not metadata.header.backing_file or first >= last:
+            return
+        if metadata.geometry.version >= 3:
             zeroing.write_zeroes(metadata, self.offset + first, last - first, unmap=False)
+            return
+        while first < last and self._writer is not None:
+            zeroes = memoryview(bytes(min(last - first, _ZERO_CHUNK)))
+            self._writer.write(self.offset + first, [zeroes], len(zeroes))
+            first += len(zeroes)
 
     def _padded(
         self, offset: int, views: list[memoryview], length: int
