@@ -10,7 +10,7 @@ from typing import Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import header_update, layout, resize, zeroing
+from . import amend, header_update, layout, resize, zeroing
 from .check import CheckResult, check
 from .compressed_writing import CompressedWriter
 from .header import Header, read_header
@@ -216,6 +216,21 @@ class Qcow2Disk(Disk):
             filename=self.filename,
             cluster_size=metadata.cluster_size,
             specific=specific,
+        )
+
+    def amend(
+        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+    ) -> None:
+        """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
+
+        ``progress(done, total)`` is called for each long step.
+        """
+        amend.amend(
+            self._metadata,
+            self.snapshots,
+            amend.AmendOptions.of(**options),
+            resize=lambda size: self.truncate(size, shrink=True),
+            progress=progress,
         )
 
     def check(self) -> CheckResult:

@@ -223,6 +223,11 @@ class Metadata:
             raise BackendError(errno.EPERM, "the image is open read-only", self.file.filename)
         self.health.check()
 
+    def adopt_geometry(self) -> None:
+        """The header has another version or refcount width: go by it from now on."""
+        self.geometry = self.header.geometry
+        self.tables.adopt(self.geometry)
+
     def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
         """Make another L1 table, stable at host byte ``offset``, the active one (lock held).
 

@@ -197,7 +197,7 @@ class Snapshots:
         metadata = self._metadata
         snapshot = self._resolve(snapshot)
         with metadata.exclusive():
-            target = self._load_l1(snapshot)
+            target = self.l1_table(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
             if 8 * needed > layout.MAX_L1_SIZE:
                 raise ImageError(
@@ -231,7 +231,7 @@ class Snapshots:
         snapshot = self._resolve(snapshot)
         self.refuse_views(snapshot)
         with metadata.exclusive():
-            l1 = self._load_l1(snapshot)
+            l1 = self.l1_table(snapshot)
             self._replace_list([other for other in self._list if other is not snapshot])
             with metadata.lock, metadata.health.step("Deleting a snapshot"):
                 self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)
@@ -248,7 +248,7 @@ class Snapshots:
         numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]
         return str(max(numbers, default=0) + 1)
 
-    def _load_l1(self, snapshot: Snapshot) -> array[int]:
+    def l1_table(self, snapshot: Snapshot) -> array[int]:
         """The L1 table of a snapshot, without the COPIED flags, which mean nothing there."""
         metadata = self._metadata
         check_l1(metadata.header, snapshot)
