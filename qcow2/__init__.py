@@ -11,6 +11,7 @@ from .create import CreateOptions
 from .create import create as _create
 from .driver import Qcow2Disk
 from .header import probe
+from .measure import measure
 from .snapshots import Snapshot, Snapshots
 
 __all__ = ["FORMAT", "CheckResult", "CreateOptions", "Qcow2Disk", "Snapshot", "Snapshots"]
@@ -21,4 +22,4 @@ def create(file: Disk, size: int, **options: Any) -> None:
     _create(file, size, CreateOptions(**options))
 
 
-FORMAT = Format("qcow2", probe, Qcow2Disk.open, create)
+FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, measure)

@@ -88,10 +88,10 @@ class CompressedWriter:
     def _write_cluster(self, cluster: int, packed: bytes) -> None:
         metadata = self._metadata
         gate, lock = metadata.gate, metadata.lock
-        with lock:
-            metadata.health.check()
-            epoch = gate.enter()
         try:
+            with lock:
+                metadata.health.check()
+                gate.enter()
             place = self._plan(cluster, len(packed))
             try:
                 metadata.file.debug_event("write_compressed")
@@ -106,7 +106,7 @@ class CompressedWriter:
                 metadata.flush_inside()
         finally:
             with lock:
-                gate.leave(epoch)
+                gate.leave()
 
     # -- planning --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import amend, header_update, layout, resize, zeroing
+from . import amend, emptying, header_update, layout, resize, zeroing
 from .check import CheckResult, check
 from .compressed_writing import CompressedWriter
 from .header import Header, read_header
@@ -87,17 +87,8 @@ class Qcow2Disk(Disk):
         """
         header = read_header(file)
         _refuse_what_is_missing(header)
-        if header.incompatible_features & Incompatible.CORRUPT and not read_only:
-            raise ImageError(
-                "qcow2: Image is corrupt; cannot be opened read/write",
-                field="incompatible_features",
-                value=header.incompatible_features,
-            )
-        if header.incompatible_features & Incompatible.DIRTY and not read_only:
-            raise UnsupportedError(
-                "The image is dirty: its refcounts must be repaired before it can be written",
-                feature="repair",
-            )
+        if not read_only:
+            _refuse_to_write(header)
         metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
         backing = None
         try:
@@ -198,6 +189,11 @@ class Qcow2Disk(Disk):
         with self._metadata.gate.exclusive():
             return self.reader.replace_backing(backing, self._header.backing_file)
 
+    def make_empty(self) -> None:
+        """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""
+        with self._metadata.exclusive():
+            emptying.make_empty(self._metadata)
+
     def info(self) -> DiskInfo:
         header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
@@ -267,6 +263,22 @@ class Qcow2Disk(Disk):
             end = aligned
         self._write_zero_bytes(offset, end - offset)
 
+    def reopen(self, *, read_only: bool) -> None:
+        """Change between read-only and read-write, the file below included."""
+        metadata = self._metadata
+        if read_only == self.read_only:
+            return
+        if read_only:
+            with metadata.exclusive():
+                self._file.reopen(read_only=True)
+                self.read_only = metadata.read_only = True
+            return
+        _refuse_to_write(self._header)
+        with metadata.gate.exclusive():
+            self._file.reopen(read_only=False)
+            self.read_only = metadata.read_only = False
+            self._clear_unknown_autoclear()
+
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
             pass
@@ -297,6 +309,20 @@ class Qcow2Disk(Disk):
                         self._metadata.settle()
             finally:
                 self.closed = True
+
+
+def _refuse_to_write(header: Header) -> None:
+    if header.incompatible_features & Incompatible.CORRUPT:
+        raise ImageError(
+            "qcow2: Image is corrupt; cannot be opened read/write",
+            field="incompatible_features",
+            value=header.incompatible_features,
+        )
+    if header.incompatible_features & Incompatible.DIRTY:
+        raise UnsupportedError(
+            "The image is dirty: its refcounts must be repaired before it can be written",
+            feature="repair",
+        )
 
 
 def _refuse_what_is_missing(header: Header) -> None:

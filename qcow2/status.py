@@ -16,7 +16,8 @@ def block_status(reader: Reader, offset: int, length: int) -> Extent:
     reader, depth, kind, host, run = reader.map_chain(offset, length)
     file = reader.file
     if kind is ClusterKind.NORMAL:
-        return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
+        zero, run = reader.holes.look(host, run)
+        return Extent(run, True, zero, True, depth=depth, host_offset=host, file=file)
     if kind is ClusterKind.ZERO_ALLOCATED:
         return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
     if kind is ClusterKind.ZERO_PLAIN:

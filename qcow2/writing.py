@@ -69,17 +69,14 @@ class Writer:
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
         gate, lock = self._gate, self._lock
-        with lock:
-            self._health.check()
-            epoch = gate.enter()
-            try:
-                host, run = self._map_own(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
+            with lock:
+                self._health.check()
+                gate.enter()
+                try:
+                    host, run = self._map_own(offset, length)
+                except CacheFull:
+                    run = 0
             if run == length:
                 self._file.debug_event("write_aio")
                 self._file.writev(host, views)
@@ -87,7 +84,7 @@ class Writer:
                 self._write_runs(offset, views, length)
         finally:
             with lock:
-                gate.leave(epoch)
+                gate.leave()
 
     def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write what is more than one run, or is not all in place."""

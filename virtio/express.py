@@ -10,7 +10,7 @@ exactly that is left to the long way before anything has been changed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .layout import (
     SECTOR_SIZE,
@@ -20,6 +20,7 @@ from .layout import (
     VIRTQ_DESC_F_INDIRECT,
     VIRTQ_DESC_F_NEXT,
     VIRTQ_DESC_F_WRITE,
+    Structs,
 )
 from .memory import GuestMemory
 from .split import SplitRing
@@ -33,30 +34,48 @@ __all__ = ["make_express"]
 _NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE
 
 
+def _table_reader(
+    base: int, end: int, buffer: Any, structs: Structs
+) -> Callable[[int], tuple[int, ...] | None]:
+    """A function that reads an indirect table of three descriptors, one behind the other.
+
+    It gives (addr, len) of the first, (addr, len, flags) of the second and third; None for others.
+    """
+    unpack = structs.desc.unpack_from
+    last_table = end - 48
+
+    def read_table(address: int) -> tuple[int, ...] | None:
+        if not base <= address <= last_table:
+            return None
+        at = address - base
+        header, size, first, index = unpack(buffer, at)
+        data, length, flags, following = unpack(buffer, at + 16)
+        status_byte, one, last, _ = unpack(buffer, at + 32)
+        if first != VIRTQ_DESC_F_NEXT or index != 1 or following != 2:
+            return None
+        return header, size, data, length, flags, status_byte, one, last
+
+    return read_table
+
+
 def make_express(
     blk: VirtioBlk, queue: Queue, ring: SplitRing, memory: GuestMemory
 ) -> Callable[[], bool] | None:
-    """A function that does the next available request of ``queue`` if it is a usual one.
+    """A function that does the next request of ``queue``, or gives False and has done nothing.
 
-    It gives False, and has done nothing, if it is not; the caller has seen that there is one. None
-    if guest memory is of a kind for which there is no short way.
+    The caller has seen that there is one. None: in this kind of memory there is no short way.
     """
-    plain = memory.plain_region()
-    if plain is None:
+    if (plain := memory.plain_region()) is None:
         return None
     base, end, buffer = plain
     state = ring.state
-    structs = ring.structs
-    unpack_desc = structs.desc.unpack_from
-    unpack_header = structs.blk_request.unpack_from
+    read_table = _table_reader(base, end, buffer, ring.structs)
+    unpack_header = ring.structs.blk_request.unpack_from
     read_avail, heads = ring.read_avail, ring.avail_origin + 4
     read_desc, table = ring.read_desc, ring.desc_origin
     write_used, elements = ring.write_used, ring.used_origin + 4
-    mask = state.size - 1
-    indirect = ring.indirect
-    last_header = end - 16
-    last_table = end - 48
-    disk = blk.disk
+    mask, indirect = state.size - 1, ring.indirect
+    disk, last_header = blk.disk, end - 16
 
     def express() -> bool:
         position = state.next_avail
@@ -67,22 +86,15 @@ def make_express(
         if flags == VIRTQ_DESC_F_NEXT:
             if index > mask:
                 return False
-            data, length, flags, index = read_desc(table + 16 * index)
-            if index > mask:
+            data, length, flags, following = read_desc(table + 16 * index)
+            if following > mask:
                 return False
-            status_byte, one, last, _ = read_desc(table + 16 * index)
-        elif (
-            flags == VIRTQ_DESC_F_INDIRECT
-            and indirect
-            and size == 48
-            and base <= header <= last_table
-        ):
-            at = header - base
-            header, size, first, index = unpack_desc(buffer, at)
-            data, length, flags, following = unpack_desc(buffer, at + 16)
-            status_byte, one, last, _ = unpack_desc(buffer, at + 32)
-            if first != VIRTQ_DESC_F_NEXT or index != 1 or following != 2:
+            status_byte, one, last, _ = read_desc(table + 16 * following)
+        elif flags == VIRTQ_DESC_F_INDIRECT and size == 48 and indirect:
+            entries = read_table(header)
+            if entries is None:
                 return False
+            header, size, data, length, flags, status_byte, one, last = entries
         else:
             return False
         if (
@@ -99,30 +111,25 @@ def make_express(
         kind, _, sector = unpack_header(buffer, header - base)
         if sector + length // SECTOR_SIZE > blk.capacity:
             return False
-        start = data - base
-        written = 1
-        status = VIRTIO_BLK_S_OK
-        if kind == VIRTIO_BLK_T_IN and flags == _NEXT_WRITE:
-            state.next_avail = (position + 1) & 0xFFFF
-            view = memoryview(buffer)[start : start + length]
-            try:
+        reading = kind == VIRTIO_BLK_T_IN
+        if reading:
+            if flags != _NEXT_WRITE:
+                return False
+        elif kind != VIRTIO_BLK_T_OUT or flags != VIRTQ_DESC_F_NEXT or blk.read_only:
+            return False
+        state.next_avail = (position + 1) & 0xFFFF
+        view = memoryview(buffer)[data - base : data - base + length]
+        written, status = 1, VIRTIO_BLK_S_OK
+        try:
+            if reading:
                 disk.readv(sector * SECTOR_SIZE, (view,))
                 written += length
-            except Exception as error:
-                status = blk.status_of(error, sector)
-            finally:
-                view.release()
-        elif kind == VIRTIO_BLK_T_OUT and flags == VIRTQ_DESC_F_NEXT and not blk.read_only:
-            state.next_avail = (position + 1) & 0xFFFF
-            view = memoryview(buffer)[start : start + length]
-            try:
+            else:
                 disk.writev(sector * SECTOR_SIZE, (view,), fua=not blk.writeback)
-            except Exception as error:
-                status = blk.status_of(error, sector)
-            finally:
-                view.release()
-        else:
-            return False
+        except Exception as error:
+            status = blk.status_of(error, sector)
+        finally:
+            view.release()
         if queue.ring is ring:  # not reset from inside
             buffer[status_byte - base] = status
             used = state.used_index

@@ -15,18 +15,12 @@ from pyvirtio import ImageError, MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk, layout
 from pyvirtio.qcow2.compression import CompressedDataError, compress, decompress
 from pyvirtio.qcow2.layout import CompressionType
+from support.chains import words
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_create, qemu_img, qemu_img_json, qemu_read
 
 CLUSTER = 65536
 KINDS = ["zlib", "zstd"]
-
-
-def words(seed: int, length: int) -> bytes:
-    """Data that compress to about a fifth."""
-    chance = random.Random(seed)
-    vocabulary = [chance.randbytes(7) for _ in range(16)]
-    return b"".join(chance.choice(vocabulary) for _ in range(length // 7 + 1))[:length]
 
 
 def entry_of(disk: Qcow2Disk, cluster: int) -> int:
