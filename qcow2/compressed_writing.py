@@ -105,8 +105,7 @@ class CompressedWriter:
             if len(metadata.dropped.runs) > MAX_DROPPED:
                 metadata.flush_inside()
         finally:
-            with lock:
-                gate.leave()
+            gate.leave()
 
     # -- planning --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from .metadata import Metadata
 
 __all__ = ["Reader"]
 
+_NORMAL = ClusterKind.NORMAL
 _UNALLOCATED = ClusterKind.UNALLOCATED
 
 
@@ -24,6 +25,7 @@ class Reader:
     ) -> None:
         self._metadata = metadata
         self._file = metadata.file
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
@@ -60,11 +62,27 @@ class Reader:
         self._missing = name if backing is None else None
         return former
 
+    def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
+        gate, lock = self._gate, self._lock
+        try:
+            with lock:
+                gate.enter()
+                kind, host, run = self._map(offset, length)
+            if run == length and kind is _NORMAL:
+                if self._event is not None:
+                    self._event("read_aio")
+                self._file.readv(host, views)
+                return True
+        except CacheFull:
+            pass
+        finally:
+            gate.leave()
+        return False
+
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
         run, below = self._read_first_run(offset, views, length)
-        if run == length and below is None:
-            return
         # What is left to read: each part from the layer that it may be in.
         todo: list[tuple[Reader, int, list[memoryview], int]] = []
         reader = self
@@ -102,8 +120,7 @@ class Reader:
             self._metadata.flush_inside()
             return 0, None
         finally:
-            with lock:
-                gate.leave()
+            gate.leave()
 
     def map_chain(self, offset: int, length: int) -> tuple[Reader, int, ClusterKind, int, int]:
         """The layer that has the run which starts at ``offset``, and :meth:`Tables.map` of it.
@@ -131,8 +148,7 @@ class Reader:
                 except CacheFull:
                     self._metadata.flush_inside()
         finally:
-            with self._lock:
-                self._gate.leave()
+            self._gate.leave()
 
     # Of this layer alone: for VM state, of which a backing file has no part.
 
@@ -142,9 +158,9 @@ class Reader:
 
     def read_own_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Read the run that starts at ``offset``, zeroes if it is unallocated; its length."""
-        with self._lock:
-            epoch = self._gate.enter()
         try:
+            with self._lock:
+                self._gate.enter()
             while True:
                 try:
                     with self._lock:
@@ -159,14 +175,13 @@ class Reader:
                 self.read_run(kind, host, offset, part, run)
             return run
         finally:
-            with self._lock:
-                self._gate.leave(epoch)
+            self._gate.leave()
 
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
-        if kind is ClusterKind.NORMAL:
+        if kind is _NORMAL:
             self._file.debug_event("read_aio")
             self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:

@@ -105,8 +105,7 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
-        with metadata.lock:
-            metadata.gate.leave()
+        metadata.gate.leave()
 
 
 def _replace_in_slice(
