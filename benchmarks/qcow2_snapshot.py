@@ -2,8 +2,8 @@
 
 Each step runs as a process of its own on a copy of the same image, start-up included, in turns; the
 best of several rounds counts. The limit is 5 times qemu-img's time, in plain Python. Two images:
-clusters in the order of the file, and an eighth as many in random order (with more, qemu-img's cache
-of refcount blocks thrashes, and it takes minutes).
+clusters in the order of the file, and an eighth as many in random order (with more, qemu-img's
+cache of refcount blocks thrashes, and it takes minutes).
 """
 
 from __future__ import annotations

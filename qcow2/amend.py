@@ -95,9 +95,7 @@ def _version(compat: str) -> int:
     return version
 
 
-def _check(
-    metadata: Metadata, snapshots: Snapshots, options: AmendOptions, version: int
-) -> None:
+def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, version: int) -> None:
     header = metadata.header
     if options.data_file_raw and not header.autoclear_features & Autoclear.RAW_DATA:
         raise ValueError("data-file-raw cannot be set on existing images")

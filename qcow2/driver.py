@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import amend, emptying, header_update, layout, resize, zeroing
+from . import amend, emptying, header_update, info, layout, resize, zeroing
 from .check import CheckResult, check
 from .compressed_writing import CompressedWriter
 from .header import Header, read_header
-from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Incompatible
+from .layout import CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
+from .reload import reload
 from .snapshots import Snapshots
 from .status import block_status
 from .vmstate import VmState
@@ -224,23 +225,20 @@ class Qcow2Disk(Disk):
             emptying.make_empty(self._metadata)
 
     def info(self) -> DiskInfo:
-        header, metadata = self._header, self._metadata
-        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        if header.version >= 3:
-            specific |= {
-                "compression-type": COMPRESSION_NAMES[header.compression_type],
-                "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
-                "refcount-bits": 1 << header.refcount_order,
-                "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": metadata.geometry.extended_l2,
-            }
+        header = self._header
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=metadata.cluster_size,
-            specific=specific,
+            cluster_size=self._metadata.cluster_size,
+            specific=info.specific_facts(header),
+            dirty=bool(header.incompatible_features & Incompatible.DIRTY),
+            encrypted=header.crypt_method is not CryptMethod.NONE,
+            backing_filename=header.backing_file,
+            backing_format=header.backing_format,
+            vm_state_offset=self.vmstate.offset,
+            snapshots=info.snapshot_facts(self.snapshots),
         )
 
     def amend(
@@ -293,20 +291,57 @@ class Qcow2Disk(Disk):
         self._write_zero_bytes(offset, end - offset)
 
     def reopen(self, *, read_only: bool) -> None:
-        """Change between read-only and read-write, the file below included."""
-        metadata = self._metadata
+        """Change between read-only and read-write, the file below included.
+
+        What was written is brought to the file before; on the way to read-write the image is read
+        anew, so that one which refused to write can be used again. If it fails, the disk is what
+        it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
         if read_only == self.read_only:
             return
-        if read_only:
-            with metadata.exclusive():
-                self._file.reopen(read_only=True)
-                self.read_only = metadata.read_only = True
-            return
-        _refuse_to_write(self._header)
+        metadata = self._metadata
         with metadata.gate.exclusive():
-            self._file.reopen(read_only=False)
-            self.read_only = metadata.read_only = False
-            self._clear_unknown_autoclear()
+            if not self.read_only and metadata.health.reason is None:
+                metadata.settle()
+            self._file.reopen(read_only=read_only)
+            try:
+                if not read_only:
+                    reload(metadata, self.snapshots, _refuse_to_write)
+            except BaseException:
+                self._file.reopen(read_only=True)
+                raise
+            self.read_only = metadata.read_only = read_only
+            if not read_only:
+                self._clear_unknown_autoclear()
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def invalidate(self) -> None:
+        """Forget everything cached, written or not, and read the header and the tables again.
+
+        A backing file that is named otherwise now is not opened. Raises where the image cannot be
+        used any more; the disk then is what it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        accept = _refuse_what_is_missing if self.read_only else _refuse_to_write
+        with self._metadata.gate.exclusive():
+            self._file.invalidate()
+            reload(self._metadata, self.snapshots, accept)
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def flush_to_os(self) -> None:
+        """Bring what is cached to the file, where other programs see it; what is not cached is
+        there already.
+
+        The order in which metadata may reach the disk is made by syncs, so this costs them if
+        metadata has changed, and nothing if only data was written.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        if self._metadata.dirty:
+            self._metadata.flush()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -341,6 +376,7 @@ class Qcow2Disk(Disk):
 
 
 def _refuse_to_write(header: Header) -> None:
+    _refuse_what_is_missing(header)
     if header.incompatible_features & Incompatible.CORRUPT:
         raise ImageError(
             "qcow2: Image is corrupt; cannot be opened read/write",

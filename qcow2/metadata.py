@@ -28,6 +28,7 @@ from .header import Header
 from .health import Health
 from .layout import ClusterKind
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
+from .refcount_codec import uniform
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
 from .subclusters import SubclusterTables
@@ -201,7 +202,7 @@ class Metadata:
 
     def lower_each(self, first: int, times: Sequence[int], kind: DiscardKind) -> None:
         """:meth:`lower` the refcount of ``first + i`` by ``times[i]``."""
-        if times == times[:1] * len(times):
+        if uniform(times):
             self.lower(first, len(times), kind, times[0])
         else:
             self._freed(self.refcounts.add_each(first, [-value for value in times]), kind)

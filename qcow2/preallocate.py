@@ -1,7 +1,7 @@
 """Preallocation: host clusters for a stretch of the disk, mapped before anything is written.
 
-All of it is taken as one area of fresh clusters and mapped table by table, never cluster by cluster.
-The order: refcounts stable | L2 tables stable | L1 entries.
+All of it is taken as one area of fresh clusters and mapped table by table, never cluster by
+cluster. The order: refcounts stable | L2 tables stable | L1 entries.
 """
 
 from __future__ import annotations

@@ -10,8 +10,14 @@ import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["RefcountCodec", "codec_for"]
+__all__ = ["RefcountCodec", "codec_for", "uniform"]
+
+
+def uniform(values: Any) -> bool:
+    """True if all values of an array, list or bytes are the same: found out as fast as it goes."""
+    return bool(values == values[:1] * len(values))
 
 
 class RefcountCodec(ABC):
@@ -56,7 +62,7 @@ class WideCodec(RefcountCodec):
 
     def store(self, view: memoryview, start: int, values: Sequence[int]) -> None:
         width, count = self._width, len(values)
-        if values == values[:1] * count:
+        if uniform(values):
             data = values[0].to_bytes(width) * count if count else b""
         else:
             entries = array(self._typecode, values)

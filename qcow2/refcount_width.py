@@ -1,7 +1,7 @@
 """Changing the width of refcounts: all refcount structures are made anew beside the old ones.
 
-The order: the new table and its blocks, which count themselves and the old ones, stable | the header,
-by one write of its first sector | the old ones are given up, in the new counts.
+The order: the new table and its blocks, which count themselves and the old ones, stable | the
+header, by one write of its first sector | the old ones are given up, in the new counts.
 """
 
 from __future__ import annotations

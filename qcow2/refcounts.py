@@ -18,7 +18,7 @@ from . import layout
 from .cache import TableCache
 from .header import Header
 from .health import Health
-from .refcount_codec import codec_for
+from .refcount_codec import codec_for, uniform
 
 __all__ = ["Refcounts", "load_table", "pack_table"]
 
@@ -155,7 +155,7 @@ class Refcounts:
         at = 0
         for slot, index, values in self._load(cluster, len(deltas)):
             part = deltas[at : at + len(values)]
-            if part[:1] * len(part) == part:
+            if uniform(part):
                 if part[0]:
                     freed += self.add(cluster + at, len(part), part[0])
             elif any(part):
@@ -185,7 +185,7 @@ class Refcounts:
             changed: Sequence[int]
             if slot < 0:
                 raise _out_of_range(cluster, part)
-            if values == values[:1] * part:  # compared and filled as arrays
+            if uniform(values):  # compared and filled as arrays
                 if not 0 <= value + delta <= self._codec.max:
                     raise _out_of_range(cluster, part)
                 changed = array("Q", [value + delta]) * part
@@ -481,12 +481,12 @@ class Refcounts:
 
 def _highest(values: Sequence[int]) -> int:
     """The largest of some refcounts, which are usually all the same."""
-    return values[0] if values == values[:1] * len(values) else max(values)
+    return values[0] if uniform(values) else max(values)
 
 
 def _out_of_range(cluster: int, count: int) -> ImageError:
     return ImageError(
-        f"A refcount of the clusters {cluster:#x} to {cluster + count - 1:#x} would leave its range",
+        f"A refcount in clusters {cluster:#x} to {cluster + count - 1:#x} would leave its range",
         field="refcount",
         value=cluster,
     )

@@ -14,6 +14,7 @@ from ..errors import BackendError, ImageError
 from . import layout
 from .metadata import Metadata
 from .quarantine import DiscardKind
+from .refcount_codec import uniform
 from .refcounts import pack_table
 from .tally import CHUNK_BITS, Tally, decode, progression
 
@@ -221,7 +222,7 @@ class _Singles:
                 self.chunks.clear()
             parts = []
             for values in self._refcounts.counts(number << CHUNK_BITS, 1 << CHUNK_BITS):
-                if values == values[:1] * len(values):
+                if uniform(values):
                     parts.append((b"\1" if values[0] == 1 else b"\0") * len(values))
                 else:
                     parts.append(bytes(map((1).__eq__, values)))

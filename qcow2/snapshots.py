@@ -152,7 +152,8 @@ class Snapshots:
 
         ``vm_clock`` is the guest's run time in nanoseconds, ``date`` seconds since the epoch (now,
         if None). With ``vm_state_size`` (bytes) the snapshot takes the VM state that was written,
-        and the image has none any more. Raises ImageError where a limit of the format is reached; nothing is lost then.
+        and the image has none any more. Raises ImageError where a limit of the format is reached;
+        nothing is lost then.
         """
         self._check_writable()
         metadata = self._metadata

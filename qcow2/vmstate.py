@@ -136,7 +136,7 @@ class VmState:
                 grow_l1(metadata, max(needed, min(metadata.header.l1_size * 3 // 2, most)))
 
     def _close_gap(self, start: int, end: int) -> None:
-        """Where nothing is written QEMU reads the backing file, if it is so long: zeroes instead."""
+        """Zeroes where nothing is written: QEMU would read a backing file that is so long."""
         metadata, size = self._metadata, self._metadata.cluster_size
         first, last = -(-start // size) * size, end // size * size
         if not metadata.header.backing_file or first >= last:

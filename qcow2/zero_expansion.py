@@ -73,9 +73,8 @@ def expand_zero_clusters(
 def _expand(metadata: Metadata, offset: int, backed: bool) -> _Change | None:
     """Prepare the expansion of one table (lock held); None if it has no zero cluster."""
     entries = decode(metadata.read_l2_table(offset))
-    zeroes = [
-        i for i, entry in enumerate(entries) if entry & layout.ZERO and not entry & layout.COMPRESSED
-    ]
+    flags, wanted = layout.ZERO | layout.COMPRESSED, layout.ZERO
+    zeroes = [i for i, entry in enumerate(entries) if entry & flags == wanted]
     if not zeroes:
         return None
     bits, refcounts = metadata.cluster_bits, metadata.refcounts
