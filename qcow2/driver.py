@@ -340,8 +340,9 @@ class Qcow2Disk(Disk):
         """
         if self.closed:
             self._refuse(0, 0)
-        if self._metadata.dirty:
-            self._metadata.flush()
+        for _ in range(2):  # the first lowers refcounts of references that were dropped
+            if self._metadata.dirty:
+                self._metadata.flush()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
