@@ -82,6 +82,16 @@ class DiskInfo:
     cluster_size: int | None = None
     specific: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the format's own, under QEMU's names (``ImageInfoSpecific``)."""
+    dirty: bool = False
+    """The image was not closed, and must be repaired before it is written."""
+    encrypted: bool = False
+    backing_filename: str | None = None
+    """As it stands in the image."""
+    backing_format: str | None = None
+    vm_state_offset: int | None = None
+    """Guest byte at which VM state would begin."""
+    snapshots: tuple[Mapping[str, Any], ...] = ()
+    """Of each internal snapshot, facts under QEMU's names (``SnapshotInfo``)."""
 
 
 class Disk(ABC):

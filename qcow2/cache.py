@@ -9,7 +9,7 @@ another slice its generation changes. The caller holds the image's metadata lock
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from mmap import mmap
 
@@ -132,7 +132,10 @@ class TableCache:
 
     def forget(self, offset: int, length: int) -> None:
         """Drop, unwritten, every slice inside these bytes of the file: no longer a table's."""
-        for place in range(offset, offset + length, self.slot_size):
+        places: Sequence[int] = range(offset, offset + length, self.slot_size)
+        if len(places) > len(self.index):
+            places = [place for place in self.index if offset <= place < offset + length]
+        for place in places:
             slot = self.index.pop(place, None)
             if slot is not None:
                 self._dirty.discard(slot)

@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass
 
 from ..backend.disk import Disk
+from ..backend.file import FileDisk
 from . import layout
 from .geometry import Geometry
-from .header import Header
+from .header import Header, read_header
 from .layout import COMPRESSION_NAMES, Compatible, CompressionType, Incompatible
+from .metadata import CacheSizes, Metadata
+from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
 from .refcounts import pack_table
 
@@ -35,6 +38,10 @@ class CreateOptions:
     backing_file: str | os.PathLike[str] | None = None
     """The name to be stored; it is not opened here."""
     backing_fmt: str | None = None
+    preallocation: str = "off"
+    """``off``, ``metadata``, ``falloc`` or ``full``."""
+    nocow: bool = False
+    """Ask a copy-on-write file system (btrfs) to write in place. It may decline."""
 
     def header(self, size: int) -> Header:
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
@@ -83,6 +90,13 @@ class CreateOptions:
                 "Extended L2 entries are only supported with cluster sizes of at least "
                 f"{1 << layout.MIN_EXTENDED_CLUSTER_BITS} bytes"
             )
+        check_mode(self.preallocation)
+        backed = self.backing_file is not None
+        if backed and self.preallocation != "off" and not self.extended_l2:
+            raise ValueError(
+                "Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is enabled"
+            )
         if self.backing_fmt is not None and self.backing_file is None:
             raise ValueError("Backing format cannot be used without backing file")
         name = None if self.backing_file is None else os.fspath(self.backing_file)
@@ -128,6 +142,8 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
     packed = header.pack()
     used = blocks_at + blocks + l1_clusters
     file.truncate(0, shrink=True)
+    if options.nocow and isinstance(file, FileDisk):
+        file.set_nocow()
     file.truncate(used << geometry.cluster_bits)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
@@ -135,6 +151,16 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
     file.flush()
     file.write(0, packed)
     file.flush()
+    if options.preallocation != "off":
+        _preallocate(file, size, options.preallocation)
+
+
+def _preallocate(file: Disk, size: int, mode: str) -> None:
+    metadata = Metadata(file, read_header(file), CacheSizes(), read_only=False)
+    try:
+        preallocate(metadata, 0, size, mode)
+    finally:
+        metadata.close()
 
 
 def _refcount_clusters(geometry: Geometry, others: int) -> tuple[int, int]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import emptying, header_update, layout, resize, zeroing
+from . import amend, emptying, header_update, info, layout, resize, zeroing
 from .check import CheckResult, check
 from .compressed_writing import CompressedWriter
 from .header import Header, read_header
-from .layout import COMPRESSION_NAMES, ClusterKind, Compatible, CryptMethod, Incompatible
+from .layout import CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
+from .reload import reload
 from .runs import runs
 from .snapshots import Snapshots
+from .status import block_status
+from .vmstate import VmState
 from .writing import Writer
 
 if TYPE_CHECKING:
@@ -68,8 +70,10 @@ class Qcow2Disk(Disk):
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
         self._compressed_writer = CompressedWriter(metadata, self._writer)
-        self.snapshots = Snapshots(metadata, self._set_size)
+        self.snapshots = Snapshots(metadata, self._set_size, self._make_reader)
         """The internal snapshots."""
+        self.vmstate = VmState(metadata, self.reader, self._writer)
+        """The VM state past the disk's end, until a snapshot takes it."""
 
     @classmethod
     def open(
@@ -111,6 +115,11 @@ class Qcow2Disk(Disk):
             self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(0))
             self._file.flush()
             self._header.autoclear_features = 0
+
+    def _make_reader(self, metadata: Metadata) -> Reader:
+        """A reader of other tables of this image: a snapshot's."""
+        backing = self.reader.backing
+        return Reader(metadata, backing, None if backing else self._header.backing_file)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -173,22 +182,7 @@ class Qcow2Disk(Disk):
         self._metadata.flush()
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        reader, depth, kind, host, run = self.reader.map_chain(offset, length)
-        file = reader.file
-        if kind is ClusterKind.NORMAL:
-            zero, run = reader.holes.look(host, run)
-            return Extent(run, True, zero, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_ALLOCATED:
-            return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_PLAIN:
-            return Extent(run, False, True, True, depth=depth)
-        if kind is ClusterKind.COMPRESSED:
-            return Extent(run, True, False, True, compressed=True, depth=depth)
-        backing = reader.backing
-        if backing is None or offset >= backing.size:
-            return Extent(run, False, reader.backing_known, False, depth=depth)
-        below = backing.block_status(offset, min(run, backing.size - offset))
-        return replace(below, depth=depth + 1 + below.depth)
+        return block_status(self.reader, offset, length)
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         if self._metadata.geometry.extended_l2 or offset >= end:
@@ -237,23 +231,35 @@ class Qcow2Disk(Disk):
             emptying.make_empty(self._metadata)
 
     def info(self) -> DiskInfo:
-        header, metadata = self._header, self._metadata
-        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        if header.version >= 3:
-            specific |= {
-                "compression-type": COMPRESSION_NAMES[header.compression_type],
-                "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
-                "refcount-bits": 1 << header.refcount_order,
-                "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": metadata.geometry.extended_l2,
-            }
+        header = self._header
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=metadata.cluster_size,
-            specific=specific,
+            cluster_size=self._metadata.cluster_size,
+            specific=info.specific_facts(header),
+            dirty=bool(header.incompatible_features & Incompatible.DIRTY),
+            encrypted=header.crypt_method is not CryptMethod.NONE,
+            backing_filename=header.backing_file,
+            backing_format=header.backing_format,
+            vm_state_offset=self.vmstate.offset,
+            snapshots=info.snapshot_facts(self.snapshots),
+        )
+
+    def amend(
+        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+    ) -> None:
+        """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
+
+        ``progress(done, total)`` is called for each long step.
+        """
+        amend.amend(
+            self._metadata,
+            self.snapshots,
+            amend.AmendOptions.of(**options),
+            resize=lambda size: self.truncate(size, shrink=True),
+            progress=progress,
         )
 
     def check(self) -> CheckResult:
@@ -271,25 +277,14 @@ class Qcow2Disk(Disk):
     # -- life ----------------------------------------------------------------------------------
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        if size < self.size:
-            raise UnsupportedError("qcow2 images cannot be shrunk yet", feature="shrink")
-        if preallocation != "off":
-            raise UnsupportedError(
-                f"Unsupported preallocation mode '{preallocation}'", feature="preallocation"
-            )
-        self._metadata.check_writable()
-        metadata, old_size = self._metadata, self._header.size
-        if size == old_size:
-            return
-        with metadata.exclusive():
-            resize.make_room(metadata, size)
         backing = self.reader.backing
-        if backing is not None and backing.size > old_size:
-            # What the backing file has there must not show.
-            hidden = min(size, backing.size) - old_size
-            self._zero_past_end(old_size, hidden)
-        with metadata.exclusive():
-            resize.set_size(metadata, size)
+        resize.truncate(
+            self._metadata,
+            size,
+            preallocation,
+            backing_size=0 if backing is None else backing.size,
+            hide=self._zero_past_end,
+        )
         self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:
@@ -302,20 +297,58 @@ class Qcow2Disk(Disk):
         self._write_zero_bytes(offset, end - offset)
 
     def reopen(self, *, read_only: bool) -> None:
-        """Change between read-only and read-write, the file below included."""
-        metadata = self._metadata
+        """Change between read-only and read-write, the file below included.
+
+        What was written is brought to the file before; on the way to read-write the image is read
+        anew, so that one which refused to write can be used again. If it fails, the disk is what
+        it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
         if read_only == self.read_only:
             return
-        if read_only:
-            with metadata.exclusive():
-                self._file.reopen(read_only=True)
-                self.read_only = metadata.read_only = True
-            return
-        _refuse_to_write(self._header)
+        metadata = self._metadata
         with metadata.gate.exclusive():
-            self._file.reopen(read_only=False)
-            self.read_only = metadata.read_only = False
-            self._clear_unknown_autoclear()
+            if not self.read_only and metadata.health.reason is None:
+                metadata.settle()
+            self._file.reopen(read_only=read_only)
+            try:
+                if not read_only:
+                    reload(metadata, self.snapshots, _refuse_to_write)
+            except BaseException:
+                self._file.reopen(read_only=True)
+                raise
+            self.read_only = metadata.read_only = read_only
+            if not read_only:
+                self._clear_unknown_autoclear()
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def invalidate(self) -> None:
+        """Forget everything cached, written or not, and read the header and the tables again.
+
+        A backing file that is named otherwise now is not opened. Raises where the image cannot be
+        used any more; the disk then is what it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        accept = _refuse_what_is_missing if self.read_only else _refuse_to_write
+        with self._metadata.gate.exclusive():
+            self._file.invalidate()
+            reload(self._metadata, self.snapshots, accept)
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def flush_to_os(self) -> None:
+        """Bring what is cached to the file, where other programs see it; what is not cached is
+        there already.
+
+        The order in which metadata may reach the disk is made by syncs, so this costs them if
+        metadata has changed, and nothing if only data was written.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        for _ in range(2):  # the first lowers refcounts of references that were dropped
+            if self._metadata.dirty:
+                self._metadata.flush()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -340,6 +373,7 @@ class Qcow2Disk(Disk):
         with ExitStack() as stack:
             stack.callback(self._file.close)
             stack.callback(self._metadata.close)
+            stack.callback(self.snapshots.close_views)
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
@@ -349,6 +383,7 @@ class Qcow2Disk(Disk):
 
 
 def _refuse_to_write(header: Header) -> None:
+    _refuse_what_is_missing(header)
     if header.incompatible_features & Incompatible.CORRUPT:
         raise ImageError(
             "qcow2: Image is corrupt; cannot be opened read/write",

@@ -6,7 +6,7 @@ from array import array
 
 from .metadata import Metadata
 from .quarantine import DiscardKind
-from .sharing import for_each_run
+from .sharing import lower_references
 
 __all__ = ["make_empty"]
 
@@ -26,9 +26,5 @@ def make_empty(metadata: Metadata) -> None:
             if entry:
                 tables.set_l1(index, 0)
     metadata.flush_alone()
-
-    def lower(first: int, count: int, times: int) -> None:
-        metadata.lower(first, count, DiscardKind.REQUEST, times)
-
     with metadata.lock, metadata.health.step("Emptying the image"):
-        for_each_run(metadata, former, lower)
+        lower_references(metadata, former, DiscardKind.REQUEST)

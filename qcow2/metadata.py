@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
 
@@ -28,6 +28,7 @@ from .header import Header
 from .health import Health
 from .layout import ClusterKind
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
+from .refcount_codec import uniform
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
 from .subclusters import SubclusterTables
@@ -83,6 +84,8 @@ class Metadata:
         """Whether clusters freed for that reason are discarded in the file below."""
         self.decompressed = DecompressedClusters(self.geometry)
         self._before_freeing: list[Callable[[int, int, int], None]] = [self.decompressed.forget]
+        self.vm_state_end: int | None = None
+        """Bytes of VM state past the disk's end, as far as is known."""
         self._flushing = Lock()
 
     def close(self) -> None:
@@ -119,7 +122,12 @@ class Metadata:
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
-        self.tables.set_l1(l1_index, new << self.cluster_bits | layout.COPIED)
+        self.replace_l2_table(l1_index, new)
+
+    def replace_l2_table(self, l1_index: int, cluster: int) -> None:
+        """Name another L2 table, our own, written to a host cluster already, in the L1 table."""
+        old = self.tables.l2_offset(l1_index)
+        self.tables.set_l1(l1_index, cluster << self.cluster_bits | layout.COPIED)
         if old:
             self.forget_l2_table(old)
             self.dropped.add(old >> self.cluster_bits, 1, DiscardKind.OTHER)
@@ -190,9 +198,27 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
+        self._announce(first, count, times)
+        self._freed(self.refcounts.add(first, count, -times), kind)
+
+    def lower_each(self, first: int, times: Sequence[int], kind: DiscardKind) -> None:
+        """:meth:`lower` the refcount of ``first + i`` by ``times[i]``."""
+        if uniform(times):
+            self.lower(first, len(times), kind, times[0])
+        else:
+            self._announce(first, len(times), max(times))
+            self._freed(self.refcounts.add_each(first, [-value for value in times]), kind)
+
+    def forget_contents(self) -> None:
+        """Whatever the host clusters hold may be something else now (lock held)."""
+        self._announce(0, layout.MAX_HOST_OFFSET >> self.cluster_bits, self.geometry.refcount_max)
+
+    def _announce(self, first: int, count: int, times: int) -> None:
         for listener in self._before_freeing:
             listener(first, count, times)
-        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
+
+    def _freed(self, clusters: list[int], kind: DiscardKind) -> None:
+        for start, length in merge_runs(clusters):
             offset, size = start << self.cluster_bits, length << self.cluster_bits
             self.tables.cache.forget(offset, size)
             end = min(offset + size, self.file.size)
@@ -207,6 +233,11 @@ class Metadata:
         if self.read_only:
             raise BackendError(errno.EPERM, "the image is open read-only", self.file.filename)
         self.health.check()
+
+    def adopt_geometry(self) -> None:
+        """The header has another version or refcount width: go by it from now on."""
+        self.geometry = self.header.geometry
+        self.tables.adopt(self.geometry)
 
     def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
         """Make another L1 table, stable at host byte ``offset``, the active one (lock held).

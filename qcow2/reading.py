@@ -150,6 +150,33 @@ class Reader:
         finally:
             self._gate.leave()
 
+    # Of this layer alone: for VM state, of which a backing file has no part.
+
+    def map_own_run(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
+        """:meth:`Tables.map` of the run that starts at ``offset``."""
+        return self._map_first_run(offset, length)
+
+    def read_own_run(self, offset: int, views: list[memoryview], length: int) -> int:
+        """Read the run that starts at ``offset``, zeroes if it is unallocated; its length."""
+        try:
+            with self._lock:
+                self._gate.enter()
+            while True:
+                try:
+                    with self._lock:
+                        kind, host, run = self._map(offset, length)
+                    break
+                except CacheFull:
+                    self._metadata.flush_inside()
+            part = split(views, 0, run)
+            if kind is _UNALLOCATED:
+                clear(part)
+            else:
+                self.read_run(kind, host, offset, part, run)
+            return run
+        finally:
+            self._gate.leave()
+
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:

@@ -62,6 +62,10 @@ class Tables:
         self._referenced = cache.referenced
         self._view = cache.view
 
+    def adopt(self, geometry: Geometry) -> None:
+        """Go by another version from now on; the sizes are the same."""
+        self._geometry = geometry
+
     # -- looking up ----------------------------------------------------------------------------
 
     def l2_offset(self, l1_index: int) -> int:

@@ -98,6 +98,26 @@ class Guest:
         self._begin()
         self.disk.truncate(size)
 
+    def resize(self, size: int, preallocation: str = "off") -> None:
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
+        self._begin()
+        self.disk.truncate(size, preallocation=preallocation, shrink=True)
+
+    def amend(self, **options: Any) -> None:
+        self._begin()
+        self.disk.amend(**options)
+
+    def save_state(self, length: int) -> None:
+        self._begin()
+        self.disk.vmstate.write(0, self.chance.randbytes(length))
+
+    def create_with_state(self, name: str, length: int) -> None:
+        self.save_state(length)
+        self.snapshots[name] = bytes(self.model)
+        self._begin()
+        self.disk.snapshots.create(name, vm_state_size=length)
+
     def create(self, name: str) -> None:
         self.snapshots[name] = bytes(self.model)
         self._begin()
@@ -197,6 +217,56 @@ def growing(guest: Guest) -> None:
             guest.flush()
 
 
+def resizing(guest: Guest) -> None:
+    """Up and down, with and without preallocation, with snapshots."""
+    for turn, mode in enumerate(["off", "metadata", "off", "metadata", "metadata"]):
+        guest.write(*anywhere(guest, 20_000))
+        guest.resize(len(guest.model) + 50_000 // 512 * 512, mode)
+        guest.write(len(guest.model) - 30_000, 30_000)
+        if turn == 2:
+            guest.create("one")
+        guest.resize(len(guest.model) - 55_000 // 512 * 512)
+        if turn % 2:
+            guest.flush()
+    guest.delete("one")
+    guest.resize(30 * 512)
+    guest.resize(SIZE)
+
+
+def amending(guest: Guest) -> None:
+    """Other refcount widths and versions, with shared clusters and zero clusters of all kinds."""
+    guest.write(0, 40_000)
+    guest.zero(4096, 8192)
+    guest.create("one")
+    guest.zero(20_480, 8192)
+    guest.write(*anywhere(guest, 9_000))
+    guest.flush()
+    for bits in (64, 4, 16):
+        guest.amend(refcount_bits=bits)
+        guest.write(*anywhere(guest, 9_000))
+    guest.amend(lazy_refcounts=True)
+    guest.amend(lazy_refcounts=False, compat="0.10")
+    guest.write(*anywhere(guest, 9_000))
+    guest.amend(compat="1.1")
+    guest.zero(*anywhere(guest, 20_000))
+    guest.flush()
+
+
+def saving_state(guest: Guest) -> None:
+    """VM state beside the disk, into snapshots and out of them."""
+    guest.write(0, 20_000)
+    guest.create_with_state("one", 30_000)
+    guest.write(*anywhere(guest, 9_000))
+    guest.create_with_state("two", 70_000)
+    guest.apply("one")
+    guest.flush()
+    guest.save_state(50_000)
+    guest.delete("one")
+    guest.resize(len(guest.model) + 512 * 100)
+    guest.apply("two")
+    guest.flush()
+
+
 def mixture(guest: Guest) -> None:
     made = 0
     for _ in range(45):
@@ -252,8 +322,8 @@ def emptying(guest: Guest) -> None:
 
 
 WORKLOADS = [
-    *(allocating, overwriting, zeroing, reusing),
-    *(snapshotting, growing, compressing, mixture),
+    *(allocating, overwriting, zeroing, reusing, snapshotting, growing),
+    *(resizing, amending, saving_state, compressing, mixture),
 ]
 
 
@@ -400,3 +470,10 @@ def test_power_loss_with_tiny_caches(tmp_path: Path, workload: Callable[[Guest],
 @pytest.mark.parametrize("seed", range(3, 3 + SCALE))
 def test_power_loss_in_a_random_workload(tmp_path: Path, seed: int) -> None:
     run_and_crash(tmp_path, mixture, seed=seed, cluster_size=1024)
+
+
+@pytest.mark.parametrize("workload", [resizing, amending])
+def test_power_loss_while_resizing_or_amending_over_a_backing_file(
+    tmp_path: Path, workload: Callable[[Guest], None]
+) -> None:
+    run_and_crash(tmp_path, workload, seed=5, cluster_size=2048, backed=True)
