@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..errors import BackendError, ImageError
 from . import layout
+from .data_file_check import check_data_file_copied, check_data_file_entries
 from .layout import ClusterKind
 from .metadata import Metadata
 from .refcounts import load_table
@@ -183,6 +184,9 @@ class _Check:
 
     def check_entries(self, entries: Sequence[int], table: int) -> None:
         """The entries of one L2 table."""
+        if self.metadata.data_file is not None:
+            check_data_file_entries(self.result, entries, table, self.metadata.cluster_size)
+            return
         limit = self.file_clusters
         if not any(entries):
             return
@@ -352,6 +356,9 @@ class _Check:
                 continue  # counted before
 
     def check_copied_entries(self, entries: Sequence[int]) -> None:
+        if self.metadata.data_file is not None:
+            check_data_file_copied(self.result, entries)
+            return
         mask, bits = layout.OFFSET_MASK, self.bits
         known: dict[int, int] = {}
         for entry in entries:

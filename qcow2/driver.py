@@ -6,25 +6,28 @@ import errno
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout, resize, zeroing
 from .check import CheckResult, check
+from .data_file import data_file_info, is_raw, map_everything, open_data_file, resize_data_file
 from .header import Header, read_header
-from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
+from .layout import Autoclear, ClusterKind, Compatible, CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshots import Snapshots
 from .writing import Writer
 
+if TYPE_CHECKING:
+    from _typeshed import StrPath
+
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT
+_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE
 _LATER = {
-    Incompatible.DATA_FILE: "external data file",
     Incompatible.COMPRESSION: "compression type",
     Incompatible.EXTENDED_L2: "extended L2 entries",
 }
@@ -49,7 +52,7 @@ class Qcow2Disk(Disk):
             header.size // layout.SECTOR * layout.SECTOR,
             read_only=read_only,
             limits=Limits(
-                request_alignment=file.limits.request_alignment,
+                request_alignment=metadata.data.limits.request_alignment,
                 write_zeroes_alignment=cluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
@@ -74,8 +77,10 @@ class Qcow2Disk(Disk):
         policy: Callable[[FileReference], Disk | None] | None = None,
         l2_cache_size: int = 32 << 20,
         refcount_cache_size: int = 4 << 20,
+        data_file: Disk | StrPath | None = None,
     ) -> Qcow2Disk:
-        """Open the image in ``file``. ``policy`` opens the backing file, or declines.
+        """Open the image in ``file``. ``policy`` opens the backing file and the data file, or
+        declines; ``data_file`` is used instead of the data file that the image names.
 
         Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
         UnsupportedError naming the feature that is missing.
@@ -93,9 +98,11 @@ class Qcow2Disk(Disk):
                 "The image is dirty: its refcounts must be repaired before it can be written",
                 feature="repair",
             )
-        metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
-        backing = None
+        data = open_data_file(header, policy, data_file, read_only)
+        sizes = CacheSizes(l2_cache_size, refcount_cache_size)
+        metadata = backing = None
         try:
+            metadata = _load(file, header, sizes, read_only, data)
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
             disk = cls(file, header, metadata, backing, read_only=read_only)
@@ -103,17 +110,21 @@ class Qcow2Disk(Disk):
                 disk._clear_unknown_autoclear()
             return disk
         except BaseException:
-            metadata.close()
+            if metadata is not None:
+                metadata.close()
+            if data is not None and data is not data_file:
+                data.close()
             if backing is not None:
                 backing.close()
             raise
 
     def _clear_unknown_autoclear(self) -> None:
-        """Autoclear bits say that something follows every write; nothing here does."""
-        if self._header.autoclear_features:
-            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(0))
+        """Autoclear bits say that something follows every write; what we do not know does not."""
+        known = self._header.autoclear_features & Autoclear.RAW_DATA
+        if known != self._header.autoclear_features:
+            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(known))
             self._file.flush()
-            self._header.autoclear_features = 0
+            self._header.autoclear_features = known
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -162,6 +173,8 @@ class Qcow2Disk(Disk):
         children = {"file": self._file}
         if self.reader.backing is not None:
             children["backing"] = self.reader.backing
+        if self._metadata.data_file is not None:
+            children["data-file"] = self._metadata.data_file
         return children
 
     @property
@@ -177,6 +190,7 @@ class Qcow2Disk(Disk):
                 "compression-type": "zlib",
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
+                **data_file_info(header),
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
                 "extended-l2": False,
             }
@@ -216,11 +230,14 @@ class Qcow2Disk(Disk):
             return
         with metadata.exclusive():
             resize.make_room(metadata, size)
+        resize_data_file(metadata, old_size, size, preallocation)
         backing = self.reader.backing
         if backing is not None and backing.size > old_size:
             # What the backing file has there must not show.
             hidden = min(size, backing.size) - old_size
             self._zero_past_end(old_size, hidden)
+        if is_raw(self._header):
+            map_everything(metadata, old_size, size)
         with metadata.exclusive():
             resize.set_size(metadata, size)
         self._set_size(size)
@@ -256,6 +273,8 @@ class Qcow2Disk(Disk):
         """Close the image and its file, but not its backing file."""
         with ExitStack() as stack:
             stack.callback(self._file.close)
+            if self._metadata.data_file is not None:
+                stack.callback(self._metadata.data_file.close)
             stack.callback(self._metadata.close)
             try:
                 if not self.read_only and self._metadata.health.reason is None:
@@ -274,9 +293,11 @@ def _refuse_what_is_missing(header: Header) -> None:
         raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
 
 
-def _load(file: Disk, header: Header, sizes: CacheSizes, read_only: bool) -> Metadata:
+def _load(
+    file: Disk, header: Header, sizes: CacheSizes, read_only: bool, data_file: Disk | None
+) -> Metadata:
     try:
-        return Metadata(file, header, sizes, read_only=read_only)
+        return Metadata(file, header, sizes, read_only=read_only, data_file=data_file)
     except BackendError as error:
         number = error.errno or errno.EIO
         raise BackendError(number, f"Could not read the tables: {error.strerror}") from error

@@ -39,6 +39,8 @@ class Header:
     """Header bytes past those that we know; kept when the header is rewritten."""
     backing_file: str | None = None
     backing_format: str | None = None
+    data_file: str | None = None
+    """The name of the external data file, as it stands in the image."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
     """(type, data) of header extensions that we do not know; kept when rewritten."""
 
@@ -68,6 +70,8 @@ class Header:
         extensions = bytearray()
         if self.backing_format:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
+        if self.data_file is not None:
+            extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -383,6 +387,8 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
                 limit=layout.MAX_BACKING_FORMAT_NAME,
             )
         header.backing_format = data.split(b"\0")[0].decode(errors="replace") or None
+    elif kind == ExtensionType.DATA_FILE:
+        header.data_file = os.fsdecode(data.split(b"\0")[0])
     elif kind != ExtensionType.FEATURE_NAMES:
         header.unknown_extensions.append((kind, data))
 

@@ -23,6 +23,7 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
+from .data_file_tables import DataFileTables
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
@@ -50,8 +51,20 @@ class CacheSizes:
 class Metadata:
     """Everything of an open image that is neither data nor policy."""
 
-    def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        file: Disk,
+        header: Header,
+        sizes: CacheSizes,
+        *,
+        read_only: bool,
+        data_file: Disk | None = None,
+    ) -> None:
         self.file = file
+        self.data_file = data_file
+        """The external data file, if the image has one."""
+        self.data = file if data_file is None else data_file
+        """Where guest clusters that are not compressed lie."""
         self.header = header
         self.geometry = header.geometry
         self.cluster_bits = self.geometry.cluster_bits
@@ -63,7 +76,8 @@ class Metadata:
         slot = min(self.cluster_size, _SLICE_SIZE)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        self.tables = Tables(l1, self.geometry, l2_cache)
+        kind_of_tables = Tables if data_file is None else DataFileTables
+        self.tables = kind_of_tables(l1, self.geometry, l2_cache)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
         self.dropped = DroppedReferences()
@@ -147,6 +161,8 @@ class Metadata:
 
     def drop_entry(self, entry: int, kind: DiscardKind) -> None:
         """The L2 entry ``entry`` is gone: what it referred to has one reference less."""
+        if self.data_file is not None:
+            return  # no references are counted there
         what = entry_kind(entry)
         if what is ClusterKind.COMPRESSED:
             offset, length = self.geometry.compressed_extent(entry)
@@ -239,6 +255,8 @@ class Metadata:
     def flush_alone(self) -> None:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
+        if self.data_file is not None:
+            self.data_file.flush()
         with self.lock:
             if not self.dirty:
                 staged = None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from ..errors import ImageError
 from . import layout
+from .data_file import refuse_with_data_file
 from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcounts import load_table, pack_table
@@ -69,7 +70,7 @@ class Snapshots:
         ``vm_clock`` is the guest's run time in nanoseconds, ``date`` seconds since the epoch (now,
         if None). Raises ImageError where a limit of the format is reached; nothing is lost then.
         """
-        self._check_writable()
+        self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
         nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
         snapshot = Snapshot(
@@ -102,7 +103,9 @@ class Snapshots:
 
     def apply(self, id_or_name: str) -> None:
         """Make the disk what it was when the snapshot was taken, its size included."""
-        self._check_writable()
+        self._check_writable(
+            f"Could not apply snapshot '{id_or_name}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
         snapshot = self.find(id_or_name)
         with metadata.exclusive():
@@ -131,7 +134,9 @@ class Snapshots:
 
     def delete(self, id_or_name: str) -> None:
         """Remove a snapshot and free what only it used."""
-        self._check_writable()
+        self._check_writable(
+            f"Could not delete snapshot '{id_or_name}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
         snapshot = self.find(id_or_name)
         with metadata.exclusive():
@@ -145,8 +150,9 @@ class Snapshots:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, refusal: str) -> None:
         self._metadata.check_writable()
+        refuse_with_data_file(self._metadata, refusal)
 
     def _new_id(self) -> str:
         numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]

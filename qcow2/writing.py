@@ -45,7 +45,8 @@ class _NewClusters:
     fresh: bool
     """The host clusters read as zeroes."""
     reused: bool
-    """The host clusters are those of preallocated zero clusters, not new ones."""
+    """The host clusters are no new ones: those of preallocated zero clusters, or the place in the
+    data file."""
     allocation: Allocation
 
 
@@ -55,7 +56,7 @@ class Writer:
     def __init__(self, metadata: Metadata, reader: Reader) -> None:
         self._metadata = metadata
         self._reader = reader
-        self._file = metadata.file
+        self._file = metadata.data
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._health = metadata.health
@@ -144,6 +145,8 @@ class Writer:
         if reusable:
             host = old[0] & layout.OFFSET_MASK
             fresh, count = False, reusable
+        elif metadata.data_file is not None:
+            host, fresh = cluster << metadata.cluster_bits, False
         else:
             count = next((i for i, entry in enumerate(old) if _is_own(entry)), count)
             first, count, fresh = metadata.refcounts.allocate(count)
@@ -153,7 +156,7 @@ class Writer:
             host=host,
             old=old[:count],
             fresh=fresh,
-            reused=bool(reusable),
+            reused=bool(reusable) or metadata.data_file is not None,
             allocation=metadata.gate.begin_allocation(cluster, count),
         )
 
@@ -168,6 +171,8 @@ class Writer:
             start = new.allocation.first << metadata.cluster_bits
             end = start + (new.allocation.count << metadata.cluster_bits)
             done = min(length, end - offset)
+            if metadata.data_file is not None:  # not made longer than the disk
+                end = max(offset + done, min(end, metadata.header.size))
             parts = views if done == length else split(views, 0, done)
             head = self._surroundings(new, new.old[0], start, offset - start)
             tail = self._surroundings(new, new.old[-1], offset + done, end - offset - done)
@@ -177,8 +182,8 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
-            metadata.file.debug_event("write_aio")
-            metadata.file.writev(place, parts)
+            self._file.debug_event("write_aio")
+            self._file.writev(place, parts)
         except BaseException:
             with metadata.lock:
                 self._give_up(new)
