@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..errors import BackendError, ImageError
 from . import layout
 from .data_file_check import check_data_file_copied, check_data_file_entries
+from .data_file_tables import data_file_kind
 from .layout import ClusterKind
 from .metadata import Metadata
 from .refcounts import load_table
@@ -233,10 +234,11 @@ class _Check:
         """Statistics of the active disk; the host offset where the next cluster would follow."""
         result = self.result
         size = self.metadata.cluster_size
+        kind_of = entry_kind if self.metadata.data_file is None else data_file_kind
         for entry in entries:
             if not entry:
                 continue
-            kind = entry_kind(entry)
+            kind = kind_of(entry)
             if kind is ClusterKind.COMPRESSED:
                 result.allocated_clusters += 1
                 result.compressed_clusters += 1

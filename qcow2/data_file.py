@@ -151,14 +151,12 @@ def open_data_file(
 def create_data_file(image: Disk, name: str, size: int, preallocation: str = "off") -> None:
     """Make the data file ``name`` of ``size`` zero bytes for an image in the disk ``image``.
 
-    A relative name is relative to the image, where opening looks for it.
+    A relative name is relative to the current folder, not to the image: so it is in QEMU.
     """
-    path = name
-    if image.filename is not None:
-        path = os.path.join(os.path.dirname(image.filename), name)
-        if os.path.realpath(path) == os.path.realpath(image.filename):
-            raise ValueError("An image cannot be its own data file")
-    FileDisk.create(path, size, preallocation=preallocation).close()
+    same = image.filename is not None and os.path.realpath(name) == os.path.realpath(image.filename)
+    if same:
+        raise ValueError("An image cannot be its own data file")
+    FileDisk.create(name, size, preallocation=preallocation).close()
 
 
 # -- at work -------------------------------------------------------------------------------------
@@ -200,6 +198,9 @@ def map_everything(metadata: Metadata, start: int, end: int) -> None:
     data file has there.
     """
     bits, tables = metadata.cluster_bits, metadata.tables
+    mapped_flags = layout.COPIED
+    if metadata.geometry.extended_l2:
+        mapped_flags |= layout.ALL_ALLOCATED << 64
     cluster, last = start >> bits, -(-end >> bits)
     mapped = 0
     while cluster < last:
@@ -214,8 +215,7 @@ def map_everything(metadata: Metadata, start: int, end: int) -> None:
                 try:
                     old = tables.entries_at(position, count)
                     new = [
-                        entry or (cluster + i) << bits | layout.COPIED
-                        for i, entry in enumerate(old)
+                        entry or (cluster + i) << bits | mapped_flags for i, entry in enumerate(old)
                     ]
                     with metadata.health.step("Mapping the data file"):
                         tables.set_entries(position, new)

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE
+_SUPPORTED = (
+    Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2
+)
 _LATER = {
     Incompatible.COMPRESSION: "compression type",
-    Incompatible.EXTENDED_L2: "extended L2 entries",
 }
 
 
@@ -53,7 +54,7 @@ class Qcow2Disk(Disk):
             read_only=read_only,
             limits=Limits(
                 request_alignment=metadata.data.limits.request_alignment,
-                write_zeroes_alignment=cluster_size,
+                write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
             ),
@@ -135,7 +136,19 @@ class Qcow2Disk(Disk):
         self._writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
+        # With subclusters the first and the last cluster may be there in part only.
+        size, end = self._metadata.cluster_size, offset + length
+        while offset < end:
+            stop = end if end == self.size else max(end // size * size, offset)
+            if offset % size or stop == offset:
+                stop = min(end, (offset // size + 1) * size)
+            try:
+                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+            except UnsupportedError:
+                if self._header.version < 3:
+                    raise
+                self._write_zero_bytes(offset, stop - offset)
+            offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
         zeroing.discard(
@@ -183,7 +196,7 @@ class Qcow2Disk(Disk):
         return self._header.backing_file
 
     def info(self) -> DiskInfo:
-        header = self._header
+        header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         if header.version >= 3:
             specific |= {
@@ -192,14 +205,14 @@ class Qcow2Disk(Disk):
                 "refcount-bits": 1 << header.refcount_order,
                 **data_file_info(header),
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": False,
+                "extended-l2": metadata.geometry.extended_l2,
             }
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=self._metadata.cluster_size,
+            cluster_size=metadata.cluster_size,
             specific=specific,
         )
 
@@ -266,7 +279,7 @@ class Qcow2Disk(Disk):
             while isinstance(disk, Qcow2Disk) and not disk.closed:
                 stack.callback(disk._close_alone)
                 disk = disk.reader.backing
-            if disk is not None:
+            if disk is not None and not disk.closed:
                 stack.callback(disk.close)
 
     def _close_alone(self) -> None:

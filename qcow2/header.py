@@ -47,7 +47,8 @@ class Header:
     @property
     def geometry(self) -> Geometry:
         """The sizes that follow from these fields."""
-        return Geometry(self.version, self.cluster_bits, self.refcount_order)
+        extended = bool(self.incompatible_features & Incompatible.EXTENDED_L2)
+        return Geometry(self.version, self.cluster_bits, self.refcount_order, extended)
 
     def pack(self) -> bytes:
         """The header cluster's contents, up to the end of the backing file's name.
@@ -186,6 +187,7 @@ def read_header(file: Disk, *, for_check: bool = False) -> Header:
     extensions_end = backing_file_offset or len(cluster)
     _refuse_unknown_features(header, cluster, extensions_end)
     _check_compression_type(header)
+    _check_subclusters(header)
     _check_encryption(header, crypt_method)
     _check_tables(header, for_check)
     for kind, contents in _extensions(cluster, header.header_length, extensions_end):
@@ -290,6 +292,17 @@ def _check_compression_type(header: Header) -> None:
             "qcow2: Compression type incompatible feature bit must not be set",
             field="compression_type",
             value=int(number),
+        )
+
+
+def _check_subclusters(header: Header) -> None:
+    geometry = header.geometry
+    if geometry.subcluster_size < layout.SECTOR:
+        raise ImageError(
+            f"Unsupported subcluster size: {geometry.subcluster_size}",
+            field="cluster_bits",
+            value=header.cluster_bits,
+            limit=layout.MIN_EXTENDED_CLUSTER_BITS,
         )
 
 

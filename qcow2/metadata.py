@@ -23,14 +23,14 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
-from .data_file_tables import DataFileTables
+from .data_file_tables import make_tables
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
-from .tables import Tables, entry_kind
+from .tables import entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
 
@@ -76,8 +76,7 @@ class Metadata:
         slot = min(self.cluster_size, _SLICE_SIZE)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        kind_of_tables = Tables if data_file is None else DataFileTables
-        self.tables = kind_of_tables(l1, self.geometry, l2_cache)
+        self.tables = make_tables(l1, self.geometry, l2_cache, data_file=data_file is not None)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
         self.dropped = DroppedReferences()

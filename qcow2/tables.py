@@ -55,7 +55,8 @@ class Tables:
         self._l2_mask = (1 << geometry.l2_bits) - 1
         self._cluster_mask = geometry.cluster_size - 1
         self._slot_bits = cache.slot_bits
-        self._slice_bits = cache.slot_bits - 3
+        self._entry_bits = geometry.l2_entry_bits
+        self._slice_bits = cache.slot_bits - self._entry_bits
         self._slice_mask = (1 << self._slice_bits) - 1
         self._slots = cache.index
         self._referenced = cache.referenced
@@ -90,7 +91,7 @@ class Tables:
             slot = self.cache.get(offset)
         else:
             self._referenced[slot] = 1
-        return (slot << self._slot_bits) + ((cluster & self._slice_mask) << 3)
+        return (slot << self._slot_bits) + ((cluster & self._slice_mask) << self._entry_bits)
 
     def entry_at(self, position: int) -> int:
         """The L2 entry at a position in the slab."""

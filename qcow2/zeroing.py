@@ -11,15 +11,21 @@ from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
 from .quarantine import DiscardKind
+from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
 __all__ = ["discard", "write_zeroes"]
+
+_LOW = (1 << 64) - 1
+_ALL_ZEROES = layout.ALL_ZEROES << 64
 
 
 def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> None:
     """Make whole clusters read as zeroes; ``unmap`` gives their host clusters back.
 
-    Needs version 3 (raises UnsupportedError). The end may be the end of the disk.
+    With extended L2 entries a part of one cluster, in whole subclusters, will do. Needs version 3,
+    and that such a part is not compressed (raises UnsupportedError, with nothing changed). The end
+    may be the end of the disk.
     """
     if metadata.geometry.version < 3:
         raise UnsupportedError(
@@ -33,6 +39,24 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
             return layout.ZERO
         return entry | layout.ZERO
 
+    def replace_extended(entry: int) -> int:
+        if unmap or entry & layout.COMPRESSED:
+            return _ALL_ZEROES
+        return entry & _LOW | _ALL_ZEROES
+
+    bits = metadata.geometry.subcluster_bits
+    within = offset & (metadata.cluster_size - 1)
+    first, end = within >> bits, -(-(within + length) >> bits)
+
+    def replace_part(entry: int) -> int:
+        if entry & layout.COMPRESSED:
+            raise UnsupportedError("A part of a compressed cluster", feature="zero subclusters")
+        return entry & ~allocated_mask(first, end) | zero_mask(first, end)
+
+    if metadata.geometry.extended_l2:
+        at_end = offset + length >= metadata.header.size
+        whole = not within and (at_end or end % layout.SUBCLUSTERS == 0)
+        replace = replace_extended if whole else replace_part
     _replace_entries(metadata, offset, length, replace)
 
 
@@ -46,6 +70,8 @@ def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> No
         return
     zero_data_file(metadata, offset, length, unmap=True)
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
+    if metadata.geometry.extended_l2:
+        nothing = _ALL_ZEROES
     own = 0 if metadata.data_file is None else layout.COPIED  # allocated at offset 0
 
     def replace(entry: int) -> int:

@@ -12,7 +12,7 @@ from . import layout as at
 from .device import VirtioDevice
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
-from .request import BlockRequest, parse_request
+from .request import BlockRequest, make_parser
 from .ring import Chain
 
 __all__ = ["VirtioBlk"]
@@ -90,7 +90,7 @@ class VirtioBlk(VirtioDevice):
             queue_size=queue_size,
             strict=strict,
         )
-        self._config = self._make_config()
+        self.was_reset()
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
@@ -160,6 +160,7 @@ class VirtioBlk(VirtioDevice):
         """See :class:`VirtioDevice`."""
         self._writeback = True
         self._config = self._make_config()
+        self._parse = make_parser(self._memory, self.structs)
 
     def negotiated(self) -> None:
         """See :class:`VirtioDevice`. Chooses between writeback and writethrough (§5.2.6.2).
@@ -185,7 +186,7 @@ class VirtioBlk(VirtioDevice):
         succeeded, the status byte alone where it did not.
         """
         memory = self._memory
-        request = parse_request(chain, memory, self.structs)
+        request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
         written = 0
         status = at.VIRTIO_BLK_S_OK
@@ -226,18 +227,19 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            memory.check(segments, True)
+            self._check_long(length, segments, True)
             for part, size in _pieces(segments, memory.map_limit):
                 self._read(offset // SECTOR_SIZE, part)
                 offset += size
             return length
         views = memory.map(segments, True)
-        done = False
         try:
             self.disk.readv(offset, views)
-            done = True
+            if memory.commits:
+                memory.commit(segments, views)
         finally:
-            memory.unmap(segments, views, done)
+            for view in views:
+                view.release()
         return length
 
     def _write(self, sector: int, segments: list[Segment]) -> None:
@@ -251,7 +253,7 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            memory.check(segments, False)
+            self._check_long(length, segments, False)
             for part, size in _pieces(segments, memory.map_limit):
                 self._write(offset // SECTOR_SIZE, part)
                 offset += size
@@ -260,7 +262,14 @@ class VirtioBlk(VirtioDevice):
         try:
             self.disk.writev(offset, views, fua=not self._writeback)
         finally:
-            memory.unmap(segments, views)
+            for view in views:
+                view.release()
+
+    def _check_long(self, length: int, segments: list[Segment], writable: bool) -> None:
+        """Before a transfer that is done in pieces: refuse it whole."""
+        if length > at.CHAIN_BYTES_MAX:
+            raise _RefusedError(f"a chain of {length} bytes")  # VQ-S-16
+        self._memory.check(segments, writable)
 
     def _out_of_bounds(self, sector: int, length: int) -> _RefusedError:
         if length % SECTOR_SIZE:

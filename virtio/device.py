@@ -47,10 +47,10 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
-_ROUNDS = 4
-"""Chains that one kick may serve, in queue sizes. A driver that waits for its requests has one;
-this bounds what another can do by having the device write to its own rings."""
-
+_BUDGET = 1024
+"""Chains that one kick serves, to the end of the batch in which that is reached; what is left is
+for :meth:`VirtioDevice.poll` or the next kick. Only a driver that runs at the same time can have
+that many more, or one that has the device write to its own rings."""
 
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
@@ -209,7 +209,10 @@ class VirtioDevice(ABC):
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
-                self.kick(queue.index)
+                if self._defer:
+                    queue.pending = queue.ring is not None
+                else:
+                    self.kick(queue.index)
 
     def reset(self) -> None:
         """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
@@ -344,29 +347,31 @@ class VirtioDevice(ABC):
         queue.serving = True
         interrupt = False
         failure: Exception | None = None
-        process = self.process
-        budget = _ROUNDS * queue.state.size
+        budget = _BUDGET
         try:
             if ring.suppressed:
                 ring.publish()
-            while count := ring.ready():
+            count = ring.ready()
+            while count:
                 budget -= count
-                if budget < 0:
-                    break
-                for _ in range(count):
+                while count:
                     chain = ring.pop()
-                    written = process(chain)
+                    written = self.process(chain)
                     if queue.ring is not ring:  # reset from inside
                         return
                     ring.push(chain, written)
-                interrupt |= ring.publish()
-            queue.pending = budget < 0
+                    count -= 1
+                if ring.publish():
+                    interrupt = True
+                if budget <= 0:
+                    break
+                count = ring.ready()
+            queue.pending = budget <= 0
         except Exception as error:
             failure = error
+            interrupt |= self._fail(error, queue, ring)
         finally:
             queue.serving = False
-        if failure is not None:
-            interrupt |= self._fail(failure, queue, ring)
         # Interrupts only now: what they call may come back to this device, or reset it.
         if interrupt and self._transport is not None:
             self._transport.queue_interrupt(queue.index)

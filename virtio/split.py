@@ -123,8 +123,14 @@ class SplitRing(Ring):
             if index > mask:
                 raise GuestError(f"descriptor {index} of a queue of {mask + 1}")
             address, length, flags, index = read(origin + 16 * index)
+            # The three usual ones first.
             if flags == _NEXT_WRITE:
                 writable.append((address, length))
+            elif flags == VIRTQ_DESC_F_WRITE:
+                writable.append((address, length))
+                break
+            elif flags == VIRTQ_DESC_F_NEXT and not writable:
+                readable.append((address, length))
             elif flags & VIRTQ_DESC_F_INDIRECT:
                 if flags & VIRTQ_DESC_F_NEXT:
                     raise GuestError("an indirect descriptor with a next one")  # VQ-S-21
