@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import layout, resize, zeroing
+from . import header_update, layout, resize, zeroing
 from .check import CheckResult, check
 from .data_file import data_file_info, is_raw, map_everything, open_data_file, resize_data_file
 from .header import Header, read_header
@@ -194,6 +194,24 @@ class Qcow2Disk(Disk):
     def backing_file(self) -> str | None:
         """The backing file's name as it stands in the image."""
         return self._header.backing_file
+
+    def change_backing_file(self, name: str | None, format: str | None = None) -> None:
+        """Have the image name another backing file (None: none), as ``qemu-img rebase -u`` does.
+
+        Only what is written in the image changes: the backing file that is open stays in use
+        until :meth:`replace_backing`, and nobody compares the two.
+        """
+        with self._metadata.exclusive():
+            header_update.change_backing_file(self._metadata, name, format)
+
+    def replace_backing(self, backing: Disk | None) -> Disk | None:
+        """Read from another backing file, which the image then owns, from now on.
+
+        Returns the former one, which is the caller's then. What is written in the image does not
+        change.
+        """
+        with self._metadata.gate.exclusive():
+            return self.reader.replace_backing(backing, self._header.backing_file)
 
     def info(self) -> DiskInfo:
         header, metadata = self._header, self._metadata

@@ -11,7 +11,7 @@ from . import layout
 from .geometry import Geometry
 from .layout import CompressionType, CryptMethod, ExtensionType, Incompatible
 
-__all__ = ["Header", "probe", "read_header"]
+__all__ = ["Header", "packed_extensions", "probe", "read_header"]
 
 
 @dataclass(slots=True)
@@ -370,6 +370,14 @@ def _check_tables(header: Header, for_check: bool) -> None:
 
 def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
     """Type and data of every header extension, in order."""
+    return [
+        (kind, cluster[offset : offset + length])
+        for kind, offset, length in packed_extensions(cluster, start, end)
+    ]
+
+
+def packed_extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, int, int]]:
+    """Type of every header extension and where its data stands: offset and length, in order."""
     found = []
     offset = start
     while offset + layout.EXTENSION.size <= end:
@@ -384,7 +392,7 @@ def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]
                 value=length,
                 limit=end - offset,
             )
-        found.append((kind, cluster[offset : offset + length]))
+        found.append((kind, offset, length))
         offset += length + -length % 8
     return found
 

@@ -29,8 +29,7 @@ class Reader:
         self._lock = metadata.lock
         self._map = metadata.tables.map
         self.backing = backing
-        below = getattr(backing, "reader", None)
-        self.below: Reader | None = below if isinstance(below, Reader) else None
+        self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
         loop, whatever its length."""
         self._missing = missing_backing
@@ -53,6 +52,16 @@ class Reader:
     def backing_known(self) -> bool:
         """False if there is a backing file that was not opened."""
         return self._missing is None
+
+    def replace_backing(self, backing: Disk | None, name: str | None) -> Disk | None:
+        """Read from another backing file (in an exclusive operation); returns the former one.
+
+        ``name`` is that of the backing file in the image, missing now if ``backing`` is None.
+        """
+        former, self.backing = self.backing, backing
+        self.below = _reader_of(backing)
+        self._missing = name if backing is None else None
+        return former
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
@@ -206,6 +215,11 @@ class Reader:
         except BackendError:
             return False
         return extent.zero and extent.length == there
+
+
+def _reader_of(disk: Disk | None) -> Reader | None:
+    reader = getattr(disk, "reader", None)
+    return reader if isinstance(reader, Reader) else None
 
 
 def _damaged(metadata: Metadata, entry: int, reason: str) -> ImageError:
