@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.registry import Format
+from .bitmaps import Bitmap, Bitmaps
 from .check import CheckResult
 from .create import CreateOptions
 from .create import create as _create
@@ -13,7 +14,16 @@ from .driver import Qcow2Disk
 from .header import probe
 from .snapshots import Snapshot, Snapshots
 
-__all__ = ["FORMAT", "CheckResult", "CreateOptions", "Qcow2Disk", "Snapshot", "Snapshots"]
+__all__ = [
+    "FORMAT",
+    "Bitmap",
+    "Bitmaps",
+    "CheckResult",
+    "CreateOptions",
+    "Qcow2Disk",
+    "Snapshot",
+    "Snapshots",
+]
 
 
 def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: Any) -> None:

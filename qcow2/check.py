@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..errors import BackendError, ImageError
 from . import layout
+from .bitmap_check import bitmap_regions
 from .data_file_check import check_data_file_copied, check_data_file_entries
 from .data_file_tables import data_file_kind
 from .layout import ClusterKind
@@ -136,6 +137,8 @@ class _Check:
             self.check_snapshot(snapshot)
         self.refer(header.snapshots_offset, snapshot_table)
         self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
+        for offset, length in bitmap_regions(metadata, result.corrupt):
+            self.refer(offset, length)
         self.check_blocks()
         self.compare()
         self.check_copied()

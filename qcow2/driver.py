@@ -12,6 +12,7 @@ from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import header_update, layout, resize, zeroing
+from .bitmaps import Bitmaps
 from .check import CheckResult, check
 from .data_file import data_file_info, is_raw, map_everything, open_data_file, resize_data_file
 from .header import Header, read_header
@@ -66,7 +67,9 @@ class Qcow2Disk(Disk):
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
-        self.snapshots = Snapshots(metadata, self._set_size)
+        self.bitmaps = Bitmaps(metadata)
+        """The persistent dirty bitmaps."""
+        self.snapshots = Snapshots(metadata, self._set_size, self.bitmaps.__len__)
         """The internal snapshots."""
 
     @classmethod
@@ -122,7 +125,13 @@ class Qcow2Disk(Disk):
     def _clear_unknown_autoclear(self) -> None:
         """Autoclear bits say that something follows every write; what we do not know does not."""
         known = self._header.autoclear_features & Autoclear.RAW_DATA
-        if known != self._header.autoclear_features:
+        if self._header.bitmaps is not None:
+            known |= Autoclear.BITMAPS
+        if self._header.stale_bitmaps:
+            header_update.update_header(
+                self._metadata, stale_bitmaps=False, autoclear_features=known
+            )
+        elif known != self._header.autoclear_features:
             self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(known))
             self._file.flush()
             self._header.autoclear_features = known
@@ -133,7 +142,14 @@ class Qcow2Disk(Disk):
         self.reader.read(offset, views, length)
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._writer.write(offset, views, length)
+        bitmaps = self.bitmaps
+        if bitmaps.tracking:
+            with bitmaps.recording(offset, length):
+                self._writer.write(offset, views, length)
+        else:
+            self._writer.write(offset, views, length)
+            if bitmaps.tracking:
+                bitmaps.record(offset, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
@@ -143,7 +159,8 @@ class Qcow2Disk(Disk):
             if offset % size or stop == offset:
                 stop = min(end, (offset // size + 1) * size)
             try:
-                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+                with self.bitmaps.recording(offset, stop - offset):
+                    zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
             except UnsupportedError:
                 if self._header.version < 3:
                     raise
@@ -151,9 +168,9 @@ class Qcow2Disk(Disk):
             offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
-        zeroing.discard(
-            self._metadata, offset, length, backed=self._header.backing_file is not None
-        )
+        backed = self._header.backing_file is not None
+        with self.bitmaps.recording(offset, length):
+            zeroing.discard(self._metadata, offset, length, backed=backed)
 
     def _flush(self) -> None:
         self._metadata.flush()
@@ -222,6 +239,7 @@ class Qcow2Disk(Disk):
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
                 **data_file_info(header),
+                **({"bitmaps": self.bitmaps.info()} if len(self.bitmaps) else {}),
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
                 "extended-l2": metadata.geometry.extended_l2,
             }
@@ -259,6 +277,7 @@ class Qcow2Disk(Disk):
         metadata, old_size = self._metadata, self._header.size
         if size == old_size:
             return
+        self.bitmaps.begin_resize(size)
         with metadata.exclusive():
             resize.make_room(metadata, size)
         resize_data_file(metadata, old_size, size, preallocation)
@@ -271,6 +290,7 @@ class Qcow2Disk(Disk):
             map_everything(metadata, old_size, size)
         with metadata.exclusive():
             resize.set_size(metadata, size)
+            self.bitmaps.end_resize()
         self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:
@@ -310,6 +330,8 @@ class Qcow2Disk(Disk):
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
+                        self._metadata.settle()
+                        self.bitmaps.store()
                         self._metadata.settle()
             finally:
                 self.closed = True

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .bitmap_directory import BitmapsExtension, check_extension_length
 from .geometry import Geometry
-from .layout import CompressionType, CryptMethod, ExtensionType, Incompatible
+from .layout import Autoclear, CompressionType, CryptMethod, ExtensionType, Incompatible
 
 __all__ = ["Header", "packed_extensions", "probe", "read_header"]
 
@@ -39,6 +40,10 @@ class Header:
     """Header bytes past those that we know; kept when the header is rewritten."""
     backing_file: str | None = None
     backing_format: str | None = None
+    bitmaps: BitmapsExtension | None = None
+    """Where the bitmap directory is, if what it says is to be believed."""
+    stale_bitmaps: bool = False
+    """There is a bitmaps extension that somebody who knows no bitmaps left out of date."""
     data_file: str | None = None
     """The name of the external data file, as it stands in the image."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
@@ -73,6 +78,8 @@ class Header:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
         if self.data_file is not None:
             extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
+        if self.bitmaps is not None:
+            extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -408,6 +415,12 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
                 limit=layout.MAX_BACKING_FORMAT_NAME,
             )
         header.backing_format = data.split(b"\0")[0].decode(errors="replace") or None
+    elif kind == ExtensionType.BITMAPS:
+        check_extension_length(data)
+        if header.autoclear_features & Autoclear.BITMAPS:
+            header.bitmaps = BitmapsExtension.unpack(data, 1 << header.cluster_bits)
+        else:
+            header.stale_bitmaps = True
     elif kind == ExtensionType.DATA_FILE:
         header.data_file = os.fsdecode(data.split(b"\0")[0])
     elif kind != ExtensionType.FEATURE_NAMES:

@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 
-from ..errors import ImageError
+from ..errors import ImageError, UnsupportedError
 from . import layout
 from .data_file import refuse_with_data_file
 from .metadata import Metadata
@@ -30,8 +30,15 @@ __all__ = ["Snapshot", "Snapshots"]
 class Snapshots:
     """The internal snapshots of one image, in the order of its table. Iterable, with a length."""
 
-    def __init__(self, metadata: Metadata, resized: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        metadata: Metadata,
+        resized: Callable[[int], None],
+        has_bitmaps: Callable[[], object] = lambda: False,
+    ) -> None:
         self._metadata = metadata
+        self._has_bitmaps = has_bitmaps
+        """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
         self._list, self._table_length = read_snapshots(metadata.file, metadata.header)
 
@@ -107,6 +114,8 @@ class Snapshots:
             f"Could not apply snapshot '{id_or_name}': -95 (Operation not supported)"
         )
         metadata = self._metadata
+        if self._has_bitmaps():
+            raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
         snapshot = self.find(id_or_name)
         with metadata.exclusive():
             target = self._load_l1(snapshot)
