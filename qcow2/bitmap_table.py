@@ -1,4 +1,4 @@
-"""A stored bitmap: its table and its data (spec, "Bitmap table", "Bitmap data")."""
+"""Reading a stored bitmap: its table and its data (spec, "Bitmap table", "Bitmap data")."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import errno
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -15,24 +14,12 @@ from . import layout
 from .bitmap_directory import DirectoryEntry, table_size
 from .dirty_bits import DirtyBits
 from .metadata import Metadata
-from .quarantine import DiscardKind, merge_runs
-from .refcounts import pack_table
 
-__all__ = [
-    "check_tables",
-    "free_bitmap",
-    "load_bits",
-    "load_entries",
-    "store_bits",
-    "write_clusters",
-]
+__all__ = ["check_tables", "load_bits", "load_entries"]
 
 _MAX_CHECKED = 32 << 20
 """Bytes of tables that are read when the image is opened. What is longer, which only an image made
 for it has, is checked when it is used."""
-
-_AT_ONCE = 64
-"""Clusters of bitmap data written in one piece at most."""
 
 
 def load_entries(file: Disk, entry: DirectoryEntry, cluster_size: int) -> array[int]:
@@ -99,76 +86,3 @@ def load_bits(metadata: Metadata, entry: DirectoryEntry, length: int) -> DirtyBi
         elif value:
             bits.set(8 * i * size, 8 * size)
     return bits
-
-
-# -- writing -------------------------------------------------------------------------------------
-# In an exclusive operation. Nothing refers to what is written until the directory does.
-
-
-def write_clusters(metadata: Metadata, contents: bytes) -> tuple[int, int]:
-    """Write a table into new clusters in a row: (first cluster, how many)."""
-    count = metadata.geometry.clusters(len(contents))
-    with metadata.lock:
-        first = metadata.refcounts.allocate_contiguous(count)
-    padded = contents.ljust(count << metadata.cluster_bits, b"\0")
-    try:
-        metadata.file.write(first << metadata.cluster_bits, padded)
-    except BaseException:
-        _free(metadata, first, count)
-        raise
-    return first, count
-
-
-def store_bits(metadata: Metadata, bits: DirtyBits, entries: int) -> int:
-    """Write a bitmap, with a table of ``entries`` entries, beside what is there: the table's host
-    offset. What fails leaves nothing behind."""
-    table = array("Q", bytes(8 * entries))
-    full = b"\xff" * metadata.cluster_size
-    pending: list[tuple[int, bytes]] = []
-    try:
-        for number, piece in bits.pieces(metadata.cluster_size):
-            if piece == full:
-                table[number] = layout.BITMAP_ALL_ONES
-                continue
-            pending.append((number, piece))
-            if len(pending) >= _AT_ONCE:
-                _store_pieces(metadata, table, pending)
-        while pending:
-            _store_pieces(metadata, table, pending)
-        first, _ = write_clusters(metadata, pack_table(table))
-    except BaseException:
-        for start, count in _data_runs(metadata, table):
-            _free(metadata, start, count)
-        raise
-    return first << metadata.cluster_bits
-
-
-def _store_pieces(metadata: Metadata, table: array[int], pending: list[tuple[int, bytes]]) -> None:
-    """Write as many pending pieces as find place in one row, and note them in the table."""
-    with metadata.lock:
-        first, count, _ = metadata.refcounts.allocate(len(pending))
-    for i, (number, _) in enumerate(pending[:count]):
-        table[number] = (first + i) << metadata.cluster_bits
-    metadata.file.writev(first << metadata.cluster_bits, [piece for _, piece in pending[:count]])
-    del pending[:count]
-
-
-def free_bitmap(metadata: Metadata, entry: DirectoryEntry) -> None:
-    """Free what a bitmap that is in no directory any more had. What cannot be freed leaks."""
-    with suppress(ImageError, BackendError):
-        table = load_entries(metadata.file, entry, metadata.cluster_size)
-        for start, count in _data_runs(metadata, table):
-            _free(metadata, start, count)
-    first = entry.table_offset >> metadata.cluster_bits
-    _free(metadata, first, metadata.geometry.clusters(8 * entry.table_size))
-
-
-def _data_runs(metadata: Metadata, table: array[int]) -> Iterator[tuple[int, int]]:
-    """The clusters of a bitmap's data as runs (first, count)."""
-    offsets = (value & layout.OFFSET_MASK for value in table)
-    yield from merge_runs(offset >> metadata.cluster_bits for offset in offsets if offset)
-
-
-def _free(metadata: Metadata, first: int, count: int) -> None:
-    with metadata.lock, suppress(ImageError, BackendError):
-        metadata.lower(first, count, DiscardKind.ALWAYS)

@@ -28,12 +28,11 @@ from .bitmap_directory import (
     read_directory,
     table_size,
 )
-from .bitmap_table import check_tables, free_bitmap, load_bits, store_bits, write_clusters
+from .bitmap_store import free_bitmap, store_bits, switch_directory
+from .bitmap_table import check_tables, load_bits
 from .dirty_bits import DirtyBits
-from .header_update import update_header
-from .layout import Autoclear, BitmapFlags
+from .layout import BitmapFlags
 from .metadata import Metadata
-from .quarantine import DiscardKind
 
 __all__ = ["Bitmap", "Bitmaps"]
 
@@ -327,7 +326,9 @@ class Bitmaps:
             bitmap = self[name]
             kept = [other for other in self._list if other is not bitmap]
             if bitmap.entry is not None:
-                self._switch([other.entry for other in kept if other.entry is not None])
+                switch_directory(
+                    metadata, [other.entry for other in kept if other.entry is not None]
+                )
                 free_bitmap(metadata, bitmap.entry)
                 bitmap.entry = None
             self._list = kept
@@ -425,7 +426,7 @@ class Bitmaps:
                 for bitmap in changed:
                     new[bitmap] = self._store(bitmap)
                 entries = [(bitmap, new.get(bitmap) or bitmap.entry) for bitmap in self._list]
-                self._switch([entry for _, entry in entries if entry is not None])
+                switch_directory(metadata, [entry for _, entry in entries if entry is not None])
             except BaseException:
                 with suppress(ImageError, BackendError):
                     for entry in new.values():
@@ -443,35 +444,6 @@ class Bitmaps:
         offset = store_bits(metadata, self.contents(bitmap), entries)
         flags = BitmapFlags.AUTO if bitmap.enabled else BitmapFlags(0)
         return DirectoryEntry(bitmap.name, offset, entries, flags, bitmap.granularity_bits)
-
-    def _switch(self, entries: list[DirectoryEntry]) -> None:
-        """Make these the directory, on stable storage; the old one's clusters are free then."""
-        metadata = self._metadata
-        header = metadata.header
-        old = header.bitmaps
-        bitmaps, autoclear = None, header.autoclear_features & ~Autoclear.BITMAPS
-        first = count = 0
-        if entries:
-            directory = pack_directory(entries)
-            first, count = write_clusters(metadata, directory)
-            offset = first << metadata.cluster_bits
-            bitmaps = BitmapsExtension(len(entries), len(directory), offset)
-            autoclear |= Autoclear.BITMAPS
-        try:
-            metadata.flush_alone()
-            update_header(metadata, bitmaps=bitmaps, autoclear_features=autoclear)
-        except BaseException:
-            if count and metadata.header.bitmaps is not bitmaps:
-                with metadata.lock, suppress(ImageError, BackendError):
-                    metadata.lower(first, count, DiscardKind.OTHER)
-            raise
-        if old is not None:
-            with metadata.lock, suppress(ImageError, BackendError):
-                metadata.lower(
-                    old.directory_offset >> metadata.cluster_bits,
-                    metadata.geometry.clusters(old.directory_size),
-                    DiscardKind.OTHER,
-                )
 
 
 class Recording:
