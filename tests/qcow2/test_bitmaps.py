@@ -573,7 +573,7 @@ def test_a_table_of_a_bitmap_in_use_is_not_looked_at(crashed):
 
 
 def test_one_cluster_named_again_and_again_does_not_fill_the_memory(path):
-    with pyvirtio.create_disk(path, 1 << 36, cluster_size=512) as disk:
+    with pyvirtio.create_disk(path, 1 << 32, cluster_size=512) as disk:
         disk.bitmaps.add("b", granularity=512)
         disk.write(0, b"x")
     with reopened(path, read_only=True) as disk:
