@@ -13,7 +13,7 @@ from pyvirtio.qcow2 import Qcow2Disk
 from pyvirtio.qcow2 import create as create_image
 from support.crash import crash_images
 from support.daemon import StorageDaemon, bits_digest
-from support.filters import FaultyDisk, RecordingDisk
+from support.filters import RecordingDisk
 from support.peers import requires
 from support.qemu import PeerError, QemuIo, qemu_check, qemu_create, qemu_img, qemu_img_json
 
@@ -101,19 +101,27 @@ def test_a_disabled_bitmap_records_nothing(image):
         assert disk.bitmaps["b"].enabled
 
 
+class Refusing(MemoryDisk):
+    """Refuses writes while asked to."""
+
+    refuse = False
+
+    def _writev(self, offset, views, length):
+        if self.refuse:
+            raise BackendError(28, "full")
+        super()._writev(offset, views, length)
+
+
 def test_a_write_that_failed_is_recorded():
-    file = FaultyDisk(MemoryDisk(0, growable=True))
+    file = Refusing(0, growable=True)
     create_image(file, SIZE)
-    disk = Qcow2Disk.open(file)
-    disk.bitmaps.add("b")
-    file.fail = None
-    below = file.below if hasattr(file, "below") else file
-    original = below._writev
-    below._writev = lambda offset, views, length: (_ for _ in ()).throw(BackendError(5, "no"))
-    with pytest.raises(BackendError):
-        disk.write(MIB, b"x" * CLUSTER)
-    below._writev = original
-    assert dirty(disk) == [(MIB, CLUSTER)]
+    with Qcow2Disk.open(file) as disk:
+        disk.bitmaps.add("b")
+        file.refuse = True
+        with pytest.raises(BackendError):
+            disk.write(MIB, b"x" * CLUSTER)
+        file.refuse = False
+        assert dirty(disk) == [(MIB, CLUSTER)]
 
 
 def test_every_enabled_bitmap_records_with_its_own_granularity(path):
@@ -445,14 +453,6 @@ def test_a_failed_marking_fails_the_write_and_changes_nothing():
     with Qcow2Disk.open(_keep(memory)) as disk:
         disk.bitmaps.add("b")
 
-    class Refusing(MemoryDisk):
-        refuse = False
-
-        def _writev(self, offset, views, length):
-            if self.refuse:
-                raise BackendError(28, "full")
-            super()._writev(offset, views, length)
-
     file = Refusing(memory.size, growable=True)
     file.write(0, memory.read(0, memory.size))
     disk = Qcow2Disk.open(file)
@@ -573,7 +573,7 @@ def test_a_table_of_a_bitmap_in_use_is_not_looked_at(crashed):
 
 
 def test_one_cluster_named_again_and_again_does_not_fill_the_memory(path):
-    with pyvirtio.create_disk(path, 1 << 32, cluster_size=512) as disk:
+    with pyvirtio.create_disk(path, 1 << 37, cluster_size=4096) as disk:
         disk.bitmaps.add("b", granularity=512)
         disk.write(0, b"x")
     with reopened(path, read_only=True) as disk:
@@ -690,6 +690,20 @@ def disk_contents(image):
 # -- a model -----------------------------------------------------------------------------------
 
 
+OPERATIONS = [
+    "write",
+    "write",
+    "zero",
+    "discard",
+    "add",
+    "remove",
+    "toggle",
+    "clear",
+    "merge",
+    "reopen",
+]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_match_a_model(path, seed):
     chance = random.Random(seed)
@@ -697,10 +711,7 @@ def test_random_operations_match_a_model(path, seed):
     model = {}  # name: [granularity, enabled, set of granules]
     disk = pyvirtio.create_disk(path, size, cluster_size=chance.choice([512, 4096, 65536]))
     for step in range(120):
-        what = chance.choice(
-            ["write", "write", "zero", "discard", "add", "remove", "toggle", "clear", "merge"]
-            + ["reopen"]
-        )
+        what = chance.choice(OPERATIONS)
         name = chance.choice(list(model)) if model else None
         if what in ("write", "zero", "discard"):
             unit = disk._metadata.cluster_size if what == "discard" else 512

@@ -1,6 +1,7 @@
 """The bits of a bitmap in memory, against a Python integer as the model."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +18,7 @@ def check(bits, model):
     assert as_int(bits) == model
     assert bits.count() == model.bit_count()
     runs = list(bits.runs())
-    assert all(b > a + n for (a, n), (b, _) in zip(runs, runs[1:], strict=False))
+    assert all(b > a + n for (a, n), (b, _) in pairwise(runs))
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 100, CHUNK_BITS, CHUNK_BITS + 1, 3 * CHUNK_BITS + 5])

@@ -6,8 +6,9 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 __all__ = ["StorageDaemon", "bits_digest"]
 
@@ -30,19 +31,14 @@ class StorageDaemon:
         )
         self.command("qmp_capabilities")
 
-    def command(self, name: str, **arguments: Any) -> Any:
+    def command(self, execute: str, **arguments: Any) -> Any:
         """Run a command; what it returned. Raises RuntimeError with what QEMU said."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        names = {key.replace("_", "-"): value for key, value in arguments.items()}
-        line = json.dumps({"execute": name.replace("_", "-"), "arguments": names})
-        if name == "qmp_capabilities":
-            line = json.dumps({"execute": name})
-        try:
+        line = json.dumps({"execute": execute, "arguments": arguments})
+        with suppress(BrokenPipeError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         for answer in self._process.stdout:
             message = json.loads(answer)
             if "return" in message:
@@ -63,14 +59,12 @@ class StorageDaemon:
         answer = self.command("x-debug-block-dirty-bitmap-sha256", node="q", name=name)
         return str(answer["sha256"])
 
-    def __enter__(self) -> StorageDaemon:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
+        with suppress(RuntimeError):
             self.command("quit")
-        except RuntimeError:
-            pass
         self._process.communicate(timeout=60)
 
 
