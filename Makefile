@@ -14,6 +14,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
 
+demo: venv
+	$(BIN)/python -m examples.emulator.demo
+
 test: venv
 	$(BIN)/python -m pytest
 
@@ -21,9 +24,6 @@ test: venv
 crash: venv
 	PYVIRTIO_CRASH_SCALE=20 PYVIRTIO_MODEL_SCALE=20 \
 		$(BIN)/python -m pytest tests/crash tests/qcow2/test_model.py
-
-bench: venv
-	$(BIN)/python benchmarks/qcow2.py
 
 # mypy has to see the root folder under the package's own name.
 PACKAGE := __init__.py errors.py py.typed backend qcow2 virtio
@@ -41,6 +41,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
+	$(BIN)/python benchmarks/qcow2.py
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info

@@ -204,10 +204,9 @@ def map_everything(metadata: Metadata, start: int, end: int) -> None:
     cluster, last = start >> bits, -(-end >> bits)
     mapped = 0
     while cluster < last:
-        with metadata.lock:
-            epoch = metadata.gate.enter()
         try:
             with metadata.lock:
+                metadata.gate.enter()
                 count = min(last - cluster, tables.left_in_slice(cluster))
                 if metadata.gate.wait_for_allocations(cluster, count):
                     continue
@@ -226,8 +225,7 @@ def map_everything(metadata: Metadata, start: int, end: int) -> None:
         except CacheFull:
             mapped = _MAP_AT_ONCE
         finally:
-            with metadata.lock:
-                metadata.gate.leave(epoch)
+            metadata.gate.leave()
         if mapped >= _MAP_AT_ONCE:
             metadata.flush()
             mapped = 0

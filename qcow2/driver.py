@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,11 @@ from .snapshots import Snapshots
 from .writing import Writer
 
 if TYPE_CHECKING:
-    from _typeshed import StrPath
+    from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = (
+_SUPPORTED = int(
     Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE | Incompatible.EXTENDED_L2
 )
 _LATER = {
@@ -138,18 +138,41 @@ class Qcow2Disk(Disk):
 
     # -- requests ------------------------------------------------------------------------------
 
+    # The usual request, one buffer to or from stored data, takes the short way.
+
+    def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
+        """See :meth:`Disk.readv`."""
+        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+            length = buffers[0].nbytes
+            if (
+                0 <= offset <= self.size - length
+                and not self.closed
+                and self.reader.read_stored(offset, buffers, length)
+            ):
+                return
+        super().readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """See :meth:`Disk.writev`."""
+        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+            length = buffers[0].nbytes
+            bitmaps = self.bitmaps
+            if (
+                0 <= offset <= self.size - length
+                and not (fua or self.read_only or self.closed or bitmaps.tracking)
+                and self._writer.write_in_place(offset, buffers, length)
+            ):
+                if bitmaps.tracking:  # since a moment ago
+                    bitmaps.record(offset, length)
+                return
+        super().writev(offset, buffers, fua=fua)
+
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self.reader.read(offset, views, length)
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        bitmaps = self.bitmaps
-        if bitmaps.tracking:
-            with bitmaps.recording(offset, length):
-                self._writer.write(offset, views, length)
-        else:
+        with self.bitmaps.recording(offset, length):
             self._writer.write(offset, views, length)
-            if bitmaps.tracking:
-                bitmaps.record(offset, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..backend.disk import Disk
@@ -257,9 +258,8 @@ def _read_v3_fields(header: Header, cluster: bytes) -> None:
 
 
 def _refuse_unknown_features(header: Header, cluster: bytes, extensions_end: int) -> None:
-    known = 0
-    for bit in Incompatible:
-        known |= bit
+    # In plain integers: the complement of an IntFlag has none of the bits it does not define.
+    known = sum(int(bit) for bit in Incompatible)
     unknown = header.incompatible_features & ~known
     if not unknown:
         return
@@ -375,33 +375,30 @@ def _check_tables(header: Header, for_check: bool) -> None:
         )
 
 
-def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
+def _extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Type and data of every header extension, in order."""
-    return [
-        (kind, cluster[offset : offset + length])
-        for kind, offset, length in packed_extensions(cluster, start, end)
-    ]
+    for kind, offset, length in packed_extensions(cluster, start, end):
+        yield kind, cluster[offset : offset + length]
 
 
-def packed_extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, int, int]]:
+def packed_extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Type of every header extension and where its data stands: offset and length, in order."""
-    found = []
     offset = start
-    while offset + layout.EXTENSION.size <= end:
-        kind, length = layout.EXTENSION.unpack_from(cluster, offset)
+    padded = cluster + bytes(layout.EXTENSION.size)
+    while offset < end:
+        kind, length = layout.EXTENSION.unpack_from(padded, offset)
         offset += layout.EXTENSION.size
-        if kind == ExtensionType.END:
-            break
-        if length > end - offset:
+        if offset > end or length > end - offset:
             raise ImageError(
                 "Header extension too large",
                 field="header extension length",
                 value=length,
-                limit=end - offset,
+                limit=max(0, end - offset),
             )
-        found.append((kind, offset, length))
+        if kind == ExtensionType.END:
+            break
+        yield kind, offset, length
         offset += length + -length % 8
-    return found
 
 
 def _take_extension(header: Header, kind: int, data: bytes) -> None:

@@ -65,6 +65,8 @@ class Metadata:
         """The external data file, if the image has one."""
         self.data = file if data_file is None else data_file
         """Where guest clusters that are not compressed lie."""
+        self.event = None if type(file).debug_event is Disk.debug_event else file.debug_event
+        """Where the named points of the driver are announced, if anybody listens."""
         self.header = header
         self.geometry = header.geometry
         self.cluster_bits = self.geometry.cluster_bits
@@ -238,13 +240,12 @@ class Metadata:
 
     def flush(self) -> None:
         """Bring everything to stable storage that was written before the call."""
-        with self.lock:
-            epoch = self.gate.enter()
         try:
+            with self.lock:
+                self.gate.enter()
             self.flush_inside()
         finally:
-            with self.lock:
-                self.gate.leave(epoch)
+            self.gate.leave()
 
     def flush_inside(self) -> None:
         """:meth:`flush` for a request that is inside the gate already."""
@@ -261,7 +262,8 @@ class Metadata:
                 staged = None
             else:
                 self.refcounts.cache.write_dirty()
-                staged = _Staged(self)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
         if staged is None:
             self.file.flush()
             return

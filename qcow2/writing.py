@@ -62,43 +62,48 @@ class Writer:
         self._metadata = metadata
         self._reader = reader
         self._file = metadata.data
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
 
+    def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
+        with nothing done."""
+        gate, lock = self._gate, self._lock
+        try:
+            with lock:
+                self._health.check()
+                gate.enter()
+                host, run = self._map_own(offset, length)
+            if run == length:
+                if self._event is not None:
+                    self._event("write_aio")
+                self._file.writev(host, views)
+                return True
+        except CacheFull:
+            pass
+        finally:
+            gate.leave()
+
+        return False
+
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
-        gate, lock = self._gate, self._lock
-        with lock:
-            self._health.check()
-            epoch = gate.enter()
-            try:
-                host, run = self._map_own(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
-            if run == length:
-                self._file.debug_event("write_aio")
-                self._file.writev(host, views)
-            else:
-                self._write_runs(offset, views, length)
+            with self._lock:
+                self._health.check()
+                self._gate.enter()
+            while length:
+                done = self._write_run(offset, views, length)
+                views = split(views, done, length - done)
+                offset += done
+                length -= done
+            if len(self._metadata.dropped.runs) > _MAX_DROPPED:
+                self._metadata.flush_inside()
         finally:
-            with lock:
-                gate.leave(epoch)
-
-    def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
-        """Write what is more than one run, or is not all in place."""
-        while length:
-            done = self._write_run(offset, views, length)
-            views = split(views, done, length - done)
-            offset += done
-            length -= done
-        if len(self._metadata.dropped.runs) > _MAX_DROPPED:
-            self._metadata.flush_inside()
+            self._gate.leave()
 
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Write as much as goes in one piece; how much that was."""

@@ -97,9 +97,9 @@ def _replace_entries(
     metadata.health.check()
     cluster = offset >> metadata.cluster_bits
     end = ((offset + length - 1) >> metadata.cluster_bits) + 1
-    with metadata.lock:
-        epoch = metadata.gate.enter()
     try:
+        with metadata.lock:
+            metadata.gate.enter()
         while cluster < end:
             try:
                 with metadata.lock:
@@ -109,8 +109,7 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
-        with metadata.lock:
-            metadata.gate.leave(epoch)
+        metadata.gate.leave()
 
 
 def _replace_in_slice(

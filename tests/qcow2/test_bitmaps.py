@@ -691,16 +691,7 @@ def disk_contents(image):
 
 
 OPERATIONS = [
-    "write",
-    "write",
-    "zero",
-    "discard",
-    "add",
-    "remove",
-    "toggle",
-    "clear",
-    "merge",
-    "reopen",
+    *("write", "write", "zero", "discard", "add", "remove", "toggle", "clear", "merge", "reopen")
 ]
 
 
