@@ -219,7 +219,7 @@ class Qcow2Disk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        return True
+        return not is_raw(self._header) or self._metadata.data.has_zero_init
 
     @property
     def children(self) -> Mapping[str, Disk]:

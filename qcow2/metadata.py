@@ -255,8 +255,6 @@ class Metadata:
     def flush_alone(self) -> None:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
-        if self.data_file is not None:
-            self.data_file.flush()
         with self.lock:
             if not self.dirty:
                 staged = None
@@ -265,6 +263,8 @@ class Metadata:
                 with self.health.step("Gathering what to flush"):
                     staged = _Staged(self)
         if staged is None:
+            if self.data_file is not None:
+                self.data_file.flush()
             self.file.flush()
             return
         try:
@@ -313,6 +313,8 @@ class _Staged:
     def write(self, metadata: Metadata) -> None:
         """Write each kind, with a sync before whatever relies on it."""
         file = metadata.file
+        if metadata.data_file is not None:
+            metadata.data_file.flush()
         file.flush()
         if self.blocks:
             with metadata.lock:

@@ -930,3 +930,62 @@ def test_check_counts_the_clusters_of_bitmaps_as_qemu_does(image):
     theirs = qemu_img("check", "--output=json", image, check=False).stdout
     assert f'"leaks": {ours.leaks}' in theirs
     assert ours.leaks == 1
+
+
+# -- limits and failures -------------------------------------------------------------------------
+
+
+def test_the_number_of_bitmaps_is_limited(image, monkeypatch):
+    monkeypatch.setattr("pyvirtio.qcow2.layout.MAX_BITMAPS", 2)
+    with reopened(image) as disk:
+        disk.bitmaps.add("c")
+        with pytest.raises(ValueError, match="Maximum number of persistent bitmaps is already rea"):
+            disk.bitmaps.add("d")
+
+
+def test_the_size_of_the_directory_is_limited(image, monkeypatch):
+    monkeypatch.setattr("pyvirtio.qcow2.layout.MAX_BITMAP_DIRECTORY_SIZE", 64)
+    with reopened(image) as disk:
+        disk.bitmaps.add("c")
+        with pytest.raises(ValueError, match="Not enough space in the bitmap directory"):
+            disk.bitmaps.add("d")
+
+
+def test_a_disk_of_size_0_has_no_bitmaps(path):
+    with (
+        pyvirtio.create_disk(path, 0) as disk,
+        pytest.raises(ValueError, match="A disk of size 0 has no bitmaps"),
+    ):
+        disk.bitmaps.add("b")
+
+
+def test_bitmaps_that_cannot_be_stored_are_inconsistent_and_the_data_is_safe(path):
+    file = Refusing(0, growable=True)
+    create_image(file, SIZE)
+    _keep(file)
+    with Qcow2Disk.open(file) as disk:
+        disk.bitmaps.add("b")
+    disk = Qcow2Disk.open(file)
+    disk.write(0, b"x")
+    disk.flush()
+    file.refuse = True
+    with pytest.raises(BackendError):
+        disk.close()
+    assert disk.closed
+    file.refuse = False
+    with Qcow2Disk.open(file) as disk:
+        assert disk.read(0, 1) == b"x"
+        assert disk.bitmaps["b"].inconsistent
+        assert not disk.check().corruptions
+
+
+def test_bitmaps_and_a_raw_data_file_go_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pyvirtio.create_disk("a.qcow2", SIZE, data_file="d", data_file_raw=True) as disk:
+        disk.bitmaps.add("b")
+        disk.write(MIB, b"x")
+        disk.write_zeroes(2 * MIB, CLUSTER)
+    with pyvirtio.open_disk("a.qcow2") as disk:
+        assert dirty(disk) == [(MIB, CLUSTER), (2 * MIB, CLUSTER)]
+        assert disk.check().clean
+    assert (tmp_path / "a.qcow2").read_bytes()[88:96] == struct.pack(">Q", 3)

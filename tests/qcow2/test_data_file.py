@@ -12,6 +12,7 @@ import pyvirtio
 from pyvirtio.backend.memory import MemoryDisk
 from pyvirtio.errors import BackendError, ImageError, UnsupportedError
 from pyvirtio.qcow2 import Qcow2Disk
+from pyvirtio.qcow2 import create as create_image
 
 needs_qemu = pytest.mark.skipif(
     not (shutil.which("qemu-img") and shutil.which("qemu-io")), reason="QEMU's tools are absent"
@@ -618,3 +619,62 @@ def test_a_subcluster_entry_for_another_place_is_refused(tmp_path):
     poke_l2(path, 2, 1 << 63 | 5 * CLUSTER)  # the entry of cluster 1
     with pyvirtio.open_disk(path) as disk, pytest.raises(ImageError, match="does not match guest"):
         disk.read(CLUSTER, 1)
+
+
+def test_data_written_while_a_flush_runs_is_flushed_before_its_entry():
+    """What is mapped when the flush looks at the tables has its data flushed after that."""
+    order = []
+
+    class Noting(MemoryDisk):
+        late = None
+
+        def _flush(self):
+            order.append("data flush")
+
+        def _writev(self, offset, views, length):
+            order.append("data write")
+            super()._writev(offset, views, length)
+
+    class Image(MemoryDisk):
+        table = -1
+
+        def _writev(self, offset, views, length):
+            if offset == self.table:
+                order.append("entries")
+            super()._writev(offset, views, length)
+
+    data, file = Noting(MIB), Image(0, growable=True)
+    create_image(file, MIB, data_file="x", data_disk=data)
+    with Qcow2Disk.open(file, data_file=data) as disk:
+        disk.write(0, b"x")
+        disk.flush()
+        file.table = disk._metadata.tables.l2_offset(0)
+        take_dirty = disk._metadata.tables.cache.take_dirty
+
+        def write_then_take():
+            disk._metadata.tables.cache.take_dirty = take_dirty
+            disk._metadata.data.write(CLUSTER, b"y")  # mapped by another thread at this moment
+            return take_dirty()
+
+        disk.write(2 * CLUSTER, b"z")
+        disk._metadata.tables.cache.take_dirty = write_then_take
+        order.clear()
+        disk.flush()
+    last_write = len(order) - 1 - order[::-1].index("data write")
+    assert "data flush" in order[last_write : order.index("entries")]
+
+
+def test_an_image_with_a_data_file_can_be_a_backing_file(tmp_path):
+    with pyvirtio.create_disk(tmp_path / "base.qcow2", MIB, data_file="d") as disk:
+        disk.write(CLUSTER, b"below")
+    overlay = pyvirtio.create_disk(
+        tmp_path / "top.qcow2", MIB, backing_file="base.qcow2", backing_fmt="qcow2", data_file="t"
+    )
+    with overlay as disk:
+        assert disk.read(CLUSTER, 5) == b"below"
+        disk.write(CLUSTER + 2, b"L")
+        assert disk.read(CLUSTER, 5) == b"beLow"
+        disk.discard(CLUSTER, CLUSTER)
+        assert disk.read(CLUSTER, 5) == bytes(5)
+        assert disk.check().clean
+    assert (tmp_path / "d").read_bytes()[CLUSTER:][:5] == b"below"
