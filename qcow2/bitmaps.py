@@ -125,13 +125,21 @@ class Bitmaps:
         """The enabled ones are marked in use."""
         self.tracking = False
         """Writes have to be recorded."""
-        header = metadata.header
+        self.reload()
+
+    def reload(self) -> None:
+        """Forget everything in memory and list what the header says (nobody may be at work).
+
+        What is to be kept has to be stored (:meth:`store`) before.
+        """
+        header = self._metadata.header
+        self._list = []
         if header.stale_bitmaps:
             warnings.warn(
                 "a program lacking bitmap support modified this file, so all bitmaps are now "
                 "considered inconsistent; some clusters may be leaked",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         if header.bitmaps is not None:
             self._read(header.bitmaps)

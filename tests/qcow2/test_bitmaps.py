@@ -989,3 +989,18 @@ def test_bitmaps_and_a_raw_data_file_go_together(tmp_path, monkeypatch):
         assert dirty(disk) == [(MIB, CLUSTER), (2 * MIB, CLUSTER)]
         assert disk.check().clean
     assert (tmp_path / "a.qcow2").read_bytes()[88:96] == struct.pack(">Q", 3)
+
+
+def test_bitmaps_stored_while_the_image_is_open_go_on(image):
+    with reopened(image) as disk:
+        disk.write(0, b"x")
+        with disk._metadata.exclusive():
+            disk.bitmaps.store()
+            disk.bitmaps.reload()
+        assert not disk.bitmaps["b"].in_use
+        assert dirty(disk) == [(0, CLUSTER)]
+        disk.write(MIB, b"x")
+        assert disk.bitmaps["b"].in_use
+    with reopened(image) as disk:
+        assert dirty(disk) == [(0, CLUSTER), (MIB, CLUSTER)]
+        assert disk.check().clean
