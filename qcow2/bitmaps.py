@@ -6,7 +6,8 @@ its directory entry: what is stored is out of date from then on, and a crash lea
 ("inconsistent": such a bitmap can only be removed). Storing goes beside what is there: data, table
 and directory are stable before one header write switches to them, and the old ones are freed then.
 
-The bits of a write are set when it is done, before it is acknowledged, and also if it failed.
+The bits of a write are set when it begins and when it is done, before it is acknowledged, whether
+it failed or not: one that is under way while a bitmap is cleared is not lost.
 """
 
 from __future__ import annotations
@@ -467,6 +468,8 @@ class Recording:
     def __enter__(self) -> None:
         if self._bitmaps.tracking:
             self._bitmaps.begin()
+            # Should an interrupt keep us from the end, it is recorded all the same.
+            self._bitmaps.record(self._offset, self._length)
 
     def __exit__(
         self,
@@ -474,7 +477,7 @@ class Recording:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Looked at again: a bitmap may have been added meanwhile.
+        # Again: a bitmap may have been added or cleared meanwhile.
         if self._bitmaps.tracking:
             self._bitmaps.record(self._offset, self._length)
 
