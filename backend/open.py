@@ -232,7 +232,7 @@ def _as_qemu(reference: FileReference) -> str:
         raise ImageError(
             f"Invalid {reference.role} file name", field=f"{reference.role} file", value=name
         )
-    if _PROTOCOL.match(name):
+    if _PROTOCOL.match(name) or reference.role == "data-file":
         return _strip_protocol(name)  # not relative to the image, in QEMU
     if os.path.isabs(name):
         return name

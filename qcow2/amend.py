@@ -128,6 +128,8 @@ def _check_downgrade(metadata: Metadata, snapshots: Snapshots, bits: int, size: 
         raise UnsupportedError(
             "Cannot downgrade an image with incompatible features set", feature="downgrade"
         )
+    if metadata.header.bitmaps is not None:
+        raise UnsupportedError("Cannot downgrade an image with bitmaps", feature="downgrade")
     for snapshot in snapshots:
         # Version 2 has no place for what stands in the extra data.
         if snapshot.vm_state_size >= 1 << 32 or snapshot.disk_size != size:

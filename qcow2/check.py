@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from ..errors import BackendError, ImageError
 from . import layout
+from .bitmap_check import bitmap_regions
+from .data_file_check import check_data_file_copied, check_data_file_entries
+from .data_file_tables import data_file_kind
 from .layout import ClusterKind
 from .metadata import Metadata
 from .refcounts import load_table
@@ -134,6 +137,8 @@ class _Check:
             self.check_snapshot(snapshot)
         self.refer(header.snapshots_offset, snapshot_table)
         self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
+        for offset, length in bitmap_regions(metadata, result.corrupt):
+            self.refer(offset, length)
         self.check_blocks()
         self.compare()
         self.check_copied()
@@ -183,6 +188,9 @@ class _Check:
 
     def check_entries(self, entries: Sequence[int], table: int) -> None:
         """The entries of one L2 table."""
+        if self.metadata.data_file is not None:
+            check_data_file_entries(self.result, entries, table, self.metadata.cluster_size)
+            return
         limit = self.file_clusters
         if not any(entries):
             return
@@ -229,10 +237,11 @@ class _Check:
         """Statistics of the active disk; the host offset where the next cluster would follow."""
         result = self.result
         size = self.metadata.cluster_size
+        kind_of = entry_kind if self.metadata.data_file is None else data_file_kind
         for entry in entries:
             if not entry:
                 continue
-            kind = entry_kind(entry)
+            kind = kind_of(entry)
             if kind is ClusterKind.COMPRESSED:
                 result.allocated_clusters += 1
                 result.compressed_clusters += 1
@@ -352,6 +361,9 @@ class _Check:
                 continue  # counted before
 
     def check_copied_entries(self, entries: Sequence[int]) -> None:
+        if self.metadata.data_file is not None:
+            check_data_file_copied(self.result, entries)
+            return
         mask, bits = layout.OFFSET_MASK, self.bits
         known: dict[int, int] = {}
         for entry in entries:

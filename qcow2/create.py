@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ..backend.disk import Disk
 from ..backend.file import FileDisk
 from . import layout
+from .data_file import MissingDataFile, create_data_file, map_everything
 from .geometry import Geometry
 from .header import Header, read_header
-from .layout import COMPRESSION_NAMES, Compatible, CompressionType, Incompatible
+from .layout import COMPRESSION_NAMES, Autoclear, Compatible, CompressionType, Incompatible
 from .metadata import CacheSizes, Metadata
 from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
@@ -42,6 +43,10 @@ class CreateOptions:
     """``off``, ``metadata``, ``falloc`` or ``full``."""
     nocow: bool = False
     """Ask a copy-on-write file system (btrfs) to write in place. It may decline."""
+    data_file: str | os.PathLike[str] | None = None
+    """The name of an external data file to be stored."""
+    data_file_raw: bool = False
+    """The data file shall be usable as a raw disk."""
 
     def header(self, size: int) -> Header:
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
@@ -104,6 +109,7 @@ class CreateOptions:
             raise ValueError("Backing file name too long")
         if self.backing_fmt and len(self.backing_fmt) > layout.MAX_BACKING_FORMAT_NAME:
             raise ValueError("Backing format name too long")
+        data_file = self._data_file(version)
         return Header(
             version=version,
             cluster_bits=bits,
@@ -111,17 +117,39 @@ class CreateOptions:
             refcount_order=width.bit_length() - 1,
             compression_type=compression,
             incompatible_features=(Incompatible.COMPRESSION if compression else 0)
-            | (Incompatible.EXTENDED_L2 if self.extended_l2 else 0),
+            | (Incompatible.EXTENDED_L2 if self.extended_l2 else 0)
+            | (Incompatible.DATA_FILE if data_file is not None else 0),
             compatible_features=Compatible.LAZY_REFCOUNTS if self.lazy_refcounts else 0,
             backing_file=name,
             backing_format=self.backing_fmt,
+            data_file=data_file,
+            autoclear_features=Autoclear.RAW_DATA if self.data_file_raw else 0,
         )
 
+    def _data_file(self, version: int) -> str | None:
+        """The name of the data file. Raises ValueError where it is not to be had."""
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise ValueError("data-file-raw requires data-file")
+            return None
+        if self.backing_file is not None and self.data_file_raw:
+            raise ValueError("Backing file and data-file-raw cannot be used at the same time")
+        if version < 3:
+            raise ValueError(
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        name = os.fspath(self.data_file)
+        if not name or "\0" in name:
+            raise ValueError("Invalid data file name")
+        return name
 
-def create(file: Disk, size: int, options: CreateOptions) -> None:
+
+def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None = None) -> None:
     """Write an image of ``size`` bytes (a multiple of 512) into the empty disk ``file``.
 
-    The header is written last: until then the file is no image.
+    The header is written last: until then the file is no image. A data file is made as well, beside
+    the image, unless ``data_disk`` is to be it (whoever opens the image has to give it again).
     """
     if size % layout.SECTOR:
         raise ValueError("The image size must be a multiple of 512 bytes")
@@ -140,6 +168,11 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
     blocks_at = 1 + table_clusters
     header.l1_table_offset = (blocks_at + blocks) << geometry.cluster_bits if l1_clusters else 0
     packed = header.pack()
+    if data_disk is not None:
+        data_disk.truncate(size, shrink=True)
+    elif header.data_file is not None:
+        reserve = options.preallocation if options.preallocation in ("falloc", "full") else "off"
+        create_data_file(file, header.data_file, size, reserve)
     used = blocks_at + blocks + l1_clusters
     file.truncate(0, shrink=True)
     if options.nocow and isinstance(file, FileDisk):
@@ -151,7 +184,10 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
     file.flush()
     file.write(0, packed)
     file.flush()
-    if options.preallocation != "off":
+    if header.data_file is not None:
+        if options.data_file_raw or options.preallocation != "off":
+            _map_data_file(file, header)
+    elif options.preallocation != "off":
         _preallocate(file, size, options.preallocation)
 
 
@@ -159,6 +195,20 @@ def _preallocate(file: Disk, size: int, mode: str) -> None:
     metadata = Metadata(file, read_header(file), CacheSizes(), read_only=False)
     try:
         preallocate(metadata, 0, size, mode)
+        with metadata.gate.exclusive():
+            metadata.settle()
+    finally:
+        metadata.close()
+
+
+def _map_data_file(file: Disk, header: Header) -> None:
+    """Map every cluster: a raw data file has to read the same through the tables."""
+    absent = MissingDataFile(header.data_file)
+    metadata = Metadata(file, header, CacheSizes(), read_only=False, data_file=absent)
+    try:
+        map_everything(metadata, 0, header.size)
+        with metadata.gate.exclusive():
+            metadata.settle()
     finally:
         metadata.close()
 

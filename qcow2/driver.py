@@ -11,10 +11,12 @@ from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import amend, emptying, header_update, info, layout, resize, zeroing
+from .bitmaps import Bitmaps
 from .check import CheckResult, check
 from .compressed_writing import CompressedWriter
+from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
 from .header import Header, read_header
-from .layout import CryptMethod, Incompatible
+from .layout import Autoclear, CryptMethod, Incompatible
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .reload import reload
@@ -25,16 +27,18 @@ from .vmstate import VmState
 from .writing import Writer
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
 __all__ = ["Qcow2Disk"]
 
 _SUPPORTED = int(
-    Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION | Incompatible.EXTENDED_L2
+    Incompatible.DIRTY
+    | Incompatible.CORRUPT
+    | Incompatible.DATA_FILE
+    | Incompatible.COMPRESSION
+    | Incompatible.EXTENDED_L2
 )
-_LATER = {
-    Incompatible.DATA_FILE: "external data file",
-}
+_LATER: dict[Incompatible, str] = {}
 
 
 class Qcow2Disk(Disk):
@@ -56,7 +60,7 @@ class Qcow2Disk(Disk):
             header.size // layout.SECTOR * layout.SECTOR,
             read_only=read_only,
             limits=Limits(
-                request_alignment=file.limits.request_alignment,
+                request_alignment=metadata.data.limits.request_alignment,
                 write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
@@ -70,7 +74,11 @@ class Qcow2Disk(Disk):
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
         self._compressed_writer = CompressedWriter(metadata, self._writer)
-        self.snapshots = Snapshots(metadata, self._set_size, self._make_reader)
+        self.bitmaps = Bitmaps(metadata)
+        """The persistent dirty bitmaps."""
+        self.snapshots = Snapshots(
+            metadata, self._set_size, self._make_reader, self.bitmaps.__len__
+        )
         """The internal snapshots."""
         self.vmstate = VmState(metadata, self.reader, self._writer)
         """The VM state past the disk's end, until a snapshot takes it."""
@@ -84,8 +92,10 @@ class Qcow2Disk(Disk):
         policy: Callable[[FileReference], Disk | None] | None = None,
         l2_cache_size: int = 32 << 20,
         refcount_cache_size: int = 4 << 20,
+        data_file: Disk | StrPath | None = None,
     ) -> Qcow2Disk:
-        """Open the image in ``file``. ``policy`` opens the backing file, or declines.
+        """Open the image in ``file``. ``policy`` opens the backing file and the data file, or
+        declines; ``data_file`` is used instead of the data file that the image names.
 
         Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
         UnsupportedError naming the feature that is missing.
@@ -94,9 +104,11 @@ class Qcow2Disk(Disk):
         _refuse_what_is_missing(header)
         if not read_only:
             _refuse_to_write(header)
-        metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
-        backing = None
+        data = open_data_file(header, policy, data_file, read_only)
+        sizes = CacheSizes(l2_cache_size, refcount_cache_size)
+        metadata = backing = None
         try:
+            metadata = _load(file, header, sizes, read_only, data)
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
             disk = cls(file, header, metadata, backing, read_only=read_only)
@@ -104,17 +116,27 @@ class Qcow2Disk(Disk):
                 disk._clear_unknown_autoclear()
             return disk
         except BaseException:
-            metadata.close()
+            if metadata is not None:
+                metadata.close()
+            if data is not None and data is not data_file:
+                data.close()
             if backing is not None:
                 backing.close()
             raise
 
     def _clear_unknown_autoclear(self) -> None:
-        """Autoclear bits say that something follows every write; nothing here does."""
-        if self._header.autoclear_features:
-            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(0))
+        """Autoclear bits say that something follows every write; what we do not know does not."""
+        known = self._header.autoclear_features & Autoclear.RAW_DATA
+        if self._header.bitmaps is not None:
+            known |= Autoclear.BITMAPS
+        if self._header.stale_bitmaps:
+            header_update.update_header(
+                self._metadata, stale_bitmaps=False, autoclear_features=known
+            )
+        elif known != self._header.autoclear_features:
+            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(known))
             self._file.flush()
-            self._header.autoclear_features = 0
+            self._header.autoclear_features = known
 
     def _make_reader(self, metadata: Metadata) -> Reader:
         """A reader of other tables of this image: a snapshot's."""
@@ -141,11 +163,14 @@ class Qcow2Disk(Disk):
         """See :meth:`Disk.writev`."""
         if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
             length = buffers[0].nbytes
+            bitmaps = self.bitmaps
             if (
                 0 <= offset <= self.size - length
-                and not (fua or self.read_only or self.closed)
+                and not (fua or self.read_only or self.closed or bitmaps.tracking)
                 and self._writer.write_in_place(offset, buffers, length)
             ):
+                if bitmaps.tracking:  # since a moment ago
+                    bitmaps.record(offset, length)
                 return
         super().writev(offset, buffers, fua=fua)
 
@@ -153,10 +178,12 @@ class Qcow2Disk(Disk):
         self.reader.read(offset, views, length)
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._writer.write(offset, views, length)
+        with self.bitmaps.recording(offset, length):
+            self._writer.write(offset, views, length)
 
     def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._compressed_writer.write(offset, views, length)
+        with self.bitmaps.recording(offset, length):
+            self._compressed_writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
@@ -166,7 +193,8 @@ class Qcow2Disk(Disk):
             if offset % size or stop == offset:
                 stop = min(end, (offset // size + 1) * size)
             try:
-                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+                with self.bitmaps.recording(offset, stop - offset):
+                    zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
             except UnsupportedError:
                 if self._header.version < 3:
                     raise
@@ -174,9 +202,9 @@ class Qcow2Disk(Disk):
             offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
-        zeroing.discard(
-            self._metadata, offset, length, backed=self._header.backing_file is not None
-        )
+        backed = self._header.backing_file is not None
+        with self.bitmaps.recording(offset, length):
+            zeroing.discard(self._metadata, offset, length, backed=backed)
 
     def _flush(self) -> None:
         self._metadata.flush()
@@ -185,7 +213,8 @@ class Qcow2Disk(Disk):
         return block_status(self.reader, offset, length)
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
-        if self._metadata.geometry.extended_l2 or offset >= end:
+        metadata = self._metadata
+        if metadata.geometry.extended_l2 or metadata.data_file is not None or offset >= end:
             return super()._runs(offset, end)
         return runs(self.reader, offset, end - offset)
 
@@ -193,13 +222,15 @@ class Qcow2Disk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        return True
+        return not is_raw(self._header) or self._metadata.data.has_zero_init
 
     @property
     def children(self) -> Mapping[str, Disk]:
         children = {"file": self._file}
         if self.reader.backing is not None:
             children["backing"] = self.reader.backing
+        if self._metadata.data_file is not None:
+            children["data-file"] = self._metadata.data_file
         return children
 
     @property
@@ -227,7 +258,7 @@ class Qcow2Disk(Disk):
 
     def make_empty(self) -> None:
         """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""
-        with self._metadata.exclusive():
+        with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
             emptying.make_empty(self._metadata)
 
     def info(self) -> DiskInfo:
@@ -238,7 +269,11 @@ class Qcow2Disk(Disk):
             actual_size=self._file.info().actual_size,
             filename=self.filename,
             cluster_size=self._metadata.cluster_size,
-            specific=info.specific_facts(header),
+            specific={
+                **info.specific_facts(header),
+                **data_file_info(header),
+                **({"bitmaps": self.bitmaps.info()} if len(self.bitmaps) else {}),
+            },
             dirty=bool(header.incompatible_features & Incompatible.DIRTY),
             encrypted=header.crypt_method is not CryptMethod.NONE,
             backing_filename=header.backing_file,
@@ -278,13 +313,22 @@ class Qcow2Disk(Disk):
 
     def _truncate(self, size: int, preallocation: str) -> None:
         backing = self.reader.backing
+        metadata, old_size = self._metadata, self._header.size
+        self.bitmaps.begin_resize(size)
+        reserve = preallocation if preallocation in ("falloc", "full") else "off"
+        if size > old_size:
+            resize_data_file(metadata, old_size, size, reserve)
         resize.truncate(
-            self._metadata,
+            metadata,
             size,
             preallocation,
             backing_size=0 if backing is None else backing.size,
             hide=self._zero_past_end,
         )
+        if size < old_size:
+            resize_data_file(metadata, old_size, size, "off")
+        with metadata.exclusive():
+            self.bitmaps.end_resize()
         self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:
@@ -311,6 +355,7 @@ class Qcow2Disk(Disk):
         with metadata.gate.exclusive():
             if not self.read_only and metadata.health.reason is None:
                 metadata.settle()
+                self.bitmaps.store()
             self._file.reopen(read_only=read_only)
             try:
                 if not read_only:
@@ -321,6 +366,7 @@ class Qcow2Disk(Disk):
             self.read_only = metadata.read_only = read_only
             if not read_only:
                 self._clear_unknown_autoclear()
+            self.bitmaps.reload()
         self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def invalidate(self) -> None:
@@ -335,6 +381,7 @@ class Qcow2Disk(Disk):
         with self._metadata.gate.exclusive():
             self._file.invalidate()
             reload(self._metadata, self.snapshots, accept)
+            self.bitmaps.reload()
         self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def flush_to_os(self) -> None:
@@ -365,18 +412,22 @@ class Qcow2Disk(Disk):
             while isinstance(disk, Qcow2Disk) and not disk.closed:
                 stack.callback(disk._close_alone)
                 disk = disk.reader.backing
-            if disk is not None:
+            if disk is not None and not disk.closed:
                 stack.callback(disk.close)
 
     def _close_alone(self) -> None:
         """Close the image and its file, but not its backing file."""
         with ExitStack() as stack:
             stack.callback(self._file.close)
+            if self._metadata.data_file is not None:
+                stack.callback(self._metadata.data_file.close)
             stack.callback(self._metadata.close)
             stack.callback(self.snapshots.close_views)
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
+                        self._metadata.settle()
+                        self.bitmaps.store()
                         self._metadata.settle()
             finally:
                 self.closed = True
@@ -406,9 +457,11 @@ def _refuse_what_is_missing(header: Header) -> None:
         raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
 
 
-def _load(file: Disk, header: Header, sizes: CacheSizes, read_only: bool) -> Metadata:
+def _load(
+    file: Disk, header: Header, sizes: CacheSizes, read_only: bool, data_file: Disk | None
+) -> Metadata:
     try:
-        return Metadata(file, header, sizes, read_only=read_only)
+        return Metadata(file, header, sizes, read_only=read_only, data_file=data_file)
     except BackendError as error:
         number = error.errno or errno.EIO
         raise BackendError(number, f"Could not read the tables: {error.strerror}") from error

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .bitmap_directory import BitmapsExtension, check_extension_length
 from .geometry import Geometry
-from .layout import CompressionType, CryptMethod, ExtensionType, Incompatible
+from .layout import Autoclear, CompressionType, CryptMethod, ExtensionType, Incompatible
 
 __all__ = ["Header", "packed_extensions", "probe", "read_header"]
 
@@ -39,6 +41,12 @@ class Header:
     """Header bytes past those that we know; kept when the header is rewritten."""
     backing_file: str | None = None
     backing_format: str | None = None
+    bitmaps: BitmapsExtension | None = None
+    """Where the bitmap directory is, if what it says is to be believed."""
+    stale_bitmaps: bool = False
+    """There is a bitmaps extension that somebody who knows no bitmaps left out of date."""
+    data_file: str | None = None
+    """The name of the external data file, as it stands in the image."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
     """(type, data) of header extensions that we do not know; kept when rewritten."""
 
@@ -69,6 +77,10 @@ class Header:
         extensions = bytearray()
         if self.backing_format:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
+        if self.data_file is not None:
+            extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
+        if self.bitmaps is not None:
+            extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -363,17 +375,14 @@ def _check_tables(header: Header, for_check: bool) -> None:
         )
 
 
-def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
+def _extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Type and data of every header extension, in order."""
-    return [
-        (kind, cluster[offset : offset + length])
-        for kind, offset, length in packed_extensions(cluster, start, end)
-    ]
+    for kind, offset, length in packed_extensions(cluster, start, end):
+        yield kind, cluster[offset : offset + length]
 
 
-def packed_extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, int, int]]:
+def packed_extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Type of every header extension and where its data stands: offset and length, in order."""
-    found = []
     offset = start
     padded = cluster + bytes(layout.EXTENSION.size)
     while offset < end:
@@ -388,9 +397,8 @@ def packed_extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, i
             )
         if kind == ExtensionType.END:
             break
-        found.append((kind, offset, length))
+        yield kind, offset, length
         offset += length + -length % 8
-    return found
 
 
 def _take_extension(header: Header, kind: int, data: bytes) -> None:
@@ -404,6 +412,14 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
                 limit=layout.MAX_BACKING_FORMAT_NAME,
             )
         header.backing_format = data.split(b"\0")[0].decode(errors="replace") or None
+    elif kind == ExtensionType.BITMAPS:
+        check_extension_length(data)
+        if header.autoclear_features & Autoclear.BITMAPS:
+            header.bitmaps = BitmapsExtension.unpack(data, 1 << header.cluster_bits)
+        else:
+            header.stale_bitmaps = True
+    elif kind == ExtensionType.DATA_FILE:
+        header.data_file = os.fsdecode(data.split(b"\0")[0])
     elif kind != ExtensionType.FEATURE_NAMES:
         header.unknown_extensions.append((kind, data))
 

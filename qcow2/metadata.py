@@ -24,6 +24,7 @@ from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
 from .compression import DecompressedClusters
+from .data_file_tables import make_tables
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
@@ -31,8 +32,7 @@ from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcount_codec import uniform
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
-from .subclusters import SubclusterTables
-from .tables import Tables, entry_kind
+from .tables import entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
 
@@ -53,8 +53,20 @@ class CacheSizes:
 class Metadata:
     """Everything of an open image that is neither data nor policy."""
 
-    def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        file: Disk,
+        header: Header,
+        sizes: CacheSizes,
+        *,
+        read_only: bool,
+        data_file: Disk | None = None,
+    ) -> None:
         self.file = file
+        self.data_file = data_file
+        """The external data file, if the image has one."""
+        self.data = file if data_file is None else data_file
+        """Where guest clusters that are not compressed lie."""
         self.event = None if type(file).debug_event is Disk.debug_event else file.debug_event
         """Where the named points of the driver are announced, if anybody listens."""
         self.header = header
@@ -68,8 +80,7 @@ class Metadata:
         slot = min(self.cluster_size, _SLICE_SIZE)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        kind = SubclusterTables if self.geometry.extended_l2 else Tables
-        self.tables = kind(l1, self.geometry, l2_cache)
+        self.tables = make_tables(l1, self.geometry, l2_cache, data_file=data_file is not None)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
         self.dropped = DroppedReferences()
@@ -162,6 +173,8 @@ class Metadata:
 
     def drop_entry(self, entry: int, kind: DiscardKind) -> None:
         """The L2 entry ``entry`` is gone: what it referred to has one reference less."""
+        if self.data_file is not None:
+            return  # no references are counted there
         what = entry_kind(entry)
         if what is ClusterKind.COMPRESSED:
             offset, length = self.geometry.compressed_extent(entry)
@@ -291,6 +304,8 @@ class Metadata:
                 with self.health.step("Gathering what to flush"):
                     staged = _Staged(self)
         if staged is None:
+            if self.data_file is not None:
+                self.data_file.flush()
             self.file.flush()
             return
         try:
@@ -339,6 +354,8 @@ class _Staged:
     def write(self, metadata: Metadata) -> None:
         """Write each kind, with a sync before whatever relies on it."""
         file = metadata.file
+        if metadata.data_file is not None:
+            metadata.data_file.flush()
         file.flush()
         if self.blocks:
             with metadata.lock:

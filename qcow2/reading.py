@@ -24,7 +24,7 @@ class Reader:
         self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
     ) -> None:
         self._metadata = self.metadata = metadata
-        self._file = metadata.file
+        self._file = metadata.data
         self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
@@ -39,7 +39,7 @@ class Reader:
 
     @property
     def file(self) -> Disk:
-        """The file of the image."""
+        """The file that has the guest's data: the image's, or its data file."""
         return self._file
 
     @property

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from ..errors import BackendError, UnsupportedError
 from . import layout
+from .data_file import is_raw, map_everything
 from .layout import ClusterKind
 from .metadata import Metadata
 from .past_end import drop_past_end
@@ -77,8 +78,10 @@ def _grow(
         hide(old, partial)
     if backing_size > old:
         hide(old, min(size, backing_size) - old)
+    if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
+        map_everything(metadata, old, size)
     with metadata.exclusive():
-        if preallocation != "off":
+        if metadata.data_file is None and preallocation != "off":
             preallocate(metadata, old, size, preallocation)
         set_size(metadata, size)
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 
-from ..errors import BackendError, ImageError
+from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .data_file import refuse_with_data_file
 from .header import read_header
 from .metadata import Metadata
 from .past_end import drop_tables
@@ -47,8 +48,11 @@ class Snapshots:
         metadata: Metadata,
         resized: Callable[[int], None],
         make_reader: Callable[[Metadata], Reader],
+        has_bitmaps: Callable[[], object] = lambda: False,
     ) -> None:
         self._metadata = metadata
+        self._has_bitmaps = has_bitmaps
+        """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
         self._make_reader = make_reader
         self._views: list[SnapshotDisk] = []
@@ -125,7 +129,9 @@ class Snapshots:
 
     def rename(self, snapshot: str | Snapshot, name: str) -> None:
         """Give a snapshot another name."""
-        self._check_writable()
+        self._check_writable(
+            f"Could not rename snapshot '{snapshot}': -95 (Operation not supported)"
+        )
         found = self._resolve(snapshot)
         renamed = replace(found, name=name)
         with self._metadata.exclusive():
@@ -155,7 +161,7 @@ class Snapshots:
         and the image has none any more. Raises ImageError where a limit of the format is reached;
         nothing is lost then.
         """
-        self._check_writable()
+        self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
         nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
         snapshot = Snapshot(
@@ -194,8 +200,12 @@ class Snapshots:
 
     def apply(self, snapshot: str | Snapshot) -> None:
         """Make the disk what it was when the snapshot was taken, its size included."""
-        self._check_writable()
+        self._check_writable(
+            f"Could not apply snapshot '{snapshot}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
+        if self._has_bitmaps():
+            raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
         snapshot = self._resolve(snapshot)
         with metadata.exclusive():
             target = self.l1_table(snapshot)
@@ -227,7 +237,9 @@ class Snapshots:
 
         Raises BackendError (EBUSY) while a view of it is open.
         """
-        self._check_writable()
+        self._check_writable(
+            f"Could not delete snapshot '{snapshot}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
         snapshot = self._resolve(snapshot)
         self.refuse_views(snapshot)
@@ -242,8 +254,9 @@ class Snapshots:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, refusal: str) -> None:
         self._metadata.check_writable()
+        refuse_with_data_file(self._metadata, refusal)
 
     def _new_id(self) -> str:
         numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]

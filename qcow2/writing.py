@@ -50,7 +50,8 @@ class _NewClusters:
     fresh: bool
     """The host clusters read as zeroes."""
     reused: bool
-    """The host clusters are those of preallocated zero clusters, not new ones."""
+    """The host clusters are no new ones: those of preallocated zero clusters, or the place in the
+    data file."""
     allocation: Allocation
 
 
@@ -60,7 +61,7 @@ class Writer:
     def __init__(self, metadata: Metadata, reader: Reader) -> None:
         self._metadata = metadata
         self._reader = reader
-        self._file = metadata.file
+        self._file = metadata.data
         self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
@@ -158,8 +159,10 @@ class Writer:
             fresh, count = False, reusable
         else:
             count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)
-            first, count, fresh = metadata.refcounts.allocate(count)
-            host = first << metadata.cluster_bits
+            host, fresh = cluster << metadata.cluster_bits, False
+            if metadata.data_file is None:
+                first, count, fresh = metadata.refcounts.allocate(count)
+                host = first << metadata.cluster_bits
         start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits
         start, end = self._filled(old[0], old[count - 1], start, end, offset, length, reusable > 0)
         return _NewClusters(
@@ -169,7 +172,7 @@ class Writer:
             start=start,
             end=end,
             fresh=fresh,
-            reused=bool(reusable),
+            reused=bool(reusable) or metadata.data_file is not None,
             allocation=metadata.gate.begin_allocation(cluster, count),
         )
 
@@ -184,6 +187,8 @@ class Writer:
             clusters_start = new.allocation.first << metadata.cluster_bits
             clusters_end = clusters_start + (new.allocation.count << metadata.cluster_bits)
             done = min(length, clusters_end - offset)
+            if metadata.data_file is not None:  # not made longer than the disk
+                new.end = max(offset + done, min(new.end, metadata.header.size))
             parts = views if done == length else split(views, 0, done)
             head = self._surroundings(new, new.old[0], new.start, offset - new.start)
             tail = self._surroundings(new, new.old[-1], offset + done, new.end - offset - done)
@@ -193,8 +198,8 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
-            metadata.file.debug_event("write_aio")
-            metadata.file.writev(place, parts)
+            self._file.debug_event("write_aio")
+            self._file.writev(place, parts)
         except BaseException:
             with metadata.lock:
                 self._give_up(new)
@@ -257,7 +262,7 @@ class Writer:
         """True for a host cluster that only this entry refers to: it is kept."""
         if entry & layout.COMPRESSED or not entry & layout.COPIED:
             return False
-        return bool(entry & layout.OFFSET_MASK)
+        return bool(entry & layout.OFFSET_MASK) or self._metadata.data_file is not None
 
     def _reusable_run(self, entries: Sequence[int]) -> int:
         """How many entries from the first on have host clusters in a row that are ours alone, but

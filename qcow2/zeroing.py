@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..errors import UnsupportedError
 from . import layout
 from .cache import CacheFull
+from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
 from .quarantine import DiscardKind
@@ -30,6 +31,7 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
         raise UnsupportedError(
             "Zero clusters need a qcow2 image of compatibility level 1.1", feature="zero clusters"
         )
+    zero_data_file(metadata, offset, length, unmap=unmap)
 
     def replace(entry: int) -> int:
         kind = entry_kind(entry)
@@ -66,12 +68,14 @@ def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> No
     """
     if metadata.geometry.version < 3 and backed:
         return
+    zero_data_file(metadata, offset, length, unmap=True)
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
     if metadata.geometry.extended_l2:
         nothing = _ALL_ZEROES
+    own = 0 if metadata.data_file is None else layout.COPIED  # allocated at offset 0
 
     def replace(entry: int) -> int:
-        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED:
+        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED and not entry & own:
             return entry
         return nothing
 
