@@ -32,6 +32,8 @@ class Format:
     """``open(file, *, read_only, policy, **options) -> Disk``: owns ``file`` once it succeeded."""
     create: Callable[..., None] | None = None
     """``create(file, size, **options)``: write an empty image into the disk ``file``."""
+    shared_options: tuple[str, ...] = ()
+    """Options of creating an image that opening it needs, too (its passphrase)."""
 
 
 _loaders: dict[str, Callable[[], Format]] = {}

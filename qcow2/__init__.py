@@ -21,4 +21,4 @@ def create(file: Disk, size: int, **options: Any) -> None:
     _create(file, size, CreateOptions(**options))
 
 
-FORMAT = Format("qcow2", probe, Qcow2Disk.open, create)
+FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, shared_options=("passphrase",))

@@ -134,6 +134,8 @@ class _Check:
             self.check_snapshot(snapshot)
         self.refer(header.snapshots_offset, snapshot_table)
         self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
+        if header.crypto_header is not None:
+            self.refer(*header.crypto_header)
         self.check_blocks()
         self.compare()
         self.check_copied()

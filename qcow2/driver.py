@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
@@ -19,6 +19,10 @@ from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshots import Snapshots
 from .writing import Writer
+
+if TYPE_CHECKING:
+    from ..backend.luks1 import Passphrase
+    from .encryption import Encryption
 
 __all__ = ["Qcow2Disk"]
 
@@ -48,7 +52,9 @@ class Qcow2Disk(Disk):
             header.size // layout.SECTOR * layout.SECTOR,
             read_only=read_only,
             limits=Limits(
-                request_alignment=file.limits.request_alignment,
+                request_alignment=max(
+                    file.limits.request_alignment, layout.SECTOR if metadata.encryption else 1
+                ),
                 write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
@@ -73,10 +79,15 @@ class Qcow2Disk(Disk):
         policy: Callable[[FileReference], Disk | None] | None = None,
         l2_cache_size: int = 32 << 20,
         refcount_cache_size: int = 4 << 20,
+        passphrase: Passphrase | None = None,
+        encrypt_format: str | None = None,
+        no_io: bool = False,
     ) -> Qcow2Disk:
         """Open the image in ``file``. ``policy`` opens the backing file, or declines.
 
-        Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
+        Cache sizes are in bytes. An encrypted image needs its ``passphrase`` (or what asks for it),
+        unless with ``no_io`` no encrypted data is read or written: for info and check. With
+        ``encrypt_format`` (``aes``, ``luks``) it must be encrypted like that. Raises ImageError naming the field that is wrong, or
         UnsupportedError naming the feature that is missing.
         """
         header = read_header(file)
@@ -92,7 +103,11 @@ class Qcow2Disk(Disk):
                 "The image is dirty: its refcounts must be repaired before it can be written",
                 feature="repair",
             )
+        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io)
         metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
+        if encryption is not None:
+            metadata.encryption = encryption
+            encryption.before_changes(metadata.check_writable)
         backing = None
         try:
             if header.backing_file is not None and policy is not None:
@@ -147,11 +162,13 @@ class Qcow2Disk(Disk):
 
     def _block_status(self, offset: int, length: int) -> Extent:
         reader, depth, kind, host, run = self.reader.map_chain(offset, length)
-        file = reader.file
+        place: dict[str, Any] = {"host_offset": host, "file": reader.file}
+        if reader.encryption is not None:
+            place = {}  # it does not stand there as it is read
         if kind is ClusterKind.NORMAL:
-            return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
+            return Extent(run, True, False, True, depth=depth, **place)
         if kind is ClusterKind.ZERO_ALLOCATED:
-            return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
+            return Extent(run, False, True, True, depth=depth, **place)
         if kind is ClusterKind.ZERO_PLAIN:
             return Extent(run, False, True, True, depth=depth)
         if kind is ClusterKind.COMPRESSED:
@@ -180,6 +197,11 @@ class Qcow2Disk(Disk):
         """The backing file's name as it stands in the image."""
         return self._header.backing_file
 
+    @property
+    def encryption(self) -> Encryption | None:
+        """How the image is encrypted, and the passphrases that open it; None if it is not."""
+        return self._metadata.encryption
+
     def info(self) -> DiskInfo:
         header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
@@ -191,6 +213,8 @@ class Qcow2Disk(Disk):
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
                 "extended-l2": metadata.geometry.extended_l2,
             }
+        if metadata.encryption is not None:
+            specific["encrypt"] = metadata.encryption.info()
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
@@ -281,8 +305,25 @@ def _refuse_what_is_missing(header: Header) -> None:
     if missing:
         names = ", ".join(name for bit, name in _LATER.items() if missing & bit)
         raise UnsupportedError(f"Unsupported qcow2 feature(s): {names}", feature=names)
-    if header.crypt_method is not CryptMethod.NONE:
-        raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
+
+
+def _open_encryption(
+    file: Disk,
+    header: Header,
+    passphrase: Passphrase | None,
+    encrypt_format: str | None,
+    no_io: bool,
+) -> Encryption | None:
+    if header.crypt_method is CryptMethod.NONE:
+        if encrypt_format is not None:
+            raise ValueError(
+                "No encryption in image header, but options specified format "
+                f"'{encrypt_format}'"
+            )
+        return None
+    from .encryption import open_encryption  # cryptography takes long to load
+
+    return open_encryption(file, header, passphrase, encrypt_format=encrypt_format, no_io=no_io)
 
 
 def _load(file: Disk, header: Header, sizes: CacheSizes, read_only: bool) -> Metadata:

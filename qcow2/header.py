@@ -39,6 +39,8 @@ class Header:
     """Header bytes past those that we know; kept when the header is rewritten."""
     backing_file: str | None = None
     backing_format: str | None = None
+    crypto_header: tuple[int, int] | None = None
+    """Offset and length of the area with the LUKS header."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
     """(type, data) of header extensions that we do not know; kept when rewritten."""
 
@@ -69,6 +71,9 @@ class Header:
         extensions = bytearray()
         if self.backing_format:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
+        if self.crypto_header is not None:
+            area = layout.ENCRYPTION_HEADER.pack(*self.crypto_header)
+            extensions += _extension(ExtensionType.ENCRYPTION, area)
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -396,8 +401,46 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
                 limit=layout.MAX_BACKING_FORMAT_NAME,
             )
         header.backing_format = data.split(b"\0")[0].decode(errors="replace") or None
+    elif kind == ExtensionType.ENCRYPTION:
+        header.crypto_header = _crypto_header(header, data)
     elif kind != ExtensionType.FEATURE_NAMES:
         header.unknown_extensions.append((kind, data))
+
+
+def _crypto_header(header: Header, data: bytes) -> tuple[int, int]:
+    if header.crypt_method is not CryptMethod.LUKS:
+        raise ImageError(
+            "CRYPTO header extension only expected with LUKS encryption method",
+            field="crypt_method",
+            value=int(header.crypt_method),
+            limit=int(CryptMethod.LUKS),
+        )
+    expected = layout.ENCRYPTION_HEADER.size
+    if len(data) != expected:
+        raise ImageError(
+            f"CRYPTO header extension size {len(data)}, but expected size {expected}",
+            field="encryption header extension length",
+            value=len(data),
+            limit=expected,
+        )
+    offset, length = layout.ENCRYPTION_HEADER.unpack(data)
+    cluster_size = 1 << header.cluster_bits
+    if offset % cluster_size:
+        raise ImageError(
+            f"Encryption header offset '{offset}' is not a multiple of cluster size "
+            f"'{cluster_size}'",
+            field="encryption header offset",
+            value=offset,
+            limit=cluster_size,
+        )
+    if offset + length > layout.INT64_MAX:
+        raise ImageError(
+            "Encryption header offset invalid",
+            field="encryption header offset",
+            value=offset,
+            limit=layout.INT64_MAX - length,
+        )
+    return offset, length
 
 
 def _backing_file(cluster: bytes, offset: int, length: int) -> str | None:

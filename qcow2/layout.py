@@ -113,6 +113,9 @@ FEATURE_NAMES = (
 )
 """The feature name table as QEMU writes it."""
 
+ENCRYPTION_HEADER = Struct(">QQ")
+"""offset, length: where the LUKS header and its key material stand"""
+
 # -- refcounts (spec, "Host cluster management") -------------------------------------------------
 
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00

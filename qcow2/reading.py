@@ -28,6 +28,8 @@ class Reader:
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
+        self.encryption = metadata.encryption
+        """How stored data is encrypted, if it is."""
         self.backing = backing
         below = getattr(backing, "reader", None)
         self.below: Reader | None = below if isinstance(below, Reader) else None
@@ -133,13 +135,27 @@ class Reader:
             with self._lock:
                 self._gate.leave(epoch)
 
+    def read_inside(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Read a part of one cluster (of one subcluster), for a request that is inside the gate."""
+        while True:
+            try:
+                with self._lock:
+                    kind, host, _ = self._map(offset, length)
+                break
+            except CacheFull:
+                self._metadata.flush_inside()
+        self.read_run(kind, host, offset, views, length)
+
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
         if kind is ClusterKind.NORMAL:
             self._file.debug_event("read_aio")
-            self._file.readv(host, views)
+            if self.encryption is not None:
+                self.encryption.readv(self._file, host, offset, views, length)
+            else:
+                self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:
             self._read_backing(offset, views, length)
         elif kind is ClusterKind.COMPRESSED:

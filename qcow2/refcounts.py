@@ -212,6 +212,9 @@ class Refcounts:
                 header.refcount_table_clusters << bits,
             ),
         )
+        if header.crypto_header is not None:
+            offset, length = header.crypto_header
+            taken += (("the encryption header", offset >> bits, length),)
         for what, start, length in taken:
             if first < start + self._geometry.clusters(length) and start < first + count:
                 message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"

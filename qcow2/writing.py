@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..backend.buffers import split
 from ..errors import PyvirtioError
@@ -23,6 +24,9 @@ from .reading import Reader
 from .requests import Allocation
 from .subclusters import allocated_mask, subcluster_runs, zero_mask
 from .tables import entry_kind
+
+if TYPE_CHECKING:
+    from .encryption import Encryption
 
 __all__ = ["Writer"]
 
@@ -65,9 +69,13 @@ class Writer:
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
+        self._encryption = metadata.encryption
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
+        if self._encryption is not None:
+            self._write_encrypted(self._encryption, offset, views, length)
+            return
         gate, lock = self._gate, self._lock
         with lock:
             self._health.check()
@@ -111,9 +119,41 @@ class Writer:
         if isinstance(plan, _NewClusters):
             return self._write_new(plan, offset, views, length)
         host, run = plan
-        self._file.debug_event("write_aio")
-        self._file.writev(host, split(views, 0, run))
+        self._store(host, offset, split(views, 0, run), run)
         return run
+
+    def _store(self, host: int, guest: int, views: list[memoryview], length: int) -> None:
+        """Write guest bytes from ``guest`` on to their place in the file."""
+        self._file.debug_event("write_aio")
+        if self._encryption is not None:
+            self._encryption.writev(self._file, host, guest, views, length)
+        else:
+            self._file.writev(host, views)
+
+    # -- whole sectors of encrypted images ---------------------------------------------------------
+
+    def _write_encrypted(
+        self, encryption: Encryption, offset: int, views: list[memoryview], length: int
+    ) -> None:
+        """Write any bytes of an encrypted image; sectors written in part are read before."""
+        before, after = offset % layout.SECTOR, -(offset + length) % layout.SECTOR
+        start, end = offset - before, offset + length + after
+        with encryption.claims.claim(start, end, alone=bool(before or after)):
+            with self._lock:
+                self._health.check()
+                epoch = self._gate.enter()
+            try:
+                if before or after:
+                    head, tail = bytearray(before), bytearray(after)
+                    if before:
+                        self._reader.read_inside(start, [memoryview(head)], before)
+                    if after:
+                        self._reader.read_inside(end - after, [memoryview(tail)], after)
+                    views = [memoryview(head), *views, memoryview(tail)]
+                self._write_runs(start, views, end - start)
+            finally:
+                with self._lock:
+                    self._gate.leave(epoch)
 
     # -- planning (lock held) --------------------------------------------------------------------
 
@@ -155,6 +195,7 @@ class Writer:
             count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)
             first, count, fresh = metadata.refcounts.allocate(count)
             host = first << metadata.cluster_bits
+            fresh = fresh and self._encryption is None  # zeroes are encrypted, too
         start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits
         start, end = self._filled(old[0], old[count - 1], start, end, offset, length, reusable > 0)
         return _NewClusters(
@@ -188,8 +229,8 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
-            metadata.file.debug_event("write_aio")
-            metadata.file.writev(place, parts)
+            size = len(head or b"") + done + len(tail or b"")
+            self._store(place, offset - len(head or b""), parts, size)
         except BaseException:
             with metadata.lock:
                 self._give_up(new)
