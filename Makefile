@@ -22,9 +22,6 @@ crash: venv
 	PYVIRTIO_CRASH_SCALE=20 PYVIRTIO_MODEL_SCALE=20 \
 		$(BIN)/python -m pytest tests/crash tests/qcow2/test_model.py
 
-bench: venv
-	$(BIN)/python benchmarks/qcow2.py
-
 # mypy has to see the root folder under the package's own name.
 PACKAGE := __init__.py errors.py py.typed backend qcow2 virtio
 build/types/pyvirtio: Makefile
@@ -41,6 +38,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
+	$(BIN)/python benchmarks/qcow2.py
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info

@@ -145,9 +145,7 @@ class LuksHeader:
     def lay_out(self) -> None:
         """Place empty key slots and the payload one after the other."""
         first, size = HEADER_SECTORS, self.split_sectors
-        self.slots = [
-            KeySlot(False, 0, bytes(SALT_SIZE), first + i * size) for i in range(SLOTS)
-        ]
+        self.slots = [KeySlot(False, 0, bytes(SALT_SIZE), first + i * size) for i in range(SLOTS)]
         self.payload_offset = first + SLOTS * size
 
     # -- algorithms ------------------------------------------------------------------------------

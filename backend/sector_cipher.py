@@ -20,13 +20,13 @@ __all__ = ["SECTOR", "SectorCipher"]
 SECTOR = 512
 """Bytes that are encrypted with one IV."""
 
-_MODES: dict[str, Callable[[bytes], modes.Mode]] = {"cbc": modes.CBC, "xts": modes.XTS}
+_MODES: dict[str, Callable[[bytes], modes.CBC | modes.XTS]] = {"cbc": modes.CBC, "xts": modes.XTS}
 _AES_KEYS = (16, 24, 32)
 _XTS_KEYS = (32, 64)
 
 
 class SectorCipher:
-    """AES with one key. ``mode`` is ``cbc`` or ``xts``; an XTS key is two keys, one after the other.
+    """AES with one key. ``mode`` is ``cbc`` or ``xts``; an XTS key is two keys in a row.
 
     ``ivgen`` is ``plain`` (the sector's number in 32 bits), ``plain64``, or ``essiv`` (the number
     encrypted with ``ivgen_hash`` of the key as the key). Raises UnsupportedError for others, and

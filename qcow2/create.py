@@ -105,7 +105,7 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
         )
     luks = _luks_area(header, options)
-    # Header, refcount table, refcount blocks, L1 table, LUKS area, in this order, from cluster 0 on.
+    # Header, refcount table, refcount blocks, L1 table, LUKS area: in this order from cluster 0.
     l1_clusters = geometry.clusters(8 * header.l1_size)
     luks_clusters = geometry.clusters(len(luks))
     blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2
+_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
     Incompatible.COMPRESSION: "compression type",
@@ -87,8 +87,10 @@ class Qcow2Disk(Disk):
 
         Cache sizes are in bytes. An encrypted image needs its ``passphrase`` (or what asks for it),
         unless with ``no_io`` no encrypted data is read or written: for info and check. With
-        ``encrypt_format`` (``aes``, ``luks``) it must be encrypted like that. Raises ImageError naming the field that is wrong, or
-        UnsupportedError naming the feature that is missing.
+        ``encrypt_format`` (``aes``, ``luks``) it must be encrypted like that.
+
+        Raises ImageError naming the field that is wrong, UnsupportedError naming the feature that
+        is missing, PassphraseError if the passphrase is missing or wrong.
         """
         header = read_header(file)
         _refuse_what_is_missing(header)
@@ -317,8 +319,7 @@ def _open_encryption(
     if header.crypt_method is CryptMethod.NONE:
         if encrypt_format is not None:
             raise ValueError(
-                "No encryption in image header, but options specified format "
-                f"'{encrypt_format}'"
+                f"No encryption in image header, but options specified format '{encrypt_format}'"
             )
         return None
     from .encryption import open_encryption  # cryptography takes long to load

@@ -1,7 +1,7 @@
 """Encrypted images (spec, "Data encryption"): only guest data is, in sectors of 512 bytes.
 
 Legacy AES makes the IV of a sector from its guest offset, LUKS from its offset in the file.
-Requests come here with both, and cut to sectors where they write (``sector_claims.py``). Data is
+Requests come here with both, and cut to sectors where they write (``requests.py``). Data is
 copied first and then transformed: guest memory may change meanwhile. Compressed clusters are
 not encrypted.
 """
@@ -19,7 +19,6 @@ from ..errors import ImageError, PassphraseError
 from .encryption_options import EncryptionOptions
 from .header import Header
 from .layout import CryptMethod
-from .sector_claims import SectorClaims
 
 __all__ = ["Encryption", "new_luks_area", "open_encryption"]
 
@@ -38,8 +37,6 @@ class Encryption:
     ) -> None:
         self.format = _NAMES[method]
         """``aes`` or ``luks``."""
-        self.claims = SectorClaims()
-        """Who writes which guest sectors."""
         self._cipher = cipher
         self._by_host = method is CryptMethod.LUKS
         self._luks = luks

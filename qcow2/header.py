@@ -251,9 +251,8 @@ def _read_v3_fields(header: Header, cluster: bytes) -> None:
 
 
 def _refuse_unknown_features(header: Header, cluster: bytes, extensions_end: int) -> None:
-    known = 0
-    for bit in Incompatible:
-        known |= bit
+    # In plain integers: the complement of an IntFlag has none of the bits it does not define.
+    known = sum(int(bit) for bit in Incompatible)
     unknown = header.incompatible_features & ~known
     if not unknown:
         return
@@ -373,18 +372,19 @@ def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]
     """Type and data of every header extension, in order."""
     found = []
     offset = start
-    while offset + layout.EXTENSION.size <= end:
-        kind, length = layout.EXTENSION.unpack_from(cluster, offset)
+    padded = cluster + bytes(layout.EXTENSION.size)
+    while offset < end:
+        kind, length = layout.EXTENSION.unpack_from(padded, offset)
         offset += layout.EXTENSION.size
-        if kind == ExtensionType.END:
-            break
-        if length > end - offset:
+        if offset > end or length > end - offset:
             raise ImageError(
                 "Header extension too large",
                 field="header extension length",
                 value=length,
-                limit=end - offset,
+                limit=max(0, end - offset),
             )
+        if kind == ExtensionType.END:
+            break
         found.append((kind, cluster[offset : offset + length]))
         offset += length + -length % 8
     return found

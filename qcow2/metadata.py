@@ -231,13 +231,13 @@ class Metadata:
 
     def flush(self) -> None:
         """Bring everything to stable storage that was written before the call."""
-        with self.lock:
-            epoch = self.gate.enter()
         try:
+            with self.lock:
+                self.gate.enter()
             self.flush_inside()
         finally:
             with self.lock:
-                self.gate.leave(epoch)
+                self.gate.leave()
 
     def flush_inside(self) -> None:
         """:meth:`flush` for a request that is inside the gate already."""
@@ -252,7 +252,8 @@ class Metadata:
                 staged = None
             else:
                 self.refcounts.cache.write_dirty()
-                staged = _Staged(self)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
         if staged is None:
             self.file.flush()
             return

@@ -83,28 +83,23 @@ class Reader:
         """Read the run that starts at ``offset``; returns its length and, if it has to be read
         from another qcow2 image below instead, that one's reader."""
         gate, lock = self._gate, self._lock
-        with lock:
-            epoch = gate.enter()
-            try:
-                kind, host, run = self._map(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
-            if not run:
-                self._metadata.flush_inside()
-            elif kind is _UNALLOCATED and self.below is not None:
+            with lock:
+                gate.enter()
+                kind, host, run = self._map(offset, length)
+            if kind is _UNALLOCATED and self.below is not None:
                 return run, self.below
             elif run == length:
                 self.read_run(kind, host, offset, views, length)
             else:
                 self.read_run(kind, host, offset, split(views, 0, run), run)
             return run, None
+        except CacheFull:
+            self._metadata.flush_inside()
+            return 0, None
         finally:
             with lock:
-                gate.leave(epoch)
+                gate.leave()
 
     def map_chain(self, offset: int, length: int) -> tuple[Reader, int, ClusterKind, int, int]:
         """The layer that has the run which starts at ``offset``, and :meth:`Tables.map` of it.
@@ -122,9 +117,9 @@ class Reader:
             reader, depth = below, depth + 1
 
     def _map_first_run(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
-        with self._lock:
-            epoch = self._gate.enter()
         try:
+            with self._lock:
+                self._gate.enter()
             while True:
                 try:
                     with self._lock:
@@ -133,7 +128,7 @@ class Reader:
                     self._metadata.flush_inside()
         finally:
             with self._lock:
-                self._gate.leave(epoch)
+                self._gate.leave()
 
     def read_inside(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read a part of one cluster (of one subcluster), for a request that is inside the gate."""

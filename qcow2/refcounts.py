@@ -203,7 +203,7 @@ class Refcounts:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
         what every image has: then the refcounts are wrong (QEMU's "Preventing invalid ...")."""
         header, bits = self._header, self._geometry.cluster_bits
-        taken = (
+        taken: tuple[tuple[str, int, int], ...] = (
             ("the header", 0, 1),
             ("the active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
             (

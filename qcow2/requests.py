@@ -5,13 +5,20 @@ Everything here is protected by the image's metadata lock, which :class:`Request
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import Condition, Lock
+from threading import Condition, Lock, get_ident
 
 __all__ = ["Allocation", "Epoch", "RequestGate"]
+
+
+_HERE = os.path.dirname(__file__)
+_PATIENCE = 1.0
+"""Seconds after which a waiting thread looks again by itself."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +28,18 @@ class Allocation:
     first: int
     """Guest cluster number."""
     count: int
+    owner: int
+    """The thread that does it."""
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Guest bytes of an encrypted image, whole sectors, that are being changed."""
+
+    start: int
+    end: int
+    alone: bool
+    """No other change of them may come in between."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +53,12 @@ class Epoch:
 class RequestGate:
     """Lets requests in, lets an exclusive operation in alone, and knows who is still inside.
 
-    A request enters with the lock held and gets its epoch; it leaves with it. What is handed to
+    A request enters with the lock held and leaves with it held. What is handed to
     :meth:`when_left` is called once every request that was inside at that moment has left.
+
+    A thread has one request at a time. Should an exception that Python can throw anywhere (a
+    KeyboardInterrupt) keep one from leaving, the same thread's next one takes its place, and who
+    waits for it in vain looks whether that thread is still at work here.
     """
 
     def __init__(self) -> None:
@@ -43,30 +66,64 @@ class RequestGate:
         """The metadata lock. Never held while data is read or written."""
         self._changed = Condition(self.lock)
         self._epoch = Epoch()
-        self._exclusive = False
+        self._inside: dict[int, Epoch] = {}
+        """Who is inside, by thread, and since which epoch."""
+        self._exclusive: int | None = None
+        """The thread that is, or wants to be, alone."""
         self._waiting = 0
         self._past: deque[tuple[Epoch, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when all up to this one are empty."""
         self.allocations: list[Allocation] = []
+        self._claims: dict[int, Claim] = {}
+        """By thread, in the order in which they were asked for."""
 
     # -- requests ------------------------------------------------------------------------------
+    # Between two calls CPython throws nothing: the pairs of assignments below belong together.
 
-    def enter(self) -> Epoch:
+    def enter(self) -> None:
         """Come in (lock held); waits while an exclusive operation runs."""
-        while self._exclusive:
-            self._wait()
+        me = get_ident()
+        if self._exclusive is not None or me in self._inside:
+            self._enter_slowly(me)
         epoch = self._epoch
         epoch.inside += 1
-        return epoch
+        self._inside[me] = epoch
 
-    def leave(self, epoch: Epoch) -> None:
-        """Go out (lock held)."""
+    def leave(self) -> None:
+        """Go out (lock held); nothing happens where :meth:`enter` was not finished."""
+        self._leave(get_ident())
+
+    def _leave(self, me: int) -> None:
+        if self.allocations:
+            self._drop_allocations(me)
+        if me not in self._inside:
+            return
+        epoch = self._inside[me]
         epoch.inside -= 1
+        del self._inside[me]
         if not epoch.inside:
             if self._past:
                 self._release()
             if self._waiting:
                 self._changed.notify_all()
+
+    def _enter_slowly(self, me: int) -> None:
+        self._tidy_up(me)
+        while self._exclusive is not None:
+            self._wait()
+
+    def _tidy_up(self, me: int) -> None:
+        """Undo what an interrupted request or operation of this thread left standing."""
+        if self._exclusive == me:
+            self._exclusive = None
+        self._claims.pop(me, None)
+        self._leave(me)
+        self._changed.notify_all()
+
+    def _drop_allocations(self, me: int) -> None:
+        """An interrupted request has left an allocation: its clusters leak, nobody waits for it."""
+        for allocation in [a for a in self.allocations if a.owner == me]:
+            self.end_allocation(allocation)
 
     def when_left(self, action: Callable[[], None]) -> None:
         """Call ``action`` (lock held) once all requests inside now have left; now if none is."""
@@ -80,35 +137,46 @@ class RequestGate:
 
     # -- alone ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Wait until nobody is inside, and keep everybody out. The lock is not held inside."""
+        return _Exclusive(self)
+
+    def close(self) -> None:
+        """Wait until nobody is inside, and keep everybody but this thread out."""
         with self.lock:
-            while self._exclusive:
-                self._wait()
-            self._exclusive = True
+            me = get_ident()
+            self._enter_slowly(me)
+            self._exclusive = me
             try:
-                while self._past or self._epoch.inside:
+                while self._inside:
                     self._wait()
             except BaseException:
-                self._open()
+                self._exclusive = None
                 raise
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._open()
 
-    def _open(self) -> None:
-        self._exclusive = False
-        self._changed.notify_all()
+    def open(self) -> None:
+        """Let everybody in again."""
+        with self.lock:
+            if self._exclusive == get_ident():
+                self._exclusive = None
+                self._changed.notify_all()
 
     def _wait(self) -> None:
         self._waiting += 1
         try:
-            self._changed.wait()
+            if not self._changed.wait(_PATIENCE):
+                self._bury()
         finally:
             self._waiting -= 1
+
+    def _bury(self) -> None:
+        """Tidy up after threads that were interrupted, or ended, and did not come back."""
+        threads = {*self._inside, *(allocation.owner for allocation in self.allocations)}
+        if self._exclusive is not None:
+            threads.add(self._exclusive)
+        for thread in threads:
+            if not _at_work(thread):
+                self._tidy_up(thread)
 
     # -- allocations in flight -------------------------------------------------------------------
 
@@ -125,7 +193,7 @@ class RequestGate:
 
     def begin_allocation(self, first: int, count: int) -> Allocation:
         """Note an allocation; requests for these clusters wait until it ends."""
-        allocation = Allocation(first, count)
+        allocation = Allocation(first, count, get_ident())
         self.allocations.append(allocation)
         return allocation
 
@@ -134,3 +202,55 @@ class RequestGate:
         self.allocations.remove(allocation)
         if self._waiting:
             self._changed.notify_all()
+
+    # -- sectors of encrypted images -------------------------------------------------------------
+    # A part of a sector is written by reading the sector, and writing all of it back. No other
+    # change of it may come in between, so such a request has its sectors alone (QEMU's
+    # serialising requests). Requests for whole sectors share. A request has one claim at most.
+
+    def claim(self, start: int, end: int, *, alone: bool = False) -> None:
+        """Change guest bytes ``start`` to ``end`` (lock held, inside); waits for earlier requests
+        that overlap, if one of the two has to be alone."""
+        me = get_ident()
+        self._claims.pop(me, None)
+        mine = self._claims[me] = Claim(start, end, alone)
+        while self._is_blocked(mine):
+            self._wait()
+
+    def end_claim(self) -> None:
+        """The change is done, or given up (lock held, before :meth:`leave`)."""
+        if self._claims.pop(get_ident(), None) is not None and self._waiting:
+            self._changed.notify_all()
+
+    def _is_blocked(self, mine: Claim) -> bool:
+        for other in self._claims.values():
+            if other is mine:
+                return False
+            if other.start < mine.end and mine.start < other.end and (mine.alone or other.alone):
+                return True
+        return False
+
+
+class _Exclusive:
+    """See :meth:`RequestGate.exclusive`. No generator: an exception may hit anywhere."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: RequestGate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._gate.close()
+
+    def __exit__(self, *error: object) -> None:
+        self._gate.open()
+
+
+def _at_work(thread: int) -> bool:
+    """True if a function of this driver is running, or waiting, in that thread."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if os.path.dirname(frame.f_code.co_filename) == _HERE:
+            return True
+        frame = frame.f_back
+    return False

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..backend.buffers import split
 from ..errors import PyvirtioError
@@ -24,9 +23,6 @@ from .reading import Reader
 from .requests import Allocation
 from .subclusters import allocated_mask, subcluster_runs, zero_mask
 from .tables import entry_kind
-
-if TYPE_CHECKING:
-    from .encryption import Encryption
 
 __all__ = ["Writer"]
 
@@ -74,20 +70,17 @@ class Writer:
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
         if self._encryption is not None:
-            self._write_encrypted(self._encryption, offset, views, length)
+            self._write_encrypted(offset, views, length)
             return
         gate, lock = self._gate, self._lock
-        with lock:
-            self._health.check()
-            epoch = gate.enter()
-            try:
-                host, run = self._map_own(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
+            with lock:
+                self._health.check()
+                gate.enter()
+                try:
+                    host, run = self._map_own(offset, length)
+                except CacheFull:
+                    run = 0
             if run == length:
                 self._file.debug_event("write_aio")
                 self._file.writev(host, views)
@@ -95,7 +88,7 @@ class Writer:
                 self._write_runs(offset, views, length)
         finally:
             with lock:
-                gate.leave(epoch)
+                gate.leave()
 
     def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write what is more than one run, or is not all in place."""
@@ -132,28 +125,27 @@ class Writer:
 
     # -- whole sectors of encrypted images ---------------------------------------------------------
 
-    def _write_encrypted(
-        self, encryption: Encryption, offset: int, views: list[memoryview], length: int
-    ) -> None:
+    def _write_encrypted(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write any bytes of an encrypted image; sectors written in part are read before."""
         before, after = offset % layout.SECTOR, -(offset + length) % layout.SECTOR
         start, end = offset - before, offset + length + after
-        with encryption.claims.claim(start, end, alone=bool(before or after)):
+        try:
             with self._lock:
                 self._health.check()
-                epoch = self._gate.enter()
-            try:
-                if before or after:
-                    head, tail = bytearray(before), bytearray(after)
-                    if before:
-                        self._reader.read_inside(start, [memoryview(head)], before)
-                    if after:
-                        self._reader.read_inside(end - after, [memoryview(tail)], after)
-                    views = [memoryview(head), *views, memoryview(tail)]
-                self._write_runs(start, views, end - start)
-            finally:
-                with self._lock:
-                    self._gate.leave(epoch)
+                self._gate.enter()
+                self._gate.claim(start, end, alone=bool(before or after))
+            if before or after:
+                head, tail = bytearray(before), bytearray(after)
+                if before:
+                    self._reader.read_inside(start, [memoryview(head)], before)
+                if after:
+                    self._reader.read_inside(end - after, [memoryview(tail)], after)
+                views = [memoryview(head), *views, memoryview(tail)]
+            self._write_runs(start, views, end - start)
+        finally:
+            with self._lock:
+                self._gate.end_claim()
+                self._gate.leave()
 
     # -- planning (lock held) --------------------------------------------------------------------
 

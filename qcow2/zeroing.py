@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from ..errors import UnsupportedError
 from . import layout
@@ -94,22 +93,23 @@ def _replace_entries(
     metadata.health.check()
     cluster = offset >> metadata.cluster_bits
     end = ((offset + length - 1) >> metadata.cluster_bits) + 1
-    encryption = metadata.encryption
-    with encryption.claims.claim(offset, offset + length) if encryption else nullcontext():
+    try:
         with metadata.lock:
-            epoch = metadata.gate.enter()
-        try:
-            while cluster < end:
-                try:
-                    with metadata.lock:
-                        cluster += _replace_in_slice(
-                            metadata, cluster, end - cluster, replace, skip_unallocated
-                        )
-                except CacheFull:
-                    metadata.flush_inside()
-        finally:
-            with metadata.lock:
-                metadata.gate.leave(epoch)
+            metadata.gate.enter()
+            if metadata.encryption is not None:
+                metadata.gate.claim(offset, offset + length)
+        while cluster < end:
+            try:
+                with metadata.lock:
+                    cluster += _replace_in_slice(
+                        metadata, cluster, end - cluster, replace, skip_unallocated
+                    )
+            except CacheFull:
+                metadata.flush_inside()
+    finally:
+        with metadata.lock:
+            metadata.gate.end_claim()
+            metadata.gate.leave()
 
 
 def _replace_in_slice(

@@ -9,11 +9,13 @@ from typing import Final
 from ..backend.disk import Disk
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
-from .device import VirtioDevice
+from .device import Queue, VirtioDevice
+from .express import make_express
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
 from .request import BlockRequest, make_parser
-from .ring import Chain
+from .ring import Chain, Ring
+from .split import SplitRing
 
 __all__ = ["VirtioBlk"]
 
@@ -76,7 +78,8 @@ class VirtioBlk(VirtioDevice):
         self.logical_block_size = logical_block_size
         self.capacity = disk.size // SECTOR_SIZE
         """Sectors of 512 bytes."""
-        self._writeback = True
+        self.writeback = True
+        """Writes may stay volatile until a flush; otherwise each is stable when it completes."""
         self._handlers: dict[int, Callable[[BlockRequest], int]] = {
             at.VIRTIO_BLK_T_FLUSH: self._flush,
             at.VIRTIO_BLK_T_FLUSH_OUT: self._flush,  # BLK-118
@@ -134,7 +137,7 @@ class VirtioBlk(VirtioDevice):
             0,  # alignment_offset
             min(physical, 0xFFFF),  # min_io_size
             min(limits.optimal_io_size // block, 0xFFFF_FFFF),
-            int(self._writeback),
+            int(self.writeback),
             len(self.queues) if len(self.queues) > 1 else 0,
             _MAX_RANGE_SECTORS if discards else 0,
             _MAX_DISCARD_SEGMENTS if discards else 0,
@@ -153,12 +156,12 @@ class VirtioBlk(VirtioDevice):
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
         if 0 <= where < len(data) and allowed:
-            self._writeback = bool(data[where])
+            self.writeback = bool(data[where])
             self._config = self._make_config()
 
     def was_reset(self) -> None:
         """See :class:`VirtioDevice`."""
-        self._writeback = True
+        self.writeback = True
         self._config = self._make_config()
         self._parse = make_parser(self._memory, self.structs)
 
@@ -169,7 +172,7 @@ class VirtioBlk(VirtioDevice):
         BLK-13). On a legacy device CONFIG_WCE leaves what the driver wrote (BLK-33).
         """
         if not (self.legacy and self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)):
-            self._writeback = self.accepted(at.VIRTIO_BLK_F_FLUSH)
+            self.writeback = self.accepted(at.VIRTIO_BLK_F_FLUSH)
             self._config = self._make_config()
 
     def _resized(self, size: int) -> None:
@@ -188,6 +191,7 @@ class VirtioBlk(VirtioDevice):
         memory = self._memory
         request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
+        resets = self.resets
         written = 0
         status = at.VIRTIO_BLK_S_OK
         try:
@@ -205,19 +209,30 @@ class VirtioBlk(VirtioDevice):
                     status = at.VIRTIO_BLK_S_UNSUPP  # BLK-107
                 else:
                     written = handler(request)
-        except GuestError as error:
-            status = error.status if isinstance(error, _RefusedError) else at.VIRTIO_BLK_S_IOERR
-            _log.debug("%r: %s", request, error)
-            self.violation(error)
-        except (OSError, PyvirtioError) as error:
-            status = at.VIRTIO_BLK_S_IOERR
-            _log.warning("I/O error at sector %d: %s", sector, error)
-        except ValueError:
-            if not self.disk.closed:
-                raise
-            status = at.VIRTIO_BLK_S_IOERR
-        memory.store_byte(status_byte, status)
+        except Exception as error:
+            status = self.status_of(error, sector)
+        if self.resets == resets:  # else the memory is the driver's again (BF-29)
+            memory.store_byte(status_byte, status)
         return written + 1
+
+    def status_of(self, error: Exception, sector: int) -> int:
+        """The answer to a request that ended in ``error``; raises it again if that is a bug."""
+        if isinstance(error, GuestError):
+            _log.debug("request at sector %d: %s", sector, error)
+            self.violation(error)
+            return error.status if isinstance(error, _RefusedError) else at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, (OSError, PyvirtioError)):
+            _log.warning("I/O error at sector %d: %s", sector, error)
+            return at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, ValueError) and self.disk.closed:
+            return at.VIRTIO_BLK_S_IOERR
+        raise error
+
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
+        """See :class:`VirtioDevice`."""
+        if not isinstance(ring, SplitRing):
+            return None
+        return make_express(self, queue, ring, self._memory)
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""
@@ -260,7 +275,7 @@ class VirtioBlk(VirtioDevice):
             return
         views = memory.map(segments, False)
         try:
-            self.disk.writev(offset, views, fua=not self._writeback)
+            self.disk.writev(offset, views, fua=not self.writeback)
         finally:
             for view in views:
                 view.release()
@@ -325,7 +340,7 @@ class VirtioBlk(VirtioDevice):
             raise _RefusedError("write zeroes, which was not negotiated", at.VIRTIO_BLK_S_UNSUPP)
         for offset, length, flags in self._ranges(request, _MAX_WRITE_ZEROES_SEGMENTS):
             self.disk.write_zeroes(offset, length, unmap=bool(flags))
-            if not self._writeback:
+            if not self.writeback:
                 self.disk.flush()
         return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -85,6 +86,8 @@ class Queue:
     index: int
     state: QueueState
     ring: Ring | None = field(default=None, repr=False)
+    express: Callable[[], bool] | None = field(default=None, repr=False)
+    """A short way for the next chain, if there is one; see :meth:`VirtioDevice.make_express`."""
     pending: bool = False
     """Kicked, and not served to the end yet."""
     serving: bool = False
@@ -117,6 +120,8 @@ class VirtioDevice(ABC):
         self._transport: Transport | None = None
         self._defer = False
         self._violation: GuestError | None = None
+        self.resets = 0
+        """How often the device was reset: a request looks whether that happened under it."""
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -221,6 +226,7 @@ class VirtioDevice(ABC):
         state.driver_features = 0
         state.broken = False
         self._violation = None
+        self.resets += 1
         for queue in self.queues:
             max_size = queue.state.max_size
             queue.state = QueueState(max_size, max_size)
@@ -264,7 +270,7 @@ class VirtioDevice(ABC):
             return
         queue.state.ready = True
         if self._may_serve():
-            queue.ring = ring
+            self._go_live(queue, ring)
 
     def disable_queue(self, index: int) -> None:
         """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
@@ -290,10 +296,14 @@ class VirtioDevice(ABC):
                 queue.ring = None
             elif queue.ring is None:
                 try:
-                    queue.ring = self._make_ring(queue.state)
+                    self._go_live(queue, self._make_ring(queue.state))
                 except GuestError as error:
                     self.guest_error(error)
                     return
+
+    def _go_live(self, queue: Queue, ring: Ring) -> None:
+        queue.ring = ring
+        queue.express = self.make_express(queue, ring)
 
     def _make_ring(self, state: QueueState) -> Ring:
         return SplitRing(
@@ -348,6 +358,7 @@ class VirtioDevice(ABC):
         interrupt = False
         failure: Exception | None = None
         budget = _BUDGET
+        express = queue.express
         try:
             if ring.suppressed:
                 ring.publish()
@@ -355,12 +366,14 @@ class VirtioDevice(ABC):
             while count:
                 budget -= count
                 while count:
-                    chain = ring.pop()
-                    written = self.process(chain)
+                    count -= 1
+                    if express is None or not express():
+                        chain = ring.pop()
+                        written = self.process(chain)
+                        if queue.ring is ring:
+                            ring.push(chain, written)
                     if queue.ring is not ring:  # reset from inside
                         return
-                    ring.push(chain, written)
-                    count -= 1
                 if ring.publish():
                     interrupt = True
                 if budget <= 0:
@@ -414,6 +427,13 @@ class VirtioDevice(ABC):
 
         Raises GuestError for a chain that cannot be answered.
         """
+
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
+        """A function that does the next available chain of a queue and pushes it, or gives False.
+
+        Where there is none, or it does not want that chain, :meth:`process` gets it.
+        """
+        return None
 
     @abstractmethod
     def negotiated(self) -> None:

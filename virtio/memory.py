@@ -124,6 +124,13 @@ class GuestMemory(ABC):
     def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
         """The views of a writable :meth:`map` now hold what the guest is to see."""
 
+    def plain_region(self) -> tuple[int, int, Any] | None:
+        """A piece of RAM that can be used without the methods here: start, end, buffer of bytes.
+
+        None if there is none, or if somebody wants to hear of writes.
+        """
+        return None
+
     def slice(self, pa: int, length: int, writable: bool = False) -> list[memoryview]:
         """:meth:`map` of a single segment."""
         return self.map([(pa, length)], writable)
@@ -201,6 +208,10 @@ class BufferMemory(GuestMemory):
         self._main: tuple[int, int, Any] = (
             (0, 0, b"") if main is None else (main.base, main.end, main.buffer)
         )
+
+    def plain_region(self) -> tuple[int, int, Any] | None:
+        base, end, buffer = self._main
+        return None if self.on_write is not None or base == end else (base, end, buffer)
 
     def _pieces(self, pa: int, length: int, writable: bool) -> list[tuple[_Region, int, int]]:
         """The parts of regions that make up a piece of memory: (region, start, end) in each."""

@@ -135,8 +135,9 @@ def test_reset_reads_zero_and_leaves_the_queues_alone_bf_27_to_29(make_started: 
     assert (bytes(machine.ram), machine.levels) == (before, [])
 
 
-def test_a_reset_from_inside_a_request_ends_it_bf_29(make_started: Any) -> None:
-    machine = make_started()
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+def test_a_reset_from_inside_a_request_ends_it_bf_29(make_started: Any, memory: str) -> None:
+    machine = make_started(memory=memory)
     original = machine.disk._readv
 
     def reset_then_read(*arguments: Any) -> None:
@@ -148,6 +149,8 @@ def test_a_reset_from_inside_a_request_ends_it_bf_29(make_started: Any) -> None:
         machine.driver.submit(at.VIRTIO_BLK_T_IN, each, incoming=512)
     machine.driver.kick()
     assert len(machine.disk.calls) == 1
+    statuses = [pending.status for pending in machine.driver._pending.values()]
+    assert [machine.memory.read(each, 1) for each in statuses] == [b"\xff"] * 2
     assert (machine.driver.ring.used_index, machine.levels) == (0, [])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +75,85 @@ def test_any_ring_is_survived(
     machine.ram.extend(b"")  # no view is open
     machine.registers.status = 0
     assert machine.registers.status == 0
+
+
+HEADER = 0x8010_0000
+
+
+def near_usual(kind: int) -> list[list[int]]:
+    """The usual chain's fields, and every variant that differs from it in one of them."""
+    flags = 3 if kind == at.VIRTIO_BLK_T_IN else 1
+    fields: list[tuple[int, tuple[int, ...]]] = [
+        (HEADER, (0, 1 << 63)),
+        (16, (15, 17)),
+        (1, (0, 2, 4)),
+        (1, (0, 2, 99)),
+        (0x8020_0000, (0x803F_FFFF, 5, (1 << 64) - 1)),
+        (1024, (0, 511, 1 << 31)),
+        (flags, (0, 1, 2, 3, 7)),
+        (2, (0, 1, 3, 0xFFFF)),
+        (HEADER + 16, (0, 0x8040_0000)),
+        (1, (0, 2)),
+        (2, (0, 1, 3, 6)),
+        (0, (1, 99)),
+    ]
+    chains = [[value for value, _ in fields]]
+    for position, (_, others) in enumerate(fields):
+        for other in others:
+            chains.append([*chains[0][:position], other, *chains[0][position + 1 :]])
+    return chains
+
+
+@pytest.mark.parametrize("options", [{}, {"read_only": True}, {"driver": {"features": 1 << 32}}])
+@pytest.mark.parametrize("indirect", [None, 48, 32, 64])
+@pytest.mark.parametrize("kind", [0, 1, 4, 99])
+def test_the_express_way_is_the_long_way(
+    make_machine: Any, kind: int, indirect: int | None, options: dict[str, Any]
+) -> None:
+    """The same rings, with the short cut for usual requests and without: the same in every byte."""
+    machines = [make_machine(**options), make_machine(**options)]
+    machines[1].device.make_express = lambda queue, ring: None
+    cases = [(chain, 3, None) for chain in near_usual(kind)]
+    usual = cases[0][0]
+    cases += [(usual, sector, None) for sector in (0, 2046, 2047, 2048, 1 << 63)]
+    cases += [(usual, 3, OSError(5, "I/O"))]
+    for chain, sector, error in cases:
+        for machine in machines:
+            run_chain(machine, kind, sector, chain, indirect, error)
+        ends = [
+            (each.ram, each.disk.content, each.disk.calls, each.levels, each.device.state)
+            for each in machines
+        ]
+        assert ends[0] == ends[1], (chain, sector, error)
+    assert machines[0].disk.calls or kind == 99 or options or indirect in (32, 64)
+
+
+def run_chain(
+    machine: Any,
+    kind: int,
+    sector: int,
+    chain: list[int],
+    indirect: int | None,
+    error: Exception | None,
+) -> None:
+    """Bring the device up afresh and have it do this chain."""
+    machine.arena.give_back(machine.base)
+    machine.driver.start()
+    machine.disk.error = error
+    machine.ram[0x20_0000:0x20_1000] = b"r" * 4096
+    machine.memory.write(HEADER, at.LITTLE.blk_request.pack(kind, 0, sector) + b"\xff")
+    ring = machine.driver.ring
+    descriptors = [chain[start : start + 4] for start in (0, 4, 8)]
+    if indirect is None:
+        for index, fields in enumerate(descriptors):
+            ring.set_descriptor(index, *fields)
+    else:
+        entries = b"".join(ring.descriptor(*fields) for fields in descriptors)
+        machine.memory.write(0x8018_0000, entries)
+        ring.set_descriptor(0, 0x8018_0000, indirect, at.VIRTQ_DESC_F_INDIRECT, 0)
+    ring.offer(0)
+    ring.publish()
+    machine.registers.notify(0)
 
 
 @SETTINGS

@@ -8,6 +8,7 @@ import mmap
 from typing import Any
 
 import pytest
+
 from pyvirtio import GuestError, GuestMemory
 
 TOP = (1 << 64) - 4096
