@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from ..errors import ImageError, PassphraseError, UnsupportedError
+from ..errors import ImageError, PassphraseError
 from . import luks_format
 from .disk import Disk
 from .luks_format import KeySlot, LuksHeader
@@ -55,10 +55,6 @@ class LuksOptions:
         ivgen_hash = self.ivgen_hash_alg
         if self.ivgen_alg == "essiv" and ivgen_hash is None:
             ivgen_hash = "sha256"
-        if ivgen_hash is not None and ivgen_hash not in luks_format.HASHES:
-            raise UnsupportedError(
-                f"Hash algorithm '{ivgen_hash}' not supported", feature=ivgen_hash
-            )
         mode = f"{self.cipher_mode}-{self.ivgen_alg}"
         header = LuksHeader(
             cipher=name,
@@ -84,7 +80,7 @@ def create_luks1(options: LuksOptions, passphrase: bytes) -> bytes:
     )
     slot = header.slots[0]
     material = _fill_slot(header, slot, master_key, passphrase, options.iter_time)
-    slot.active = True
+    slot.state = luks_format.ACTIVE
     area = bytearray(header.payload_offset * luks_format.SECTOR)
     packed = header.pack()
     area[: len(packed)] = packed
@@ -129,6 +125,7 @@ class Luks1:
 
     def unlock(self, passphrase: bytes) -> SectorCipher:
         """The volume's cipher. Raises PassphraseError if no key slot has this passphrase."""
+        self.header.check_iterations()
         for slot in self.header.slots:
             key = self._open_slot(slot, passphrase) if slot.active else None
             if key is not None:
@@ -165,7 +162,7 @@ class Luks1:
         """
         with self._amending:
             if self._master_key is None:
-                raise ValueError("The volume is locked")
+                raise PassphraseError("The volume has not been unlocked")
             header = self.header
             if slot is None:
                 free = [i for i, one in enumerate(header.slots) if not one.active]
@@ -178,15 +175,12 @@ class Luks1:
                     raise ValueError(
                         f"Refusing to overwrite active keyslot {slot} - please erase it first"
                     )
-            new = KeySlot(False, 0, b"", header.slots[slot].key_offset)
+            new = KeySlot(luks_format.INACTIVE, 0, b"", header.slots[slot].key_offset)
             material = _fill_slot(header, new, self._master_key, passphrase, iter_time)
-            used = sum(s.iterations for i, s in enumerate(header.slots) if s.active and i != slot)
-            if used + header.digest_iterations + new.iterations > luks_format.MAX_ITERATIONS:
-                raise ValueError("The key slots would take too many iterations of PBKDF2 together")
             # The slot is a slot only once all of it is there: its flag comes last.
             self._write_slot(slot, new)
             self._write(new.key_offset * luks_format.SECTOR, material)
-            new.active = True
+            new.state = luks_format.ACTIVE
             self._write_slot(slot, new)
             return slot
 
@@ -231,7 +225,7 @@ class Luks1:
 
     def _erase(self, number: int) -> None:
         old = self.header.slots[number]
-        new = KeySlot(False, 0, bytes(luks_format.SALT_SIZE), old.key_offset)
+        new = KeySlot(luks_format.INACTIVE, 0, bytes(luks_format.SALT_SIZE), old.key_offset)
         self._write_slot(number, new)
         size = self.header.split_sectors * luks_format.SECTOR
         self._write(old.key_offset * luks_format.SECTOR, os.urandom(size))
@@ -305,7 +299,7 @@ def _iterations(header: LuksHeader, length: int, milliseconds: int) -> int:
         header.derive(b"password", bytes(luks_format.SALT_SIZE), count, length)
         elapsed = time.thread_time_ns() - start
     iterations = count * milliseconds * 1_000_000 // elapsed
-    limit = luks_format.MAX_ITERATIONS // 2
+    limit = luks_format.MAX_ITERATIONS // (2 * luks_format.SLOTS)  # so that all slots may be used
     if iterations > limit:
         raise ValueError(f"PBKDF iterations {iterations} larger than {limit}")
     return iterations

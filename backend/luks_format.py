@@ -48,17 +48,21 @@ HASHES = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 class KeySlot:
     """One of the passphrases that open a volume."""
 
-    active: bool
+    state: int
     iterations: int
     salt: bytes
     key_offset: int
     """Sector of the key material."""
     stripes: int = STRIPES
 
+    @property
+    def active(self) -> bool:
+        """True if there is a passphrase."""
+        return self.state == ACTIVE
+
     def pack(self) -> bytes:
         """As in the header."""
-        state = ACTIVE if self.active else INACTIVE
-        return SLOT.pack(state, self.iterations, self.salt, self.key_offset, self.stripes)
+        return SLOT.pack(self.state, self.iterations, self.salt, self.key_offset, self.stripes)
 
 
 @dataclass(slots=True)
@@ -111,7 +115,9 @@ class LuksHeader:
             digest_iterations=iterations,
         )
         header._check_partition()
-        header._read_slots(data)
+        header.slots = [
+            KeySlot(*fields) for fields in SLOT.iter_unpack(data[PARTITION.size : HEADER_SIZE])
+        ]
         header._check_slots()
         header.check_algorithms()
         return header
@@ -145,7 +151,9 @@ class LuksHeader:
     def lay_out(self) -> None:
         """Place empty key slots and the payload one after the other."""
         first, size = HEADER_SECTORS, self.split_sectors
-        self.slots = [KeySlot(False, 0, bytes(SALT_SIZE), first + i * size) for i in range(SLOTS)]
+        self.slots = [
+            KeySlot(INACTIVE, 0, bytes(SALT_SIZE), first + i * size) for i in range(SLOTS)
+        ]
         self.payload_offset = first + SLOTS * size
 
     # -- algorithms ------------------------------------------------------------------------------
@@ -193,42 +201,36 @@ class LuksHeader:
                 "LUKS key iteration count is zero", field="mk-digest-iterations", value=0
             )
 
-    def _read_slots(self, data: bytes) -> None:
-        for number in range(SLOTS):
-            state, iterations, salt, offset, stripes = SLOT.unpack_from(
-                data, PARTITION.size + number * SLOT.size
+    def _check_slot(self, number: int, slot: KeySlot) -> None:
+        if slot.stripes != STRIPES:
+            raise ImageError(
+                f"Keyslot {number} is corrupted (stripes {slot.stripes} != {STRIPES})",
+                field="stripes",
+                value=slot.stripes,
+                limit=STRIPES,
             )
-            if stripes != STRIPES:
-                raise ImageError(
-                    f"Keyslot {number} is corrupted (stripes {stripes} != {STRIPES})",
-                    field="stripes",
-                    value=stripes,
-                    limit=STRIPES,
-                )
-            if offset < HEADER_SECTORS:
-                raise ImageError(
-                    f"Keyslot {number} is overlapping with the LUKS header",
-                    field="key-material-offset",
-                    value=offset,
-                    limit=HEADER_SECTORS,
-                )
-            if state not in (ACTIVE, INACTIVE):
-                raise ImageError(
-                    f"Keyslot {number} state (active/disable) is corrupted",
-                    field="active",
-                    value=state,
-                )
-            if state == ACTIVE and not iterations:
-                raise ImageError(
-                    f"Keyslot {number} iteration count is zero",
-                    field="password-iterations",
-                    value=0,
-                )
-            self.slots.append(KeySlot(state == ACTIVE, iterations, salt, offset, stripes))
+        if slot.key_offset < HEADER_SECTORS:
+            raise ImageError(
+                f"Keyslot {number} is overlapping with the LUKS header",
+                field="key-material-offset",
+                value=slot.key_offset,
+                limit=HEADER_SECTORS,
+            )
+        if slot.state not in (ACTIVE, INACTIVE):
+            raise ImageError(
+                f"Keyslot {number} state (active/disable) is corrupted",
+                field="active",
+                value=slot.state,
+            )
+        if slot.active and not slot.iterations:
+            raise ImageError(
+                f"Keyslot {number} iteration count is zero", field="password-iterations", value=0
+            )
 
     def _check_slots(self) -> None:
         size = self.split_sectors
         for number, slot in enumerate(self.slots):
+            self._check_slot(number, slot)
             if slot.key_offset + size > self.payload_offset:
                 raise ImageError(
                     f"Keyslot {number} is overlapping with the encrypted payload",
@@ -243,7 +245,11 @@ class LuksHeader:
                         field="key-material-offset",
                         value=slot.key_offset,
                     )
-        total = self.digest_iterations + sum(s.iterations for s in self.slots if s.active)
+
+    def check_iterations(self) -> None:
+        """Raise ImageError if an attempt to unlock could take for ever."""
+        total = self.digest_iterations * (1 + sum(slot.active for slot in self.slots))
+        total += sum(slot.iterations for slot in self.slots if slot.active)
         if total > MAX_ITERATIONS:
             raise ImageError(
                 f"Unlocking would take {total} iterations of PBKDF2; the limit is {MAX_ITERATIONS}",
@@ -260,16 +266,27 @@ class LuksHeader:
                 field="cipher_mode",
                 value=self.mode,
             )
+        if self.cipher_mode not in ("cbc", "xts"):
+            raise UnsupportedError(
+                f"Cipher mode '{self.cipher_mode}' not supported", feature=self.cipher_mode
+            )
+        if self.cipher_mode == "xts" and self.key_bytes % 2:
+            raise ImageError(
+                "XTS cipher key length should be a multiple of 2",
+                field="key-bytes",
+                value=self.key_bytes,
+            )
+        sizes = f"with key size {self.aes_bits // 8} bytes not supported"
         if self.cipher != "aes":
-            raise UnsupportedError(f"Algorithm '{self.cipher}' not supported", feature=self.cipher)
+            raise UnsupportedError(f"Algorithm '{self.cipher}' {sizes}", feature=self.cipher)
         if self.aes_bits not in (128, 192, 256):
             raise ImageError(
-                f"Algorithm '{self.cipher}' with key size {self.aes_bits // 8} bytes not supported",
+                f"Algorithm '{self.cipher}' {sizes}",
                 field="key-bytes",
                 value=self.key_bytes,
                 limit=64,
             )
-        for name in (self.hash, self.ivgen_hash if self.ivgen == "essiv" else None):
+        for name in (self.hash, self.ivgen_hash):
             if name is not None and not _is_hash(name):
                 raise UnsupportedError(f"Hash algorithm '{name}' not supported", feature=name)
         self.sector_cipher(bytes(self.key_bytes - 1) + b"\1")

@@ -133,12 +133,13 @@ def open_encryption(
         )
     luks = None
     if method is CryptMethod.LUKS:
-        if header.crypto_header is None:
+        if header.crypto_header is not None:
+            luks = Luks1(file, *header.crypto_header)
+        elif not no_io:
             raise ImageError(
                 f"Missing CRYPTO header for crypt method {int(method)}",
                 field="encryption header",
             )
-        luks = Luks1(file, *header.crypto_header)
     if no_io:
         return Encryption(method, None, luks)
     if passphrase is None:

@@ -311,7 +311,7 @@ def _check_encryption(header: Header, crypt_method: int) -> None:
         header.crypt_method = CryptMethod(crypt_method)
     except ValueError:
         raise ImageError(
-            f"Unsupported encryption method: {crypt_method}",
+            f"Unsupported encryption method {crypt_method}",
             field="crypt_method",
             value=crypt_method,
             limit=max(CryptMethod),
