@@ -23,7 +23,8 @@ class EncryptionOptions:
     """``luks``, or ``aes``, which is weak and only for old programs' sake."""
     passphrase: Passphrase | None = field(default=None, repr=False)
     encrypt_cipher_alg: str = "aes-256"
-    """For LUKS, as all that follow: ``aes-128``, ``aes-192`` (not in XTS mode), ``aes-256``."""
+    """For LUKS, as all that follow: ``aes-128``, ``aes-256``, or ``aes-192`` (not in XTS mode, and
+    QEMU cannot open it)."""
     encrypt_cipher_mode: str = "xts"
     """``xts`` or ``cbc``."""
     encrypt_ivgen_alg: str = "plain64"

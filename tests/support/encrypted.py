@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from functools import cache
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import pyvirtio
@@ -97,3 +98,49 @@ def in_memory(contents: bytes) -> pyvirtio.MemoryDisk:
 def open_blank(method: str, size: int = 1 << 20, **options: Any) -> pyvirtio.Disk:
     """A new empty encrypted image, open."""
     return pyvirtio.open_disk(in_memory(blank(method, size, **options)), passphrase=PASSPHRASE)
+
+
+def u32(value: int) -> bytes:
+    """A field of a LUKS header."""
+    return pack(">I", value)
+
+
+def slot_at(number: int) -> int:
+    """Where a key slot stands in a LUKS header."""
+    return 208 + 48 * number
+
+
+BAD_LUKS_HEADERS = [
+    (0, b"SKUL", "Volume is not in LUKS format"),
+    (6, b"\0\0", "LUKS version 0 is not supported"),
+    (6, b"\0\2", "LUKS version 2 is not supported"),
+    (8, b"a" * 32, "LUKS header cipher name is not NUL terminated"),
+    (40, b"a" * 32, "LUKS header cipher mode is not NUL terminated"),
+    (72, b"a" * 32, "LUKS header hash spec is not NUL terminated"),
+    (8, b"aex\0", "Algorithm 'aex' with key size 32 bytes not supported"),
+    (40, b"xts\0", "Unexpected cipher mode string format 'xts'"),
+    (40, b"xxx-plain64\0", "Cipher mode 'xxx' not supported"),
+    (40, b"xts-foo\0", "IV generator 'foo' not supported"),
+    (40, b"xts-essiv\0", "Missing IV generator hash specification"),
+    (40, b"xts-essiv:foo\0", "Hash algorithm 'foo' not supported"),
+    (40, b"xts-plain64:foo\0", "Hash algorithm 'foo' not supported"),
+    (40, b"xts-essiv:sha1\0", "No AES cipher with key size 20 available"),
+    (72, b"foo\0", "Hash algorithm 'foo' not supported"),
+    (104, u32(0), "LUKS payload is overlapping with the header"),
+    (104, u32(7), "LUKS payload is overlapping with the header"),
+    (104, u32(8), "Keyslot 0 is overlapping with the encrypted payload"),
+    (108, u32(0), "Algorithm 'aes' with key size 0 bytes not supported"),
+    (108, u32(16), "Algorithm 'aes' with key size 8 bytes not supported"),
+    (108, u32(128), "Keyslots 0 and 1 are overlapping in the header"),
+    (108, u32(2**32 - 1), "Keyslot 0 is overlapping with the encrypted payload"),
+    (164, u32(0), "LUKS key iteration count is zero"),
+    (slot_at(0), u32(1), "Keyslot 0 state (active/disable) is corrupted"),
+    (slot_at(7), u32(0), "Keyslot 7 state (active/disable) is corrupted"),
+    (slot_at(0) + 4, u32(0), "Keyslot 0 iteration count is zero"),
+    (slot_at(0) + 40, u32(0), "Keyslot 0 is overlapping with the LUKS header"),
+    (slot_at(0) + 40, u32(7), "Keyslot 0 is overlapping with the LUKS header"),
+    (slot_at(3) + 40, u32(9), "Keyslots 0 and 3 are overlapping in the header"),
+    (slot_at(0) + 44, u32(0), "Keyslot 0 is corrupted (stripes 0 != 4000)"),
+    (slot_at(7) + 44, u32(4001), "Keyslot 7 is corrupted (stripes 4001 != 4000)"),
+]
+"""Byte in the header, what is put there, and QEMU's words for it."""
