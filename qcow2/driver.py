@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from .snapshots import Snapshots
 from .writing import Writer
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
     from ..backend.luks1 import Passphrase
     from .encryption import Encryption
 
@@ -132,6 +134,32 @@ class Qcow2Disk(Disk):
             self._header.autoclear_features = 0
 
     # -- requests ------------------------------------------------------------------------------
+
+    # The usual request, one buffer to or from stored data, takes the short way.
+
+    def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
+        """See :meth:`Disk.readv`."""
+        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+            length = buffers[0].nbytes
+            if (
+                0 <= offset <= self.size - length
+                and not self.closed
+                and self.reader.read_stored(offset, buffers, length)
+            ):
+                return
+        super().readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """See :meth:`Disk.writev`."""
+        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+            length = buffers[0].nbytes
+            if (
+                0 <= offset <= self.size - length
+                and not (fua or self.read_only or self.closed)
+                and self._writer.write_in_place(offset, buffers, length)
+            ):
+                return
+        super().writev(offset, buffers, fua=fua)
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self.reader.read(offset, views, length)

@@ -57,6 +57,8 @@ class Metadata:
 
     def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
         self.file = file
+        self.event = None if type(file).debug_event is Disk.debug_event else file.debug_event
+        """Where the named points of the driver are announced, if anybody listens."""
         self.header = header
         self.geometry = header.geometry
         self.cluster_bits = self.geometry.cluster_bits
@@ -236,8 +238,7 @@ class Metadata:
                 self.gate.enter()
             self.flush_inside()
         finally:
-            with self.lock:
-                self.gate.leave()
+            self.gate.leave()
 
     def flush_inside(self) -> None:
         """:meth:`flush` for a request that is inside the gate already."""

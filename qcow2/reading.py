@@ -14,6 +14,7 @@ from .metadata import Metadata
 
 __all__ = ["Reader"]
 
+_NORMAL = ClusterKind.NORMAL
 _UNALLOCATED = ClusterKind.UNALLOCATED
 
 
@@ -25,6 +26,7 @@ class Reader:
     ) -> None:
         self._metadata = metadata
         self._file = metadata.file
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
@@ -56,11 +58,29 @@ class Reader:
         """False if there is a backing file that was not opened."""
         return self._missing is None
 
+    def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
+        if self.encryption is not None:
+            return False
+        gate, lock = self._gate, self._lock
+        try:
+            with lock:
+                gate.enter()
+                kind, host, run = self._map(offset, length)
+            if run == length and kind is _NORMAL:
+                if self._event is not None:
+                    self._event("read_aio")
+                self._file.readv(host, views)
+                return True
+        except CacheFull:
+            pass
+        finally:
+            gate.leave()
+        return False
+
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
         run, below = self._read_first_run(offset, views, length)
-        if run == length and below is None:
-            return
         # What is left to read: each part from the layer that it may be in.
         todo: list[tuple[Reader, int, list[memoryview], int]] = []
         reader = self
@@ -98,8 +118,7 @@ class Reader:
             self._metadata.flush_inside()
             return 0, None
         finally:
-            with lock:
-                gate.leave()
+            gate.leave()
 
     def map_chain(self, offset: int, length: int) -> tuple[Reader, int, ClusterKind, int, int]:
         """The layer that has the run which starts at ``offset``, and :meth:`Tables.map` of it.
@@ -127,8 +146,7 @@ class Reader:
                 except CacheFull:
                     self._metadata.flush_inside()
         finally:
-            with self._lock:
-                self._gate.leave()
+            self._gate.leave()
 
     def read_inside(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read a part of one cluster (of one subcluster), for a request that is inside the gate."""
@@ -145,7 +163,7 @@ class Reader:
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
-        if kind is ClusterKind.NORMAL:
+        if kind is _NORMAL:
             self._file.debug_event("read_aio")
             if self.encryption is not None:
                 self.encryption.readv(self._file, host, offset, views, length)

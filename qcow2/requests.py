@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Condition, Lock, get_ident
 
-__all__ = ["Allocation", "Epoch", "RequestGate"]
+__all__ = ["Allocation", "RequestGate"]
 
 
 _HERE = os.path.dirname(__file__)
@@ -42,19 +42,11 @@ class Claim:
     """No other change of them may come in between."""
 
 
-@dataclass(slots=True, eq=False)
-class Epoch:
-    """Requests that came in between two points in time."""
-
-    inside: int = 0
-    """How many of them have not left."""
-
-
 class RequestGate:
     """Lets requests in, lets an exclusive operation in alone, and knows who is still inside.
 
-    A request enters with the lock held and leaves with it held. What is handed to
-    :meth:`when_left` is called once every request that was inside at that moment has left.
+    A request enters with the lock held and leaves without. What is handed to :meth:`when_left` is
+    called once every request that was inside at that moment has left.
 
     A thread has one request at a time. Should an exception that Python can throw anywhere (a
     KeyboardInterrupt) keep one from leaving, the same thread's next one takes its place, and who
@@ -65,47 +57,45 @@ class RequestGate:
         self.lock = Lock()
         """The metadata lock. Never held while data is read or written."""
         self._changed = Condition(self.lock)
-        self._epoch = Epoch()
-        self._inside: dict[int, Epoch] = {}
-        """Who is inside, by thread, and since which epoch."""
+        self._epoch = 0
+        """Counts the calls of :meth:`when_left`."""
+        self._inside: dict[int, int] = {}
+        """Who is inside, by thread, and since which epoch. Each thread takes itself out, without
+        the lock: that is one atomic operation of the dict."""
         self._exclusive: int | None = None
         """The thread that is, or wants to be, alone."""
         self._waiting = 0
-        self._past: deque[tuple[Epoch, Callable[[], None]]] = deque()
-        """Former epochs, oldest first, and what to do when all up to this one are empty."""
+        self._past: deque[tuple[int, Callable[[], None]]] = deque()
+        """Former epochs, oldest first, and what to do when nobody is inside since then."""
         self.allocations: list[Allocation] = []
         self._claims: dict[int, Claim] = {}
         """By thread, in the order in which they were asked for."""
 
     # -- requests ------------------------------------------------------------------------------
-    # Between two calls CPython throws nothing: the pairs of assignments below belong together.
 
     def enter(self) -> None:
         """Come in (lock held); waits while an exclusive operation runs."""
         me = get_ident()
         if self._exclusive is not None or me in self._inside:
             self._enter_slowly(me)
-        epoch = self._epoch
-        epoch.inside += 1
-        self._inside[me] = epoch
+        self._inside[me] = self._epoch
 
     def leave(self) -> None:
-        """Go out (lock held); nothing happens where :meth:`enter` was not finished."""
-        self._leave(get_ident())
+        """Go out (lock not held); nothing happens where :meth:`enter` was not finished."""
+        me = get_ident()
+        self._inside.pop(me, None)
+        if self._past or self._waiting or self.allocations:
+            with self.lock:
+                self._left(me)
 
-    def _leave(self, me: int) -> None:
+    def _left(self, me: int) -> None:
+        """What others wait for when a thread has gone (lock held)."""
         if self.allocations:
             self._drop_allocations(me)
-        if me not in self._inside:
-            return
-        epoch = self._inside[me]
-        epoch.inside -= 1
-        del self._inside[me]
-        if not epoch.inside:
-            if self._past:
-                self._release()
-            if self._waiting:
-                self._changed.notify_all()
+        if self._past:
+            self._release()
+        if self._waiting:
+            self._changed.notify_all()
 
     def _enter_slowly(self, me: int) -> None:
         self._tidy_up(me)
@@ -117,8 +107,8 @@ class RequestGate:
         if self._exclusive == me:
             self._exclusive = None
         self._claims.pop(me, None)
-        self._leave(me)
-        self._changed.notify_all()
+        self._inside.pop(me, None)
+        self._left(me)
 
     def _drop_allocations(self, me: int) -> None:
         """An interrupted request has left an allocation: its clusters leak, nobody waits for it."""
@@ -128,11 +118,12 @@ class RequestGate:
     def when_left(self, action: Callable[[], None]) -> None:
         """Call ``action`` (lock held) once all requests inside now have left; now if none is."""
         self._past.append((self._epoch, action))
-        self._epoch = Epoch()
+        self._epoch += 1
         self._release()
 
     def _release(self) -> None:
-        while self._past and not self._past[0][0].inside:
+        oldest = min(list(self._inside.values()), default=self._epoch)
+        while self._past and self._past[0][0] < oldest:
             self._past.popleft()[1]()
 
     # -- alone ---------------------------------------------------------------------------------
@@ -171,7 +162,7 @@ class RequestGate:
 
     def _bury(self) -> None:
         """Tidy up after threads that were interrupted, or ended, and did not come back."""
-        threads = {*self._inside, *(allocation.owner for allocation in self.allocations)}
+        threads = {*list(self._inside), *(allocation.owner for allocation in self.allocations)}
         if self._exclusive is not None:
             threads.add(self._exclusive)
         for thread in threads:
@@ -218,9 +209,10 @@ class RequestGate:
             self._wait()
 
     def end_claim(self) -> None:
-        """The change is done, or given up (lock held, before :meth:`leave`)."""
-        if self._claims.pop(get_ident(), None) is not None and self._waiting:
-            self._changed.notify_all()
+        """The change is done, or given up (lock not held, before :meth:`leave`)."""
+        with self.lock:
+            if self._claims.pop(get_ident(), None) is not None and self._waiting:
+                self._changed.notify_all()
 
     def _is_blocked(self, mine: Claim) -> bool:
         for other in self._claims.values():

@@ -145,8 +145,7 @@ class Tables:
         ``offset`` for NORMAL and ZERO_ALLOCATED, where the run is contiguous in the host file;
         the L2 entry for COMPRESSED, a run within one cluster; 0 otherwise.
         """
-        bits = self._cluster_bits
-        cluster = offset >> bits
+        cluster = offset >> self._cluster_bits
         position = self.locate(cluster)
         if position < 0:
             return _UNALLOCATED, 0, self._extend(_UNALLOCATED, 0, position, offset, length, 0)

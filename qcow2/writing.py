@@ -61,37 +61,51 @@ class Writer:
         self._metadata = metadata
         self._reader = reader
         self._file = metadata.file
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
         self._encryption = metadata.encryption
 
-    def write(self, offset: int, views: list[memoryview], length: int) -> None:
-        """Write ``views`` to guest bytes from ``offset`` on."""
+    def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
+        with nothing done."""
         if self._encryption is not None:
-            self._write_encrypted(offset, views, length)
-            return
+            return False
         gate, lock = self._gate, self._lock
         try:
             with lock:
                 self._health.check()
                 gate.enter()
-                try:
-                    host, run = self._map_own(offset, length)
-                except CacheFull:
-                    run = 0
+                host, run = self._map_own(offset, length)
             if run == length:
-                self._file.debug_event("write_aio")
+                if self._event is not None:
+                    self._event("write_aio")
                 self._file.writev(host, views)
-            else:
-                self._write_runs(offset, views, length)
+                return True
+        except CacheFull:
+            pass
         finally:
-            with lock:
-                gate.leave()
+            gate.leave()
+
+        return False
+
+    def write(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write ``views`` to guest bytes from ``offset`` on."""
+        if self._encryption is not None:
+            self._write_encrypted(offset, views, length)
+            return
+        try:
+            with self._lock:
+                self._health.check()
+                self._gate.enter()
+            self._write_runs(offset, views, length)
+        finally:
+            self._gate.leave()
 
     def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
-        """Write what is more than one run, or is not all in place."""
+        """Write what may be several runs, one after the other (inside)."""
         while length:
             done = self._write_run(offset, views, length)
             views = split(views, done, length - done)
@@ -143,9 +157,8 @@ class Writer:
                 views = [memoryview(head), *views, memoryview(tail)]
             self._write_runs(start, views, end - start)
         finally:
-            with self._lock:
-                self._gate.end_claim()
-                self._gate.leave()
+            self._gate.end_claim()
+            self._gate.leave()
 
     # -- planning (lock held) --------------------------------------------------------------------
 

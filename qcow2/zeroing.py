@@ -107,9 +107,9 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
-        with metadata.lock:
+        if metadata.encryption is not None:
             metadata.gate.end_claim()
-            metadata.gate.leave()
+        metadata.gate.leave()
 
 
 def _replace_in_slice(

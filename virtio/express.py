@@ -122,10 +122,10 @@ def make_express(
         written, status = 1, VIRTIO_BLK_S_OK
         try:
             if reading:
-                disk.readv(sector * SECTOR_SIZE, (view,))
+                disk.readv(sector * SECTOR_SIZE, [view])
                 written += length
             else:
-                disk.writev(sector * SECTOR_SIZE, (view,), fua=not blk.writeback)
+                disk.writev(sector * SECTOR_SIZE, [view], fua=not blk.writeback)
         except Exception as error:
             status = blk.status_of(error, sector)
         finally:
