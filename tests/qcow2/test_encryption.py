@@ -16,7 +16,7 @@ from pyvirtio import Disk, ImageError, MemoryDisk, PassphraseError
 from pyvirtio.qcow2 import Qcow2Disk
 from support.crash import CrashImage, crash_images
 from support.encrypted import PASSPHRASE, QUICK, blank, in_memory, open_blank
-from support.filters import RecordingDisk
+from support.filters import Filter, RecordingDisk
 
 METHODS = ["aes", "luks"]
 CLUSTER = 4096
@@ -207,6 +207,19 @@ def test_what_is_written_is_not_seen_in_the_file(method: str) -> None:
 
 
 @both
+def test_one_whole_buffer_takes_the_way_through_the_cipher(method: str) -> None:
+    disk = open_blank(method, **SMALL)
+    disk.write(0, bytes(CLUSTER))
+    disk.writev(0, [memoryview(MARK * 128)])
+    found = bytearray(CLUSTER)
+    disk.readv(0, [memoryview(found)])
+    assert found == MARK * 128
+    assert reopened(disk).read(0, CLUSTER) == found
+    file = disk.children["file"]
+    assert MARK[:16] not in file.read(0, file.size)
+
+
+@both
 def test_around_a_small_write_are_zeroes(method: str) -> None:
     disk = open_blank(method, **SMALL)
     disk.write(CLUSTER + 1000, MARK)
@@ -371,6 +384,48 @@ def test_a_part_of_a_sector_beside_whole_sectors_and_zeroes(method: str) -> None
     for thread in threads:
         thread.join(60)
     assert not failures
+
+
+class SlowReader(Filter):
+    """Its next read waits until it may go on."""
+
+    def __init__(self, below: Disk) -> None:
+        super().__init__(below)
+        self.reading, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        super()._readv(offset, views, length)
+        self.reading.set()
+        assert self.go_on.wait(60)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda disk: disk.write_zeroes(CLUSTER, CLUSTER),
+        lambda disk: disk.discard(CLUSTER, CLUSTER),
+        lambda disk: disk.write(CLUSTER, bytes(CLUSTER)),
+        lambda disk: disk.write(CLUSTER, bytes(CLUSTER - 1)),
+    ],
+    ids=["zeroes", "discard", "whole sectors", "parts"],
+)
+def test_nothing_comes_between_reading_a_sector_and_writing_it_back(change: Any) -> None:
+    file = SlowReader(in_memory(blank("aes", **SMALL)))
+    disk = pyvirtio.open_disk(file, passphrase=PASSPHRASE)
+    disk.write(CLUSTER, b"\1" * (CLUSTER - 1) + b"\0")
+    file.reading.clear()
+    file.go_on.clear()
+    first = threading.Thread(target=lambda: disk.write(CLUSTER + 5, b"\2"))
+    first.start()
+    assert file.reading.wait(60)  # it has read the sector
+    second = threading.Thread(target=lambda: change(disk))
+    second.start()
+    second.join(0.2)  # time to do the wrong thing
+    file.go_on.set()
+    first.join(60)
+    second.join(60)
+    assert disk.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
 
 
 # -- keys ------------------------------------------------------------------------------------------
