@@ -433,6 +433,13 @@ def _crypto_header(header: Header, data: bytes) -> tuple[int, int]:
             value=offset,
             limit=cluster_size,
         )
+    if length > layout.MAX_ENCRYPTION_HEADER:
+        raise ImageError(
+            "Encryption header too large",
+            field="encryption header length",
+            value=length,
+            limit=layout.MAX_ENCRYPTION_HEADER,
+        )
     if offset + length > layout.INT64_MAX:
         raise ImageError(
             "Encryption header offset invalid",

@@ -109,7 +109,8 @@ def test_a_missing_luks_header_is_refused() -> None:
         (8, pack(">Q", 0), "Volume is not in LUKS format"),
         (8, pack(">Q", (1 << 64) - 65536), "Encryption header offset invalid"),
         (16, pack(">Q", 0), "Request for data outside of extension header"),
-        (16, pack(">Q", (1 << 64) - 1), "Encryption header offset invalid"),
+        (16, pack(">Q", (1 << 64) - 1), "Encryption header too large"),
+        (16, pack(">Q", (64 << 20) + 1), "Encryption header too large"),
     ],
 )
 def test_a_wrong_place_of_the_luks_header_is_refused(at: int, value: bytes, text: str) -> None:
