@@ -22,6 +22,7 @@ _HOMES = {
     "GuestError": "errors",
     "ImageError": "errors",
     "InUseError": "errors",
+    "PassphraseError": "errors",
     "PyvirtioError": "errors",
     "UnsupportedError": "errors",
     "Disk": "backend.disk",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
         GuestError,
         ImageError,
         InUseError,
+        PassphraseError,
         PyvirtioError,
         UnsupportedError,
     )

@@ -55,6 +55,8 @@ class Format:
     measure: Callable[..., Measurement] | None = None
     """``measure(size, source, **options) -> Measurement``: what an image of ``size`` bytes made so
     takes, to hold what the disk ``source`` holds unless that is None."""
+    shared_options: tuple[str, ...] = ()
+    """Options of creating an image that opening it needs, too (its passphrase)."""
 
 
 _loaders: dict[str, Callable[[], Format]] = {}

@@ -35,4 +35,4 @@ def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: A
     _create(file, size, CreateOptions(**options), data_disk)
 
 
-FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, measure)
+FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, measure, shared_options=("passphrase",))

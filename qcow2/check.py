@@ -139,6 +139,8 @@ class _Check:
         self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
         for offset, length in bitmap_regions(metadata, result.corrupt):
             self.refer(offset, length)
+        if header.crypto_header is not None:
+            self.refer(*header.crypto_header)
         self.check_blocks()
         self.compare()
         self.check_copied()

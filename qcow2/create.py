@@ -9,9 +9,17 @@ from ..backend.disk import Disk
 from ..backend.file import FileDisk
 from . import layout
 from .data_file import MissingDataFile, create_data_file, map_everything
+from .encryption_options import EncryptionOptions
 from .geometry import Geometry
 from .header import Header, read_header
-from .layout import COMPRESSION_NAMES, Autoclear, Compatible, CompressionType, Incompatible
+from .layout import (
+    COMPRESSION_NAMES,
+    Autoclear,
+    Compatible,
+    CompressionType,
+    CryptMethod,
+    Incompatible,
+)
 from .metadata import CacheSizes, Metadata
 from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
@@ -23,7 +31,7 @@ _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class CreateOptions:
+class CreateOptions(EncryptionOptions):
     """How an image shall be; the names are those of ``qemu-img create -o``."""
 
     compat: str = "1.1"
@@ -114,6 +122,7 @@ class CreateOptions:
             version=version,
             cluster_bits=bits,
             size=size,
+            crypt_method=self.crypt_method,
             refcount_order=width.bit_length() - 1,
             compression_type=compression,
             incompatible_features=(Incompatible.COMPRESSION if compression else 0)
@@ -160,20 +169,26 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
         raise ValueError(
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
         )
-    # Header, refcount table, refcount blocks, L1 table, in this order, from cluster 0 on.
+    luks = _luks_area(header, options)
+    # Header, refcount table, refcount blocks, L1 table, LUKS area: in this order from cluster 0.
     l1_clusters = geometry.clusters(8 * header.l1_size)
-    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters)
+    luks_clusters = geometry.clusters(len(luks))
+    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)
     header.refcount_table_offset = geometry.cluster_size
     header.refcount_table_clusters = table_clusters
     blocks_at = 1 + table_clusters
     header.l1_table_offset = (blocks_at + blocks) << geometry.cluster_bits if l1_clusters else 0
-    packed = header.pack()
     if data_disk is not None:
         data_disk.truncate(size, shrink=True)
     elif header.data_file is not None:
         reserve = options.preallocation if options.preallocation in ("falloc", "full") else "off"
         create_data_file(file, header.data_file, size, reserve)
     used = blocks_at + blocks + l1_clusters
+    luks_offset = used << geometry.cluster_bits
+    if luks:
+        header.crypto_header = luks_offset, len(luks)
+        used += luks_clusters
+    packed = header.pack()
     file.truncate(0, shrink=True)
     if options.nocow and isinstance(file, FileDisk):
         file.set_nocow()
@@ -181,6 +196,8 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
     file.write(header.refcount_table_offset, pack_table(entries))
+    if luks:
+        file.write(luks_offset, luks)
     file.flush()
     file.write(0, packed)
     file.flush()
@@ -211,6 +228,15 @@ def _map_data_file(file: Disk, header: Header) -> None:
             metadata.settle()
     finally:
         metadata.close()
+
+
+def _luks_area(header: Header, options: CreateOptions) -> bytes:
+    """What LUKS stores for itself; empty if the image is not encrypted that way."""
+    if header.crypt_method is CryptMethod.NONE:
+        return b""
+    from .encryption import new_luks_area  # cryptography takes long to load
+
+    return new_luks_area(options)
 
 
 def _refcount_clusters(geometry: Geometry, others: int) -> tuple[int, int]:

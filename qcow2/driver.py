@@ -29,6 +29,9 @@ from .writing import Writer
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
+    from ..backend.luks1 import Passphrase
+    from .encryption import Encryption
+
 __all__ = ["Qcow2Disk"]
 
 _SUPPORTED = int(
@@ -60,7 +63,10 @@ class Qcow2Disk(Disk):
             header.size // layout.SECTOR * layout.SECTOR,
             read_only=read_only,
             limits=Limits(
-                request_alignment=metadata.data.limits.request_alignment,
+                request_alignment=max(
+                    metadata.data.limits.request_alignment,
+                    layout.SECTOR if metadata.encryption else 1,
+                ),
                 write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
@@ -93,22 +99,33 @@ class Qcow2Disk(Disk):
         l2_cache_size: int = 32 << 20,
         refcount_cache_size: int = 4 << 20,
         data_file: Disk | StrPath | None = None,
+        passphrase: Passphrase | None = None,
+        encrypt_format: str | None = None,
+        no_io: bool = False,
     ) -> Qcow2Disk:
         """Open the image in ``file``. ``policy`` opens the backing file and the data file, or
         declines; ``data_file`` is used instead of the data file that the image names.
 
-        Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
-        UnsupportedError naming the feature that is missing.
+        Cache sizes are in bytes. An encrypted image needs its ``passphrase`` (or what asks for it),
+        unless with ``no_io`` no encrypted data is read or written: for info and check. With
+        ``encrypt_format`` (``aes``, ``luks``) it must be encrypted like that.
+
+        Raises ImageError naming the field that is wrong, UnsupportedError naming the feature that
+        is missing, PassphraseError if the passphrase is missing or wrong.
         """
         header = read_header(file)
         _refuse_what_is_missing(header)
         if not read_only:
             _refuse_to_write(header)
+        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io)
         data = open_data_file(header, policy, data_file, read_only)
         sizes = CacheSizes(l2_cache_size, refcount_cache_size)
         metadata = backing = None
         try:
             metadata = _load(file, header, sizes, read_only, data)
+            if encryption is not None:
+                metadata.encryption = encryption
+                encryption.before_changes(metadata.check_writable)
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
             disk = cls(file, header, metadata, backing, read_only=read_only)
@@ -214,7 +231,8 @@ class Qcow2Disk(Disk):
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         metadata = self._metadata
-        if metadata.geometry.extended_l2 or metadata.data_file is not None or offset >= end:
+        plain = metadata.data_file is None and metadata.encryption is None
+        if metadata.geometry.extended_l2 or not plain or offset >= end:
             return super()._runs(offset, end)
         return runs(self.reader, offset, end - offset)
 
@@ -261,6 +279,11 @@ class Qcow2Disk(Disk):
         with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
             emptying.make_empty(self._metadata)
 
+    @property
+    def encryption(self) -> Encryption | None:
+        """How the image is encrypted, and the passphrases that open it; None if it is not."""
+        return self._metadata.encryption
+
     def info(self) -> DiskInfo:
         header = self._header
         return DiskInfo(
@@ -273,6 +296,7 @@ class Qcow2Disk(Disk):
                 **info.specific_facts(header),
                 **data_file_info(header),
                 **({"bitmaps": self.bitmaps.info()} if len(self.bitmaps) else {}),
+                **({"encrypt": self.encryption.info()} if self.encryption is not None else {}),
             },
             dirty=bool(header.incompatible_features & Incompatible.DIRTY),
             encrypted=header.crypt_method is not CryptMethod.NONE,
@@ -453,8 +477,24 @@ def _refuse_what_is_missing(header: Header) -> None:
     if missing:
         names = ", ".join(name for bit, name in _LATER.items() if missing & bit)
         raise UnsupportedError(f"Unsupported qcow2 feature(s): {names}", feature=names)
-    if header.crypt_method is not CryptMethod.NONE:
-        raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
+
+
+def _open_encryption(
+    file: Disk,
+    header: Header,
+    passphrase: Passphrase | None,
+    encrypt_format: str | None,
+    no_io: bool,
+) -> Encryption | None:
+    if header.crypt_method is CryptMethod.NONE:
+        if encrypt_format is not None:
+            raise ValueError(
+                f"No encryption in image header, but options specified format '{encrypt_format}'"
+            )
+        return None
+    from .encryption import open_encryption  # cryptography takes long to load
+
+    return open_encryption(file, header, passphrase, encrypt_format=encrypt_format, no_io=no_io)
 
 
 def _load(

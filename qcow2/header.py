@@ -47,6 +47,8 @@ class Header:
     """There is a bitmaps extension that somebody who knows no bitmaps left out of date."""
     data_file: str | None = None
     """The name of the external data file, as it stands in the image."""
+    crypto_header: tuple[int, int] | None = None
+    """Offset and length of the area with the LUKS header."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
     """(type, data) of header extensions that we do not know; kept when rewritten."""
 
@@ -81,6 +83,9 @@ class Header:
             extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
         if self.bitmaps is not None:
             extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
+        if self.crypto_header is not None:
+            area = layout.ENCRYPTION_HEADER.pack(*self.crypto_header)
+            extensions += _extension(ExtensionType.ENCRYPTION, area)
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -318,7 +323,7 @@ def _check_encryption(header: Header, crypt_method: int) -> None:
         header.crypt_method = CryptMethod(crypt_method)
     except ValueError:
         raise ImageError(
-            f"Unsupported encryption method: {crypt_method}",
+            f"Unsupported encryption method {crypt_method}",
             field="crypt_method",
             value=crypt_method,
             limit=max(CryptMethod),
@@ -420,8 +425,53 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
             header.stale_bitmaps = True
     elif kind == ExtensionType.DATA_FILE:
         header.data_file = os.fsdecode(data.split(b"\0")[0])
+    elif kind == ExtensionType.ENCRYPTION:
+        header.crypto_header = _crypto_header(header, data)
     elif kind != ExtensionType.FEATURE_NAMES:
         header.unknown_extensions.append((kind, data))
+
+
+def _crypto_header(header: Header, data: bytes) -> tuple[int, int]:
+    if header.crypt_method is not CryptMethod.LUKS:
+        raise ImageError(
+            "CRYPTO header extension only expected with LUKS encryption method",
+            field="crypt_method",
+            value=int(header.crypt_method),
+            limit=int(CryptMethod.LUKS),
+        )
+    expected = layout.ENCRYPTION_HEADER.size
+    if len(data) != expected:
+        raise ImageError(
+            f"CRYPTO header extension size {len(data)}, but expected size {expected}",
+            field="encryption header extension length",
+            value=len(data),
+            limit=expected,
+        )
+    offset, length = layout.ENCRYPTION_HEADER.unpack(data)
+    cluster_size = 1 << header.cluster_bits
+    if offset % cluster_size:
+        raise ImageError(
+            f"Encryption header offset '{offset}' is not a multiple of cluster size "
+            f"'{cluster_size}'",
+            field="encryption header offset",
+            value=offset,
+            limit=cluster_size,
+        )
+    if length > layout.MAX_ENCRYPTION_HEADER:
+        raise ImageError(
+            "Encryption header too large",
+            field="encryption header length",
+            value=length,
+            limit=layout.MAX_ENCRYPTION_HEADER,
+        )
+    if offset + length > layout.INT64_MAX:
+        raise ImageError(
+            "Encryption header offset invalid",
+            field="encryption header offset",
+            value=offset,
+            limit=layout.INT64_MAX - length,
+        )
+    return offset, length
 
 
 def _backing_file(cluster: bytes, offset: int, length: int) -> str | None:

@@ -118,6 +118,9 @@ FEATURE_NAMES = (
 )
 """The feature name table as QEMU writes it."""
 
+ENCRYPTION_HEADER = Struct(">QQ")
+"""offset, length: where the LUKS header and its key material stand"""
+
 # -- refcounts (spec, "Host cluster management") -------------------------------------------------
 
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
@@ -179,6 +182,7 @@ MAX_REFCOUNT_TABLE_SIZE = 8 << 20  # QEMU; bytes
 MAX_SNAPSHOTS = 65536  # QEMU
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QEMU; bytes per snapshot
 MAX_SNAPSHOT_TABLE_SIZE = 1024 * MAX_SNAPSHOTS  # QEMU; bytes
+MAX_ENCRYPTION_HEADER = 64 << 20  # bytes; ours: QEMU writes 2 MiB at most, and sets no limit
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT_NAME = 15  # QEMU
 MAX_HOST_OFFSET = 1 << 56

@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -33,6 +34,9 @@ from .refcount_codec import uniform
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
 from .tables import entry_kind
+
+if TYPE_CHECKING:
+    from .encryption import Encryption
 
 __all__ = ["CacheSizes", "Metadata"]
 
@@ -74,6 +78,8 @@ class Metadata:
         self.cluster_bits = self.geometry.cluster_bits
         self.cluster_size = self.geometry.cluster_size
         self.read_only = read_only
+        self.encryption: Encryption | None = None
+        """How guest data is encrypted, if it is."""
         self.health = Health()
         self.gate = RequestGate()
         self.lock = self.gate.lock

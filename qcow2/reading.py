@@ -30,6 +30,8 @@ class Reader:
         self._lock = metadata.lock
         self._map = metadata.tables.map
         self.holes = HostHoles(metadata)
+        self.encryption = metadata.encryption
+        """How stored data is encrypted, if it is."""
         self.backing = backing
         self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
@@ -64,6 +66,8 @@ class Reader:
 
     def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
+        if self.encryption is not None:
+            return False
         gate, lock = self._gate, self._lock
         try:
             with lock:
@@ -177,13 +181,27 @@ class Reader:
         finally:
             self._gate.leave()
 
+    def read_inside(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Read a part of one cluster (of one subcluster), for a request that is inside the gate."""
+        while True:
+            try:
+                with self._lock:
+                    kind, host, _ = self._map(offset, length)
+                break
+            except CacheFull:
+                self._metadata.flush_inside()
+        self.read_run(kind, host, offset, views, length)
+
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
         if kind is _NORMAL:
             self._file.debug_event("read_aio")
-            self._file.readv(host, views)
+            if self.encryption is not None:
+                self.encryption.readv(self._file, host, offset, views, length)
+            else:
+                self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:
             self._read_backing(offset, views, length)
         elif kind is ClusterKind.COMPRESSED:

@@ -326,7 +326,7 @@ class Refcounts:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
         what every image has: then the refcounts are wrong (QEMU's "Preventing invalid ...")."""
         header, bits = self._header, self._geometry.cluster_bits
-        taken = (
+        taken: tuple[tuple[str, int, int], ...] = (
             ("the header", 0, 1),
             ("the active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
             (
@@ -335,6 +335,9 @@ class Refcounts:
                 header.refcount_table_clusters << bits,
             ),
         )
+        if header.crypto_header is not None:
+            offset, length = header.crypto_header
+            taken += (("the encryption header", offset >> bits, length),)
         for what, start, length in taken:
             if first < start + self._geometry.clusters(length) and start < first + count:
                 message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"

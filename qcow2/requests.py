@@ -32,6 +32,16 @@ class Allocation:
     """The thread that does it."""
 
 
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Guest bytes of an encrypted image, whole sectors, that are being changed."""
+
+    start: int
+    end: int
+    alone: bool
+    """No other change of them may come in between."""
+
+
 class RequestGate:
     """Lets requests in, lets an exclusive operation in alone, and knows who is still inside.
 
@@ -58,6 +68,8 @@ class RequestGate:
         self._past: deque[tuple[int, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when nobody is inside since then."""
         self.allocations: list[Allocation] = []
+        self._claims: dict[int, Claim] = {}
+        """By thread, in the order in which they were asked for."""
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -94,6 +106,7 @@ class RequestGate:
         """Undo what an interrupted request or operation of this thread left standing."""
         if self._exclusive == me:
             self._exclusive = None
+        self._claims.pop(me, None)
         self._inside.pop(me, None)
         self._left(me)
 
@@ -180,6 +193,34 @@ class RequestGate:
         self.allocations.remove(allocation)
         if self._waiting:
             self._changed.notify_all()
+
+    # -- sectors of encrypted images -------------------------------------------------------------
+    # A part of a sector is written by reading the sector, and writing all of it back. No other
+    # change of it may come in between, so such a request has its sectors alone (QEMU's
+    # serialising requests). Requests for whole sectors share. A request has one claim at most.
+
+    def claim(self, start: int, end: int, *, alone: bool = False) -> None:
+        """Change guest bytes ``start`` to ``end`` (lock held, inside); waits for earlier requests
+        that overlap, if one of the two has to be alone."""
+        me = get_ident()
+        self._claims.pop(me, None)
+        mine = self._claims[me] = Claim(start, end, alone)
+        while self._is_blocked(mine):
+            self._wait()
+
+    def end_claim(self) -> None:
+        """The change is done, or given up (lock not held, before :meth:`leave`)."""
+        with self.lock:
+            if self._claims.pop(get_ident(), None) is not None and self._waiting:
+                self._changed.notify_all()
+
+    def _is_blocked(self, mine: Claim) -> bool:
+        for other in self._claims.values():
+            if other is mine:
+                return False
+            if other.start < mine.end and mine.start < other.end and (mine.alone or other.alone):
+                return True
+        return False
 
 
 class _Exclusive:

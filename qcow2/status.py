@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..backend.disk import Extent
 from .layout import ClusterKind
@@ -14,12 +15,16 @@ __all__ = ["block_status"]
 def block_status(reader: Reader, offset: int, length: int) -> Extent:
     """The run that starts at guest byte ``offset``, as :meth:`Disk.block_status` wants it."""
     reader, depth, kind, host, run = reader.map_chain(offset, length)
-    file = reader.file
+    place: dict[str, Any] = {"host_offset": host, "file": reader.file}
+    if reader.encryption is not None:
+        place = {}  # it does not stand there as it is read
     if kind is ClusterKind.NORMAL:
-        zero, run = reader.holes.look(host, run)
-        return Extent(run, True, zero, True, depth=depth, host_offset=host, file=file)
+        zero = False
+        if reader.encryption is None:
+            zero, run = reader.holes.look(host, run)
+        return Extent(run, True, zero, True, depth=depth, **place)
     if kind is ClusterKind.ZERO_ALLOCATED:
-        return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
+        return Extent(run, False, True, True, depth=depth, **place)
     if kind is ClusterKind.ZERO_PLAIN:
         return Extent(run, False, True, True, depth=depth)
     if kind is ClusterKind.COMPRESSED:

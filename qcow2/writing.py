@@ -67,10 +67,13 @@ class Writer:
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
+        self._encryption = metadata.encryption
 
     def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
         with nothing done."""
+        if self._encryption is not None:
+            return False
         gate, lock = self._gate, self._lock
         try:
             with lock:
@@ -91,19 +94,26 @@ class Writer:
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
+        if self._encryption is not None:
+            self._write_encrypted(offset, views, length)
+            return
         try:
             with self._lock:
                 self._health.check()
                 self._gate.enter()
-            while length:
-                done = self._write_run(offset, views, length)
-                views = split(views, done, length - done)
-                offset += done
-                length -= done
-            if len(self._metadata.dropped.runs) > MAX_DROPPED:
-                self._metadata.flush_inside()
+            self._write_runs(offset, views, length)
         finally:
             self._gate.leave()
+
+    def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write what may be several runs, one after the other (inside)."""
+        while length:
+            done = self._write_run(offset, views, length)
+            views = split(views, done, length - done)
+            offset += done
+            length -= done
+        if len(self._metadata.dropped.runs) > MAX_DROPPED:
+            self._metadata.flush_inside()
 
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Write as much as goes in one piece; how much that was."""
@@ -117,9 +127,39 @@ class Writer:
         if isinstance(plan, _NewClusters):
             return self._write_new(plan, offset, views, length)
         host, run = plan
-        self._file.debug_event("write_aio")
-        self._file.writev(host, split(views, 0, run))
+        self._store(host, offset, split(views, 0, run), run)
         return run
+
+    def _store(self, host: int, guest: int, views: list[memoryview], length: int) -> None:
+        """Write guest bytes from ``guest`` on to their place in the file."""
+        self._file.debug_event("write_aio")
+        if self._encryption is not None:
+            self._encryption.writev(self._file, host, guest, views, length)
+        else:
+            self._file.writev(host, views)
+
+    # -- whole sectors of encrypted images ---------------------------------------------------------
+
+    def _write_encrypted(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write any bytes of an encrypted image; sectors written in part are read before."""
+        before, after = offset % layout.SECTOR, -(offset + length) % layout.SECTOR
+        start, end = offset - before, offset + length + after
+        try:
+            with self._lock:
+                self._health.check()
+                self._gate.enter()
+                self._gate.claim(start, end, alone=bool(before or after))
+            if before or after:
+                head, tail = bytearray(before), bytearray(after)
+                if before:
+                    self._reader.read_inside(start, [memoryview(head)], before)
+                if after:
+                    self._reader.read_inside(end - after, [memoryview(tail)], after)
+                views = [memoryview(head), *views, memoryview(tail)]
+            self._write_runs(start, views, end - start)
+        finally:
+            self._gate.end_claim()
+            self._gate.leave()
 
     # -- planning (lock held) --------------------------------------------------------------------
 
@@ -163,6 +203,7 @@ class Writer:
             if metadata.data_file is None:
                 first, count, fresh = metadata.refcounts.allocate(count)
                 host = first << metadata.cluster_bits
+                fresh = fresh and self._encryption is None  # zeroes are encrypted, too
         start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits
         start, end = self._filled(old[0], old[count - 1], start, end, offset, length, reusable > 0)
         return _NewClusters(
@@ -198,8 +239,8 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
-            self._file.debug_event("write_aio")
-            self._file.writev(place, parts)
+            size = len(head or b"") + done + len(tail or b"")
+            self._store(place, offset - len(head or b""), parts, size)
         except BaseException:
             with metadata.lock:
                 self._give_up(new)

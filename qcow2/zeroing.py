@@ -100,6 +100,8 @@ def _replace_entries(
     try:
         with metadata.lock:
             metadata.gate.enter()
+            if metadata.encryption is not None:
+                metadata.gate.claim(offset, offset + length)
         while cluster < end:
             try:
                 with metadata.lock:
@@ -109,6 +111,8 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
+        if metadata.encryption is not None:
+            metadata.gate.end_claim()
         metadata.gate.leave()
 
 

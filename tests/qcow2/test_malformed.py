@@ -161,7 +161,9 @@ def look_at(contents: bytes) -> None:
     """Open the image and read it."""
     with (
         suppress(*TYPED),
-        pyvirtio.open_disk(memory_disk(contents), format="qcow2", backing=nothing) as disk,
+        pyvirtio.open_disk(
+            memory_disk(contents), format="qcow2", backing=nothing, passphrase="secret"
+        ) as disk,
     ):
         read_everything(disk)
 
@@ -172,7 +174,10 @@ def survive(contents: bytes) -> None:
         with (
             suppress(*TYPED),
             pyvirtio.open_disk(
-                CappedDisk(memory_disk(contents), 8 << 20), format="qcow2", backing=nothing
+                CappedDisk(memory_disk(contents), 8 << 20),
+                format="qcow2",
+                backing=nothing,
+                passphrase="secret",
             ) as disk,
         ):
             act(disk)
@@ -261,7 +266,7 @@ def _cached_image(v2: bool) -> bytes:
 # -- the same verdict as QEMU's ------------------------------------------------------------------
 
 KNOWN_DIFFERENCES = {
-    ("crypt_method", 1): "encryption is not there yet",
+    ("crypt_method", 2): "without a LUKS header QEMU opens it for info, and then crashes",
 }
 """(field, value): why we judge otherwise than QEMU 7.2."""
 
@@ -283,7 +288,9 @@ def qemu_opens(path: Path, *, data_file: bool = False) -> bool:
 
 def we_open(path: Path) -> bool:
     try:
-        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=nothing) as disk:
+        with pyvirtio.open_disk(
+            path, format="qcow2", read_only=True, backing=nothing, no_io=True
+        ) as disk:
             list(disk.snapshots)
     except TYPED:
         return False
