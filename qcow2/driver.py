@@ -12,12 +12,17 @@ from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout, resize, zeroing
-from .check import CheckResult, check
+from .check import CheckResult, Fix, check
+from .cleaner import CacheCleaner
+from .corruption import CorruptionError, CorruptionListener
 from .header import Header, read_header
 from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
-from .metadata import CacheSizes, Metadata
+from .metadata import Metadata
+from .options import RuntimeOptions
 from .reading import Reader
+from .quarantine import DiscardKind
 from .snapshots import Snapshots
+from .state import is_corrupt, is_dirty
 from .writing import Writer
 
 __all__ = ["Qcow2Disk"]
@@ -43,11 +48,13 @@ class Qcow2Disk(Disk):
         backing: Disk | None,
         *,
         read_only: bool,
+        options: RuntimeOptions,
+        for_check: bool = False,
     ) -> None:
         cluster_size = metadata.cluster_size
         super().__init__(
             header.size // layout.SECTOR * layout.SECTOR,
-            read_only=read_only,
+            read_only=read_only or for_check,
             limits=Limits(
                 request_alignment=file.limits.request_alignment,
                 write_zeroes_alignment=cluster_size,
@@ -58,12 +65,17 @@ class Qcow2Disk(Disk):
         self._file = file
         self._header = header
         self._metadata = metadata
+        self._options = options
+        self._for_check = for_check
+        self._cleaner = CacheCleaner(metadata, options.cache_clean_interval)
         missing = header.backing_file if backing is None else None
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
         self.snapshots = Snapshots(metadata, self._set_size)
         """The internal snapshots."""
+        if not for_check:
+            self.snapshots.load()
 
     @classmethod
     def open(
@@ -72,35 +84,49 @@ class Qcow2Disk(Disk):
         *,
         read_only: bool = False,
         policy: Callable[[FileReference], Disk | None] | None = None,
-        l2_cache_size: int = 32 << 20,
-        refcount_cache_size: int = 4 << 20,
+        for_check: bool = False,
+        **options: Any,
     ) -> Qcow2Disk:
         """Open the image in ``file``. ``policy`` opens the backing file, or declines.
 
-        Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
-        UnsupportedError naming the feature that is missing.
+        ``for_check`` opens an image, be it corrupt, dirty or without a refcount table, for nothing but
+        :meth:`check` (and reading); ``options`` are those of RuntimeOptions. Raises ImageError naming
+        the field that is wrong, UnsupportedError naming the feature that is missing, or ValueError for
+        an option.
         """
-        header = read_header(file)
+        header = read_header(file, for_check=for_check)
         _refuse_what_is_missing(header)
-        if header.incompatible_features & Incompatible.CORRUPT and not read_only:
+        runtime = RuntimeOptions.parse(
+            options,
+            header.geometry,
+            size=header.size,
+            lazy_refcounts=bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
+            discards=getattr(file, "discard_mode", "unmap") == "unmap",
+        )
+        if is_corrupt(header) and not read_only and not for_check:
             raise ImageError(
                 "qcow2: Image is corrupt; cannot be opened read/write",
                 field="incompatible_features",
                 value=header.incompatible_features,
             )
-        if header.incompatible_features & Incompatible.DIRTY and not read_only:
-            raise UnsupportedError(
-                "The image is dirty: its refcounts must be repaired before it can be written",
-                feature="repair",
-            )
-        metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
+        metadata = _load(file, header, runtime, read_only)
         backing = None
         try:
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
-            disk = cls(file, header, metadata, backing, read_only=read_only)
-            if not read_only:
+            disk = cls(
+                file,
+                header,
+                metadata,
+                backing,
+                read_only=read_only,
+                options=runtime,
+                for_check=for_check,
+            )
+            if not read_only and not for_check:
                 disk._clear_unknown_autoclear()
+                disk._repair_if_dirty()
+                metadata.lazy = runtime.lazy_refcounts
             return disk
         except BaseException:
             metadata.close()
@@ -115,27 +141,65 @@ class Qcow2Disk(Disk):
             self._file.flush()
             self._header.autoclear_features = 0
 
+    def _repair_if_dirty(self) -> None:
+        """Refcounts of a dirty image may be wrong: they are put right before anything is written."""
+        if not is_dirty(self._header):
+            return
+        result = self.check(fix="all")
+        if result.check_errors:
+            raise BackendError(
+                errno.EIO, f"Could not repair dirty image: {'; '.join(result.messages[-3:])}"
+            )
+
     # -- requests ------------------------------------------------------------------------------
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        self.reader.read(offset, views, length)
+        try:
+            self.reader.read(offset, views, length)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._writer.write(offset, views, length)
+        try:
+            self._writer.write(offset, views, length)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
+        try:
+            zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _discard(self, offset: int, length: int) -> None:
-        zeroing.discard(
-            self._metadata, offset, length, backed=self._header.backing_file is not None
-        )
+        try:
+            zeroing.discard(
+                self._metadata,
+                offset,
+                length,
+                backed=self._header.backing_file is not None,
+                keep=self._options.discard_no_unref,
+            )
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _flush(self) -> None:
-        self._metadata.flush()
+        try:
+            self._metadata.flush()
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        reader, depth, kind, host, run = self.reader.map_chain(offset, length)
+        try:
+            reader, depth, kind, host, run = self.reader.map_chain(offset, length)
+        except CorruptionError as error:
+            _report(error)
+            raise
         file = reader.file
         if kind is ClusterKind.NORMAL:
             return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
@@ -189,17 +253,33 @@ class Qcow2Disk(Disk):
             specific=specific,
         )
 
-    def check(self) -> CheckResult:
+    def check(self, fix: Fix | None = None) -> CheckResult:
         """Compare every refcount and flag with what refers to it, as ``qemu-img check`` does.
 
-        Nothing is changed.
+        ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always safe;
+        ``"all"``, corruptions, too. Without it nothing is changed.
         """
         metadata = self._metadata
+        if fix not in (None, "leaks", "all"):
+            raise ValueError("what is fixed is 'leaks' or 'all'")
+        if fix is not None:
+            metadata.check_writable()
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()
-            with metadata.lock:
-                return check(metadata, self.snapshots, self.snapshots.table_length)
+                metadata.make_accurate()
+            result = check(metadata, fix, self.snapshots.rewrite)
+            if fix is not None:
+                self.reader.forget()
+        return result
+
+    def on_corruption(self, listener: CorruptionListener) -> None:
+        """Have ``listener(event)`` called when the image turns out to be corrupt while in use.
+
+        It is called once, in the thread of the request that found it, outside every lock. An image
+        that may be written is marked corrupt then, and refuses everything.
+        """
+        self._metadata.corruption.add_listener(listener)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -257,10 +337,12 @@ class Qcow2Disk(Disk):
         with ExitStack() as stack:
             stack.callback(self._file.close)
             stack.callback(self._metadata.close)
+            self._cleaner.stop()
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
                         self._metadata.settle()
+                        self._metadata.make_accurate()
             finally:
                 self.closed = True
 
@@ -274,12 +356,30 @@ def _refuse_what_is_missing(header: Header) -> None:
         raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
 
 
-def _load(file: Disk, header: Header, sizes: CacheSizes, read_only: bool) -> Metadata:
+def _report(error: CorruptionError) -> None:
+    """Tell whoever listens, now that no lock is held."""
+    if error.source is not None:
+        error.source.deliver()
+
+
+def _load(file: Disk, header: Header, options: RuntimeOptions, read_only: bool) -> Metadata:
     try:
-        return Metadata(file, header, sizes, read_only=read_only)
+        metadata = Metadata(
+            file,
+            header,
+            options.caches,
+            read_only=read_only,
+            overlap_check=options.overlap_check,
+        )
     except BackendError as error:
         number = error.errno or errno.EIO
         raise BackendError(number, f"Could not read the tables: {error.strerror}") from error
+    metadata.discards |= {
+        DiscardKind.REQUEST: options.pass_discard_request,
+        DiscardKind.SNAPSHOT: options.pass_discard_snapshot,
+        DiscardKind.OTHER: options.pass_discard_other,
+    }
+    return metadata
 
 
 def _backing_reference(header: Header) -> FileReference:

@@ -23,34 +23,36 @@ from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
+from .corruption import Corruption
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
+from .options import CacheSizes
+from .overlap import TEMPLATES, Overlap, Section
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
+from .state import mark_clean, mark_dirty
 from .tables import Tables, entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
 
 _SLICE_SIZE = 4096
-"""Bytes of a table that are read and written at once (QEMU's default l2-cache-entry-size)."""
-
-
-class CacheSizes:
-    """How much memory the caches may take, in bytes; it is used only as far as it fills."""
-
-    __slots__ = ("l2", "refcount")
-
-    def __init__(self, l2: int = 32 << 20, refcount: int = 4 << 20) -> None:
-        self.l2 = l2
-        self.refcount = refcount
+"""Bytes of a refcount block that are read and written at once."""
 
 
 class Metadata:
     """Everything of an open image that is neither data nor policy."""
 
-    def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        file: Disk,
+        header: Header,
+        sizes: CacheSizes,
+        *,
+        read_only: bool,
+        overlap_check: Section = TEMPLATES["cached"],
+    ) -> None:
         self.file = file
         self.header = header
         self.geometry = header.geometry
@@ -60,12 +62,23 @@ class Metadata:
         self.health = Health()
         self.gate = RequestGate()
         self.lock = self.gate.lock
-        slot = min(self.cluster_size, _SLICE_SIZE)
+        self.corruption = Corruption(
+            file, header, self.health, self.gate, writable=not read_only
+        )
+        self.lazy = False
+        """Refcounts need not be right in the file: it is marked dirty instead."""
+        slot = min(self.cluster_size, sizes.l2_entry)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
         self.tables = Tables(l1, self.geometry, l2_cache)
+        slot = min(self.cluster_size, _SLICE_SIZE)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
+        self.overlap = Overlap(self, overlap_check)
+        l2_cache.guard = self.overlap.check_l2_slice
+        refcount_cache.guard = self.overlap.check_block
+        self.refcounts.overlap = self.overlap
+        self.tables.damaged = self.refcounts.damaged = self.corruption.found
         self.dropped = DroppedReferences()
         """References dropped since the last flush began."""
         self.discards = {
@@ -82,6 +95,22 @@ class Metadata:
         """Give the caches' memory back. Nothing is written."""
         self.tables.cache.close()
         self.refcounts.cache.close()
+
+    def reload(self) -> None:
+        """Forget all that is in memory, and load the tables that the header names (exclusively)."""
+        with self.lock:
+            self.tables.cache.clear()
+            self.tables.dirty_l1.clear()
+            self.tables.l1 = load_table(
+                self.file, self.header.l1_table_offset, self.header.l1_size
+            )
+            self.refcounts.reload()
+            self.dropped = DroppedReferences()
+            self.overlap.forget()
+
+    def other_regions(self) -> Iterator[tuple[int, int]]:
+        """(host offset, length) of what the image has besides tables and data, for a check."""
+        yield from ()
 
     # -- L2 tables to write to -------------------------------------------------------------------
 
@@ -108,6 +137,8 @@ class Metadata:
         contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
         new, _, _ = self.refcounts.allocate(1)
         try:
+            self.overlap.check(new << self.cluster_bits, self.cluster_size)
+            self.overlap.add(new)
             self.file.write(new << self.cluster_bits, contents)
         except BaseException:
             self.refcounts.add(new, 1, -1)
@@ -133,6 +164,7 @@ class Metadata:
         For changes that are right at any moment, in an exclusive operation.
         """
         cache = self.tables.cache
+        self.overlap.check_l2(offset, self.cluster_size)
         self.file.write(offset, contents)
         for start in range(0, self.cluster_size, cache.slot_size):
             slot = cache.index.get(offset + start)
@@ -178,11 +210,18 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
-            offset, size = start << self.cluster_bits, length << self.cluster_bits
-            self.tables.cache.forget(offset, size)
-            end = min(offset + size, self.file.size)
-            if self.discards[kind] and offset < end:
+        freed = merge_runs(self.refcounts.add(first, count, -times))
+        for start, length in freed:
+            self.tables.cache.forget(start << self.cluster_bits, length << self.cluster_bits)
+        if self.discards[kind]:
+            self.discard_in_file(freed)
+
+    def discard_in_file(self, runs: list[tuple[int, int]]) -> None:
+        """Tell the file below that runs of clusters hold nothing."""
+        for first, count in runs:
+            offset = first << self.cluster_bits
+            end = min(offset + (count << self.cluster_bits), self.file.size)
+            if offset < end:
                 with suppress(BackendError):  # a hint, and nothing depends on it
                     self.file.discard(offset, end - offset)
 
@@ -207,6 +246,16 @@ class Metadata:
         self.file.flush()
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
+
+    def make_accurate(self) -> None:
+        """Bring postponed refcounts to the file, which is clean then (in an exclusive operation)."""
+        if self.lazy:
+            self.lazy = False
+            try:
+                self.settle()
+                mark_clean(self.file, self.header)
+            finally:
+                self.lazy = True
 
     # -- to stable storage -------------------------------------------------------------------------
 
@@ -242,6 +291,10 @@ class Metadata:
         with self.lock:
             if not self.dirty:
                 staged = None
+            elif self.lazy:
+                # In the file before anything that the counts there do not know of.
+                mark_dirty(self.file, self.header)
+                staged = _Staged(self)
             else:
                 self.refcounts.cache.write_dirty()
                 staged = _Staged(self)
@@ -275,6 +328,7 @@ class Metadata:
             self.settle()
             yield
             self.settle()
+            self.overlap.forget()
 
 
 class _Staged:
@@ -284,7 +338,7 @@ class _Staged:
 
     def __init__(self, metadata: Metadata) -> None:
         tables = metadata.tables
-        self.blocks = metadata.refcounts.take_new_blocks()
+        self.blocks = set() if metadata.lazy else metadata.refcounts.take_new_blocks()
         self.slices = tables.cache.take_dirty()
         self.l1 = [(index, tables.l1[index]) for index in sorted(tables.dirty_l1)]
         tables.dirty_l1.clear()
@@ -304,7 +358,9 @@ class _Staged:
             file.flush()
         if self.l1:
             for first, entries in _runs(self.l1):
-                file.write(metadata.header.l1_table_offset + 8 * first, pack_table(entries))
+                place = metadata.header.l1_table_offset + 8 * first
+                metadata.overlap.check_l1(place, 8 * len(entries))
+                file.write(place, pack_table(entries))
             file.flush()
 
     def give_back(self, metadata: Metadata) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -19,6 +20,9 @@ from .cache import TableCache
 from .header import Header
 from .health import Health
 from .refcount_codec import codec_for
+
+if TYPE_CHECKING:
+    from .overlap import Overlap
 
 __all__ = ["Refcounts", "load_table", "pack_table"]
 
@@ -45,6 +49,10 @@ class Refcounts:
     def __init__(self, file: Disk, header: Header, cache: TableCache, health: Health) -> None:
         geometry = header.geometry
         self._file = file
+        self.damaged: Callable[..., ImageError] = ImageError
+        """Makes the error for an entry that cannot be followed."""
+        self.overlap: Overlap | None = None
+        """Asked before new blocks and tables are written."""
         self._health = health
         self._header = header
         self._geometry = geometry
@@ -53,11 +61,7 @@ class Refcounts:
         self._block_bits = geometry.refcount_block_bits
         slice_bits = cache.slot_bits + 3 - geometry.refcount_order
         self._slice_entries = 1 << slice_bits
-        self.table = load_table(
-            file,
-            header.refcount_table_offset,
-            header.refcount_table_clusters << (geometry.cluster_bits - 3),
-        )
+        self.table = self._load_table()
         """The refcount table; entries are as in the file."""
         self._dirty_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
@@ -66,6 +70,19 @@ class Refcounts:
         self.fresh = geometry.clusters(file.size)
         """Clusters from this one on were never handed out and lie past the end of the file:
         they read as zeroes."""
+
+    def _load_table(self) -> array[int]:
+        header = self._header
+        entries = header.refcount_table_clusters << (self._geometry.cluster_bits - 3)
+        return load_table(self._file, header.refcount_table_offset, entries)
+
+    def reload(self) -> None:
+        """Forget everything: the file was changed by somebody else, the header says where."""
+        self.cache.clear()
+        self.table = self._load_table()
+        self._dirty_entries.clear()
+        self._hint = 0
+        self.fresh = self._geometry.clusters(self._file.size)
 
     # -- single counts -------------------------------------------------------------------------
 
@@ -92,7 +109,7 @@ class Refcounts:
         entry = self.table[block]
         offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
         if offset % self._geometry.cluster_size:
-            raise ImageError(
+            raise self.damaged(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {block:#x})",
                 field="refcount table entry",
                 value=entry,
@@ -248,6 +265,9 @@ class Refcounts:
         contents = bytearray(self._geometry.cluster_size)
         self._codec.store(memoryview(contents), 0, [1] * used)
         offset = cluster << self._geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, len(contents))
+            self.overlap.add(cluster)
         self._file.write(offset, contents)
 
     def _grow_table(self, blocks: int) -> None:
@@ -278,6 +298,8 @@ class Refcounts:
             self._write_block(first + i, min(per_block, used - i * per_block))
             table[first_block + i] = (first + i) << geometry.cluster_bits
         offset = (first + new_blocks) << geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, clusters << geometry.cluster_bits)
         self._file.write(offset, pack_table(table))
         self.cache.write_dirty()
         self._file.flush()
@@ -293,6 +315,8 @@ class Refcounts:
             self._header.refcount_table_clusters = clusters
             self.table = table
             self._dirty_entries.clear()
+            if self.overlap is not None:
+                self.overlap.forget()
         self.add(old, old_clusters, -1)
 
     # -- to the file -----------------------------------------------------------------------------
@@ -315,4 +339,6 @@ class Refcounts:
         """Name new blocks in the file's table. The blocks must be on stable storage already."""
         table = self._header.refcount_table_offset
         for entry in sorted(entries):
+            if self.overlap is not None:
+                self.overlap.check_table(table + 8 * entry, 8)
             self._file.write(table + 8 * entry, layout.U64.pack(self.table[entry]))

@@ -5,11 +5,14 @@ Everything here is protected by the image's metadata lock, which :class:`Request
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, Lock
+
+from ..errors import BackendError
 
 __all__ = ["Allocation", "Epoch", "RequestGate"]
 
@@ -44,6 +47,8 @@ class RequestGate:
         self._changed = Condition(self.lock)
         self._epoch = Epoch()
         self._exclusive = False
+        """Nobody comes in now (or, once it is shut, ever)."""
+        self._shut: str | None = None
         self._waiting = 0
         self._past: deque[tuple[Epoch, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when all up to this one are empty."""
@@ -54,6 +59,7 @@ class RequestGate:
     def enter(self) -> Epoch:
         """Come in (lock held); waits while an exclusive operation runs."""
         while self._exclusive:
+            self._refuse_if_shut()
             self._wait()
         epoch = self._epoch
         epoch.inside += 1
@@ -85,6 +91,7 @@ class RequestGate:
         """Wait until nobody is inside, and keep everybody out. The lock is not held inside."""
         with self.lock:
             while self._exclusive:
+                self._refuse_if_shut()
                 self._wait()
             self._exclusive = True
             try:
@@ -100,8 +107,21 @@ class RequestGate:
                 self._open()
 
     def _open(self) -> None:
-        self._exclusive = False
+        self._exclusive = self._shut is not None
         self._changed.notify_all()
+
+    # -- never again -----------------------------------------------------------------------------
+
+    def shut(self, reason: str) -> None:
+        """Let nobody in any more; who is inside may finish. Needs no lock, may hold it."""
+        self._shut = reason
+        self._exclusive = True
+
+    def _refuse_if_shut(self) -> None:
+        if self._shut is not None:
+            raise BackendError(
+                errno.EIO, f"The image is corrupt and refuses everything: {self._shut}"
+            )
 
     def _wait(self) -> None:
         self._waiting += 1

@@ -37,6 +37,7 @@ def make_room(metadata: Metadata, size: int) -> None:
     clusters = geometry.clusters(8 * needed)
     with metadata.lock:
         first = metadata.refcounts.allocate_contiguous(clusters)
+        metadata.overlap.check(first << metadata.cluster_bits, clusters << metadata.cluster_bits)
         contents = pack_table(l1).ljust(clusters << metadata.cluster_bits, b"\0")
         metadata.file.write(first << metadata.cluster_bits, contents)
     metadata.flush_alone()

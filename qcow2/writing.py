@@ -60,6 +60,7 @@ class Writer:
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
+        self._check_overlap = metadata.overlap.check
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
@@ -76,6 +77,7 @@ class Writer:
                 raise
         try:
             if run == length:
+                self._check_overlap(host, run)
                 self._file.debug_event("write_aio")
                 self._file.writev(host, views)
             else:
@@ -106,6 +108,7 @@ class Writer:
         if isinstance(plan, _NewClusters):
             return self._write_new(plan, offset, views, length)
         host, run = plan
+        self._check_overlap(host, run)
         self._file.debug_event("write_aio")
         self._file.writev(host, split(views, 0, run))
         return run
@@ -177,6 +180,7 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
+            self._check_overlap(new.host, new.allocation.count << metadata.cluster_bits)
             metadata.file.debug_event("write_aio")
             metadata.file.writev(place, parts)
         except BaseException:

@@ -9,7 +9,7 @@ from . import layout
 from .cache import CacheFull
 from .layout import ClusterKind
 from .metadata import Metadata
-from .quarantine import DiscardKind
+from .quarantine import DiscardKind, merge_runs
 from .tables import entry_kind
 
 __all__ = ["discard", "write_zeroes"]
@@ -34,8 +34,11 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
     _replace_entries(metadata, offset, length, replace)
 
 
-def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> None:
-    """Give whole clusters back. ``backed``: the image has a backing file.
+def discard(
+    metadata: Metadata, offset: int, length: int, *, backed: bool, keep: bool = False
+) -> None:
+    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host clusters
+    stay allocated, as zero clusters, and are discarded in the file below (``discard-no-unref``).
 
     Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
     In a version 2 image with a backing file nothing is done: its old data would show again.
@@ -43,13 +46,19 @@ def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> No
     if metadata.geometry.version < 3 and backed:
         return
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
+    kept: list[int] = []
 
     def replace(entry: int) -> int:
+        if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:
+            kept.append((entry & layout.OFFSET_MASK) >> metadata.cluster_bits)
+            return entry | layout.ZERO
         if entry_kind(entry) is ClusterKind.UNALLOCATED and not backed:
             return entry
         return nothing
 
     _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
+    if kept and metadata.discards[DiscardKind.REQUEST]:
+        metadata.discard_in_file(merge_runs(kept))
 
 
 def _replace_entries(
