@@ -1,10 +1,10 @@
-"""Check and repair: are the refcounts what the references say, and the COPIED flags what the refcounts
-say?
+"""Check and repair: are the refcounts what the references say, and the COPIED flags what the
+refcounts say?
 
 Counts as ``qemu-img check`` does: a refcount that is too high is a leak, one that is too low or an
 entry that cannot be right is a corruption. A repair changes, in this order, entries that cannot be
-followed, refcounts, COPIED flags, the snapshot table, and at last the bits in the header that say that
-the image is damaged.
+followed, refcounts, COPIED flags, the snapshot table, and at last the bits in the header that say
+that the image is damaged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ RewriteTable = Callable[[list[Snapshot], int], None]
 
 
 def check(metadata: Metadata, fix: Fix | None, rewrite: RewriteTable) -> CheckResult:
-    """Check everything, in an exclusive operation with settled metadata, and repair what ``fix`` says.
+    """Check everything, in an exclusive operation with settled metadata, and repair what ``fix``
+    says.
 
     After a repair the numbers are those of a second look: what is left.
     """

@@ -1,6 +1,7 @@
 """COPIED flags: set where the refcount is exactly 1, and nowhere else.
 
-A flag that is wrongly clear costs a copy; one that is wrongly set lets two owners write to one cluster.
+A flag that is wrongly clear costs a copy; one that is wrongly set lets two owners write to one
+cluster.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from ..errors import BackendError
 from . import layout
 from .layout import Incompatible
-from .references import CheckFailed, read_padded, unpack
 from .refcounts import pack_table
+from .references import CheckFailed, read_padded, unpack
 from .survey import Survey
 
 __all__ = ["check_copied"]
@@ -119,7 +120,10 @@ class _Copied:
         """True for a table whose clusters lie in a row, with the flag, and a refcount of 1."""
         first, count = entries[0], len(entries)
         size = self.metadata.cluster_size
-        if first & ~layout.OFFSET_MASK != layout.COPIED or entries[-1] - first != (count - 1) * size:
+        if (
+            first & ~layout.OFFSET_MASK != layout.COPIED
+            or entries[-1] - first != (count - 1) * size
+        ):
             return False
         if self.external or self.survey.unreadable or first & (size - 1):
             return False

@@ -1,7 +1,7 @@
 """A count for each host cluster of an image: one byte each, whatever the image's refcount width.
 
-The memory is mapped, not allocated: what is never touched costs nothing, so a sparse file as long as
-its claims does not cost what it claims.
+The memory is mapped, not allocated: what is never touched costs nothing, so a sparse file as long
+as its claims does not cost what it claims.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class ClusterCounts:
 
     def add_each(self, clusters: Iterable[int], times: int) -> list[int]:
         """Add ``times`` to the count of each; returns those that lie behind the end."""
-        outside = []
+        outside: list[int] = []
         cluster = -1
         counts, remaining = self.bytes, iter(clusters)
         while True:
             try:
-                for cluster in remaining:  # noqa: B007  # the one that failed
+                for cluster in remaining:  # the one that failed
                     counts[cluster] += times
                 return outside
             except ValueError:

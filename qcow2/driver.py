@@ -19,8 +19,8 @@ from .header import Header, read_header
 from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
 from .metadata import Metadata
 from .options import RuntimeOptions
-from .reading import Reader
 from .quarantine import DiscardKind
+from .reading import Reader
 from .snapshots import Snapshots
 from .state import is_corrupt, is_dirty
 from .writing import Writer
@@ -89,10 +89,10 @@ class Qcow2Disk(Disk):
     ) -> Qcow2Disk:
         """Open the image in ``file``. ``policy`` opens the backing file, or declines.
 
-        ``for_check`` opens an image, be it corrupt, dirty or without a refcount table, for nothing but
-        :meth:`check` (and reading); ``options`` are those of RuntimeOptions. Raises ImageError naming
-        the field that is wrong, UnsupportedError naming the feature that is missing, or ValueError for
-        an option.
+        ``for_check`` opens an image, be it corrupt, dirty or without a refcount table, for nothing
+        but :meth:`check` (and reading); ``options`` are those of RuntimeOptions. Raises ImageError
+        naming the field that is wrong, UnsupportedError naming the feature that is missing, or
+        ValueError for an option.
         """
         header = read_header(file, for_check=for_check)
         _refuse_what_is_missing(header)
@@ -142,7 +142,8 @@ class Qcow2Disk(Disk):
             self._header.autoclear_features = 0
 
     def _repair_if_dirty(self) -> None:
-        """Refcounts of a dirty image may be wrong: they are put right before anything is written."""
+        """Refcounts of a dirty image may be wrong: they are put right before anything is
+        written."""
         if not is_dirty(self._header):
             return
         result = self.check(fix="all")
@@ -256,8 +257,8 @@ class Qcow2Disk(Disk):
     def check(self, fix: Fix | None = None) -> CheckResult:
         """Compare every refcount and flag with what refers to it, as ``qemu-img check`` does.
 
-        ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always safe;
-        ``"all"``, corruptions, too. Without it nothing is changed.
+        ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always
+        safe; ``"all"``, corruptions, too. Without it nothing is changed.
         """
         metadata = self._metadata
         if fix not in (None, "leaks", "all"):

@@ -62,9 +62,7 @@ class Metadata:
         self.health = Health()
         self.gate = RequestGate()
         self.lock = self.gate.lock
-        self.corruption = Corruption(
-            file, header, self.health, self.gate, writable=not read_only
-        )
+        self.corruption = Corruption(file, header, self.health, self.gate, writable=not read_only)
         self.lazy = False
         """Refcounts need not be right in the file: it is marked dirty instead."""
         slot = min(self.cluster_size, sizes.l2_entry)
@@ -101,9 +99,7 @@ class Metadata:
         with self.lock:
             self.tables.cache.clear()
             self.tables.dirty_l1.clear()
-            self.tables.l1 = load_table(
-                self.file, self.header.l1_table_offset, self.header.l1_size
-            )
+            self.tables.l1 = load_table(self.file, self.header.l1_table_offset, self.header.l1_size)
             self.refcounts.reload()
             self.dropped = DroppedReferences()
             self.overlap.forget()
@@ -248,7 +244,8 @@ class Metadata:
         self.tables.l1 = l1
 
     def make_accurate(self) -> None:
-        """Bring postponed refcounts to the file, which is clean then (in an exclusive operation)."""
+        """Bring postponed refcounts to the file, which is clean then (in an exclusive
+        operation)."""
         if self.lazy:
             self.lazy = False
             try:

@@ -1,8 +1,8 @@
 """Runtime options: how an image is used while it is open (QEMU's ``qcow2`` block driver options).
 
-They are keyword arguments of :func:`pyvirtio.open_disk`, under QEMU's names with ``_`` for ``-`` and
-``.`` (``overlap_check_template``). Values may be Python's or the texts that QEMU takes (``"on"``,
-``"1M"``). What QEMU refuses is refused with a ValueError in QEMU's words.
+They are keyword arguments of :func:`pyvirtio.open_disk`, under QEMU's names with ``_`` for ``-``
+and ``.`` (``overlap_check_template``). Values may be Python's or the texts that QEMU takes
+(``"on"``, ``"1M"``). What QEMU refuses is refused with a ValueError in QEMU's words.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Refcounts that are wrong would let a write destroy tables. So each write asks first, of its host
 clusters, whether a structure of the image lies there, whatever the refcounts say (QEMU's
-``overlap-check``). What is asked is a set of L2 tables' and refcount blocks' cluster numbers, and the
-few other structures as sorted intervals. Both are collected when the first write needs them, kept as
-tables come, and collected again after whatever changed more. They may lag behind with tables that went:
-a hit is looked up in the tables themselves before it counts.
+``overlap-check``). What is asked is a set of L2 tables' and refcount blocks' cluster numbers, and
+the few other structures as sorted intervals. Both are collected when the first write needs them,
+kept as tables come, and collected again after whatever changed more. They may lag behind with
+tables that went: a hit is looked up in the tables themselves before it counts.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Overlap:
         if touched and wanted & _SINGLE == self.sections & _SINGLE:
             self._tables.difference_update(touched)
 
-    # -- where things are ----------------------------------------------------------------------------
+    # -- where things are --------------------------------------------------------------------------
 
     def _collect(self) -> None:
         # Known first: a table that comes while this looks is added, and not lost.

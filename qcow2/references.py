@@ -1,9 +1,9 @@
 """Counting what refers to each host cluster: the truth that refcounts are compared with.
 
 L2 tables are read once, however many L1 tables name them, and taken apart 512 entries at a time:
-one large integer holds them all, a lane of 64 bits each, so that flags are tested and offsets turned
-into cluster numbers without a look at the single entry. Only entries with something special about
-them (compressed, unaligned, reserved bits) are looked at one by one.
+one large integer holds them all, a lane of 64 bits each, so that flags are tested and offsets
+turned into cluster numbers without a look at the single entry. Only entries with something special
+about them (compressed, unaligned, reserved bits) are looked at one by one.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class References:
                 follows = self._piece(piece, offset + at, times, active, follows)
 
     def _piece(self, data: bytes, offset: int, times: int, active: int, follows: int) -> int:
-        """The standard entries at host byte ``offset``; ``follows`` is the cluster after the last
-        one stored before them (0: none). Returns that of the next piece."""
+        """The standard entries at host byte ``offset``; ``follows`` is where the last one
+        stored before them ends (0: there is none). Returns that for the next piece."""
         count = len(data) >> 3
         masks = self._masks.get(count)
         if masks is None:
@@ -192,8 +192,8 @@ class References:
             else:
                 self._each(clusters, times)
             self.result.allocated_clusters += active * count
-            self.result.fragmented_clusters += active * (follows not in (0, first))
-            follows = first + count
+            self.result.fragmented_clusters += active * (follows not in (0, first << self.bits))
+            follows = (first + count) << self.bits
         else:
             if 0 in clusters:
                 entries = [e for e in unpack(data) if e & layout.OFFSET_MASK]
@@ -202,9 +202,9 @@ class References:
             self._each(clusters, times)
             if active and clusters:
                 self.result.allocated_clusters += active * len(clusters)
-                jumps = _jumps(clusters) + (follows not in (0, clusters[0]))
+                jumps = _jumps(clusters) + (follows not in (0, clusters[0] << self.bits))
                 self.result.fragmented_clusters += active * jumps
-                follows = clusters[-1] + 1
+                follows = (clusters[-1] + 1) << self.bits
         if unflagged and active:
             self.unflagged.add(self._table)
         return follows
@@ -264,8 +264,8 @@ class References:
                 if self._unaligned(host, bool(data), offset + step * i, times, active):
                     continue
             result.allocated_clusters += active
-            result.fragmented_clusters += active * (follows not in (0, host >> self.bits))
-            follows = (host >> self.bits) + 1
+            result.fragmented_clusters += active * (follows not in (0, host))
+            follows = host + self.cluster_size
             if not self._external:
                 self.refer(host, self.cluster_size, times)
         return follows
@@ -295,7 +295,9 @@ class References:
                 times,
             )
         if self._external:
-            self.result.corrupt(f"compressed cluster {index} with data file, entry={entry:#x}", times)
+            self.result.corrupt(
+                f"compressed cluster {index} with data file, entry={entry:#x}", times
+            )
             return
         if bitmap:
             self.result.corrupt(

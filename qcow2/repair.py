@@ -1,8 +1,8 @@
 """Repairing refcounts: each put right where it stands, or the whole structure built anew.
 
 Nothing that something refers to is ever written over, so a cut leaves the old structure or the new
-one. Counts are raised to, and lowered to, what the references are: both are safe at any moment, once
-repaired entries are stable.
+one. Counts are raised to, and lowered to, what the references are: both are safe at any moment,
+once repaired entries are stable.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from . import layout
 from .counts import ClusterCounts, encode_block
 from .quarantine import DiscardKind, DroppedReferences
 from .refcount_codec import codec_for
-from .references import read_padded
 from .refcounts import pack_table
+from .references import read_padded
 from .survey import Survey
 
 __all__ = ["adjust_refcounts", "rebuild_refcounts"]

@@ -38,9 +38,7 @@ class Snapshots:
 
     def load(self) -> None:
         """Read the table that the header names."""
-        self._list, self._table_length = read_snapshots(
-            self._metadata.file, self._metadata.header
-        )
+        self._list, self._table_length = read_snapshots(self._metadata.file, self._metadata.header)
         self._metadata.overlap.forget()
 
     def rewrite(self, snapshots: list[Snapshot], old_length: int) -> None:

@@ -1,7 +1,7 @@
 """The bits in the header that say what state an image is in: dirty, corrupt.
 
-Each change is one write of the field ``incompatible_features``, made stable before it counts. Images
-of version 2 have no such field: there the state is in memory only.
+Each change is one write of the field ``incompatible_features``, made stable before it counts.
+Images of version 2 have no such field: there the state is in memory only.
 """
 
 from __future__ import annotations

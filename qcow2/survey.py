@@ -22,8 +22,8 @@ __all__ = ["Survey"]
 class Survey:
     """The references and the refcounts of every host cluster, side by side.
 
-    Each step takes what the one before it left; they stand here in QEMU's order, since some findings
-    depend on it.
+    Each step takes what the one before it left; they stand here in QEMU's order, since some
+    findings depend on it.
     """
 
     def __init__(self, metadata: Metadata, result: CheckResult, *, repair: bool) -> None:
@@ -99,7 +99,7 @@ class Survey:
         metadata.overlap.check_l2(place, len(entry), active=active)
         metadata.file.write(place, entry)
 
-    # -- the refcount structure ----------------------------------------------------------------------
+    # -- the refcount structure --------------------------------------------------------------------
 
     def check_structure(self) -> None:
         """The refcount table and its entries; counts the references that they are."""
@@ -192,7 +192,7 @@ class Survey:
             else:
                 decode_block(data, metadata.geometry.refcount_order, stored, first)
 
-    # -- comparing -----------------------------------------------------------------------------------
+    # -- comparing ---------------------------------------------------------------------------------
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """(cluster, references, refcount) wherever they are not the same, as far as is known."""

@@ -37,8 +37,9 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
 def discard(
     metadata: Metadata, offset: int, length: int, *, backed: bool, keep: bool = False
 ) -> None:
-    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host clusters
-    stay allocated, as zero clusters, and are discarded in the file below (``discard-no-unref``).
+    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host
+    clusters stay allocated, as zero clusters, and are discarded in the file below
+    (``discard-no-unref``).
 
     Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
     In a version 2 image with a backing file nothing is done: its old data would show again.
