@@ -7,13 +7,22 @@ from typing import Any
 from ..backend.disk import Disk
 from ..backend.registry import Format
 from .check import CheckResult
+from .corruption import CorruptionEvent
 from .create import CreateOptions
 from .create import create as _create
 from .driver import Qcow2Disk
 from .header import probe
 from .snapshots import Snapshot, Snapshots
 
-__all__ = ["FORMAT", "CheckResult", "CreateOptions", "Qcow2Disk", "Snapshot", "Snapshots"]
+__all__ = [
+    "FORMAT",
+    "CheckResult",
+    "CorruptionEvent",
+    "CreateOptions",
+    "Qcow2Disk",
+    "Snapshot",
+    "Snapshots",
+]
 
 
 def create(file: Disk, size: int, **options: Any) -> None:
