@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from mmap import MADV_DONTNEED, PAGESIZE, mmap
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 
 from ..backend.disk import Disk
 
@@ -36,7 +36,7 @@ class TableCache:
         self.slots = slots
         self._file = file
         self._write_back = write_back
-        self._slab = mmap(-1, slot_size * slots)
+        self._slab = mmap(-1, slot_size * slots, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self.view = memoryview(self._slab)
         """The slab: slot n at byte n * slot_size."""
         self.index: dict[int, int] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 from .refcount_codec import codec_for
 
@@ -21,12 +21,17 @@ _CHUNK = 1 << 20
 """Clusters looked at in one piece."""
 
 
+def _zeroes(size: int) -> mmap:
+    # Private: a page of zeroes that was only read takes no memory then.
+    return mmap(-1, max(size, 1), flags=MAP_PRIVATE | MAP_ANONYMOUS)
+
+
 class ClusterCounts:
     """Counts of clusters 0 to ``size`` - 1, all 0 at first."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.bytes = mmap(-1, max(size, 1))
+        self.bytes = _zeroes(size)
         """The counts, up to MANY."""
         self.many: dict[int, int] = {}
         """The counts of MANY and more, and those of clusters from ``size`` on."""
@@ -51,7 +56,7 @@ class ClusterCounts:
 
     def grow(self, size: int) -> None:
         """Count ``size`` clusters from now on."""
-        old, self.bytes = self.bytes, mmap(-1, max(size, 1))
+        old, self.bytes = self.bytes, _zeroes(size)
         for start in range(0, self.size, _CHUNK):
             end = min(start + _CHUNK, self.size)
             self.bytes[start:end] = old[start:end]

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 import pyvirtio
-from pyvirtio.errors import BackendError, ImageError
+from pyvirtio.errors import ImageError
 
 COPIED = 1 << 63
 CLUSTER = 65536
@@ -29,9 +28,9 @@ def put(path: Path, offset: int, value: int, form: str = ">Q") -> None:
         file.write(struct.pack(form, value))
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """An image with data in the first two guest clusters and a snapshot whose L2 table is its own."""
+    """An image with data in the first two guest clusters and a snapshot with other data there."""
     path = tmp_path / "image.qcow2"
     with pyvirtio.create_disk(path, 64 << 20) as disk:
         disk.write(0, b"a" * (2 * CLUSTER))
@@ -79,8 +78,7 @@ def is_refused(path: Path, **options: object) -> bool:
     try:
         disk.write(CLUSTER + 100, b"!" * 1000)
     except ImageError as error:
-        assert "Preventing invalid write on metadata" in str(error)
-        return True
+        return "Preventing invalid write on metadata" in str(error)
     else:
         return False
     finally:
@@ -181,8 +179,8 @@ def test_long_write_that_touches_a_table_is_refused(path: Path) -> None:
 def test_cached_table_in_the_place_of_a_refcount_block_is_not_written(path: Path) -> None:
     put(path, get(path, 40), get(path, get(path, 48)) | COPIED)
     disk = pyvirtio.open_disk(path, format="qcow2")
-    with pytest.raises((ImageError, BackendError)):
-        disk.write_zeroes(CLUSTER * 100, 50 * CLUSTER, unmap=True)
+    disk.write_zeroes(CLUSTER * 100, 50 * CLUSTER, unmap=True)
+    with pytest.raises(ImageError, match="overlaps with refcount block"):
         disk.flush()
     disk.close()
 

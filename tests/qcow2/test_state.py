@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import pyvirtio
 from pyvirtio.backend.disk import Disk
 from pyvirtio.errors import BackendError, ImageError
@@ -49,7 +48,7 @@ def qemu_check(path: Path, *options: str) -> int:
     return done.returncode
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "image.qcow2"
 
