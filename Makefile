@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test crash lint bench clean
 
 venv: $(STAMP)
 
@@ -16,6 +16,11 @@ $(STAMP): pyproject.toml
 
 test: venv
 	$(BIN)/python -m pytest
+
+# The random parts of the suite, twenty times as long: model, power failures, faults.
+crash: venv
+	PYVIRTIO_CRASH_SCALE=20 PYVIRTIO_MODEL_SCALE=20 \
+		$(BIN)/python -m pytest tests/crash tests/qcow2/test_model.py
 
 # mypy has to see the root folder under the package's own name.
 PACKAGE := __init__.py errors.py py.typed backend qcow2 virtio
@@ -29,6 +34,11 @@ lint: venv build/types/pyvirtio
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p pyvirtio
+
+bench: venv
+	$(BIN)/python benchmarks/device.py --format raw
+	$(BIN)/python benchmarks/device.py --format qcow2
+	$(BIN)/python benchmarks/qcow2.py
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info

@@ -9,7 +9,7 @@ from ..backend.disk import Disk
 from . import layout
 from .geometry import Geometry
 from .header import Header
-from .layout import Compatible
+from .layout import Compatible, Incompatible
 from .refcount_codec import codec_for
 from .refcounts import pack_table
 
@@ -28,6 +28,8 @@ class CreateOptions:
     refcount_bits: int = 16
     """Width of a refcount: 1, 2, 4, 8, 16, 32 or 64."""
     lazy_refcounts: bool = False
+    extended_l2: bool = False
+    """L2 entries with 32 subclusters each; needs clusters of 16 KiB or more."""
     backing_file: str | os.PathLike[str] | None = None
     """The name to be stored; it is not opened here."""
     backing_fmt: str | None = None
@@ -57,6 +59,16 @@ class CreateOptions:
                 "Lazy refcounts only supported with compatibility level 1.1 and above "
                 "(use version=v3 or greater)"
             )
+        if self.extended_l2 and version < 3:
+            raise ValueError(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        if self.extended_l2 and bits < layout.MIN_EXTENDED_CLUSTER_BITS:
+            raise ValueError(
+                "Extended L2 entries are only supported with cluster sizes of at least "
+                f"{1 << layout.MIN_EXTENDED_CLUSTER_BITS} bytes"
+            )
         if self.backing_fmt is not None and self.backing_file is None:
             raise ValueError("Backing format cannot be used without backing file")
         name = None if self.backing_file is None else os.fspath(self.backing_file)
@@ -69,6 +81,7 @@ class CreateOptions:
             cluster_bits=bits,
             size=size,
             refcount_order=width.bit_length() - 1,
+            incompatible_features=Incompatible.EXTENDED_L2 if self.extended_l2 else 0,
             compatible_features=Compatible.LAZY_REFCOUNTS if self.lazy_refcounts else 0,
             backing_file=name,
             backing_format=self.backing_fmt,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from ..backend.open import FileReference
@@ -25,13 +25,15 @@ from .snapshots import Snapshots
 from .state import is_corrupt, is_dirty
 from .writing import Writer
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT
+_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
 _LATER = {
     Incompatible.DATA_FILE: "external data file",
     Incompatible.COMPRESSION: "compression type",
-    Incompatible.EXTENDED_L2: "extended L2 entries",
 }
 
 
@@ -57,7 +59,7 @@ class Qcow2Disk(Disk):
             read_only=read_only or for_check,
             limits=Limits(
                 request_alignment=file.limits.request_alignment,
-                write_zeroes_alignment=cluster_size,
+                write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
             ),
@@ -154,26 +156,67 @@ class Qcow2Disk(Disk):
 
     # -- requests ------------------------------------------------------------------------------
 
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+    # The usual request, one buffer to or from stored data, takes the short way.
+
+    def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
+        """See :meth:`Disk.readv`."""
         try:
-            self.reader.read(offset, views, length)
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                if (
+                    0 <= offset <= self.size - length
+                    and not self.closed
+                    and self.reader.read_stored(offset, buffers, length)
+                ):
+                    return
+            super().readv(offset, buffers)
         except CorruptionError as error:
             _report(error)
             raise
 
-    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+    def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
+        """See :meth:`Disk.writev`."""
         try:
-            self._writer.write(offset, views, length)
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                if (
+                    0 <= offset <= self.size - length
+                    and not (fua or self.read_only or self.closed)
+                    and self._writer.write_in_place(offset, buffers, length)
+                ):
+                    return
+            super().writev(offset, buffers, fua=fua)
         except CorruptionError as error:
             _report(error)
             raise
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.reader.read(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         try:
-            zeroing.write_zeroes(self._metadata, offset, length, unmap=unmap)
+            self._write_zero_clusters(offset, length, unmap)
         except CorruptionError as error:
             _report(error)
             raise
+
+    def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
+        # With subclusters the first and the last cluster may be there in part only.
+        size, end = self._metadata.cluster_size, offset + length
+        while offset < end:
+            stop = end if end == self.size else max(end // size * size, offset)
+            if offset % size or stop == offset:
+                stop = min(end, (offset // size + 1) * size)
+            try:
+                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+            except UnsupportedError:
+                if self._header.version < 3:
+                    raise
+                self._write_zero_bytes(offset, stop - offset)
+            offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
         try:
@@ -235,7 +278,7 @@ class Qcow2Disk(Disk):
         return self._header.backing_file
 
     def info(self) -> DiskInfo:
-        header = self._header
+        header, metadata = self._header, self._metadata
         specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
         if header.version >= 3:
             specific |= {
@@ -243,14 +286,14 @@ class Qcow2Disk(Disk):
                 "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
                 "refcount-bits": 1 << header.refcount_order,
                 "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": False,
+                "extended-l2": metadata.geometry.extended_l2,
             }
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=self._metadata.cluster_size,
+            cluster_size=metadata.cluster_size,
             specific=specific,
         )
 

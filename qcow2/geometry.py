@@ -16,6 +16,8 @@ class Geometry:
     version: int
     cluster_bits: int
     refcount_order: int
+    extended_l2: bool = False
+    """L2 entries of 16 bytes, with the states of 32 subclusters each."""
 
     @property
     def cluster_size(self) -> int:
@@ -23,9 +25,29 @@ class Geometry:
         return 1 << self.cluster_bits
 
     @property
+    def l2_entry_bits(self) -> int:
+        """log2 of the size of an L2 entry in bytes."""
+        return 4 if self.extended_l2 else 3
+
+    @property
+    def l2_entry_words(self) -> int:
+        """64-bit words in an L2 entry."""
+        return 2 if self.extended_l2 else 1
+
+    @property
     def l2_bits(self) -> int:
         """log2 of the entries in an L2 table, which fills one cluster."""
-        return self.cluster_bits - 3
+        return self.cluster_bits - self.l2_entry_bits
+
+    @property
+    def subcluster_bits(self) -> int:
+        """log2 of the unit of allocation: a subcluster with extended L2 entries, else a cluster."""
+        return self.cluster_bits - 5 if self.extended_l2 else self.cluster_bits
+
+    @property
+    def subcluster_size(self) -> int:
+        """Bytes in the unit of allocation."""
+        return 1 << self.subcluster_bits
 
     @property
     def l2_coverage(self) -> int:

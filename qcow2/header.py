@@ -45,7 +45,8 @@ class Header:
     @property
     def geometry(self) -> Geometry:
         """The sizes that follow from these fields."""
-        return Geometry(self.version, self.cluster_bits, self.refcount_order)
+        extended = bool(self.incompatible_features & Incompatible.EXTENDED_L2)
+        return Geometry(self.version, self.cluster_bits, self.refcount_order, extended)
 
     def pack(self) -> bytes:
         """The header cluster's contents, up to the end of the backing file's name.
@@ -182,6 +183,7 @@ def read_header(file: Disk, *, for_check: bool = False) -> Header:
     extensions_end = backing_file_offset or len(cluster)
     _refuse_unknown_features(header, cluster, extensions_end)
     _check_compression_type(header)
+    _check_subclusters(header)
     _check_encryption(header, crypt_method)
     _check_tables(header, for_check)
     for kind, contents in _extensions(cluster, header.header_length, extensions_end):
@@ -244,9 +246,8 @@ def _read_v3_fields(header: Header, cluster: bytes) -> None:
 
 
 def _refuse_unknown_features(header: Header, cluster: bytes, extensions_end: int) -> None:
-    known = 0
-    for bit in Incompatible:
-        known |= bit
+    # In plain integers: the complement of an IntFlag has none of the bits it does not define.
+    known = sum(int(bit) for bit in Incompatible)
     unknown = header.incompatible_features & ~known
     if not unknown:
         return
@@ -286,6 +287,17 @@ def _check_compression_type(header: Header) -> None:
             "qcow2: Compression type incompatible feature bit must not be set",
             field="compression_type",
             value=int(number),
+        )
+
+
+def _check_subclusters(header: Header) -> None:
+    geometry = header.geometry
+    if geometry.subcluster_size < layout.SECTOR:
+        raise ImageError(
+            f"Unsupported subcluster size: {geometry.subcluster_size}",
+            field="cluster_bits",
+            value=header.cluster_bits,
+            limit=layout.MIN_EXTENDED_CLUSTER_BITS,
         )
 
 
@@ -356,18 +368,19 @@ def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]
     """Type and data of every header extension, in order."""
     found = []
     offset = start
-    while offset + layout.EXTENSION.size <= end:
-        kind, length = layout.EXTENSION.unpack_from(cluster, offset)
+    padded = cluster + bytes(layout.EXTENSION.size)
+    while offset < end:
+        kind, length = layout.EXTENSION.unpack_from(padded, offset)
         offset += layout.EXTENSION.size
-        if kind == ExtensionType.END:
-            break
-        if length > end - offset:
+        if offset > end or length > end - offset:
             raise ImageError(
                 "Header extension too large",
                 field="header extension length",
                 value=length,
-                limit=end - offset,
+                limit=max(0, end - offset),
             )
+        if kind == ExtensionType.END:
+            break
         found.append((kind, cluster[offset : offset + length]))
         offset += length + -length % 8
     return found

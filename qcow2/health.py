@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 from ..errors import BackendError
 
@@ -36,11 +36,28 @@ class Health:
                 errno.EIO, f"The image is not written any more until it is reopened: {self.reason}"
             )
 
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
+    def step(self, what: str) -> AbstractContextManager[None]:
         """A change of metadata that must not stop halfway; whatever does stop it poisons."""
-        try:
-            yield
-        except BaseException as error:
-            self.poison(f"{what} was interrupted by {type(error).__name__}: {error}")
-            raise
+        return _Step(self, what)
+
+
+class _Step:
+    """See :meth:`Health.step`. No generator: an exception may hit anywhere."""
+
+    __slots__ = ("_health", "_what")
+
+    def __init__(self, health: Health, what: str) -> None:
+        self._health = health
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._health.poison(f"{self._what} was interrupted by {kind.__name__}: {error}")

@@ -130,6 +130,16 @@ ZERO = 1 << 0
 """Reads as zeroes (version 3)."""
 
 
+# Extended entries (spec, "Extended L2 Entries"): the entry above, then 64 bits for 32 subclusters.
+
+SUBCLUSTERS = 32
+"""Subclusters in a cluster."""
+ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
+"""Bit i: subcluster i is allocated, at its place in the host cluster."""
+ALL_ZEROES = 0xFFFF_FFFF_0000_0000
+"""Bit 32 + i: subcluster i reads as zeroes."""
+
+
 class ClusterKind(IntEnum):
     """What an L2 entry says of its cluster; the names are QEMU's."""
 
@@ -157,6 +167,7 @@ NO_ICOUNT = (1 << 64) - 1
 
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21  # QEMU
+MIN_EXTENDED_CLUSTER_BITS = 14
 MAX_REFCOUNT_ORDER = 6
 MAX_L1_SIZE = 32 << 20  # QEMU; bytes
 MAX_REFCOUNT_TABLE_SIZE = 8 << 20  # QEMU; bytes

@@ -33,6 +33,7 @@ from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
 from .state import mark_clean, mark_dirty
+from .subclusters import SubclusterTables
 from .tables import Tables, entry_kind
 
 __all__ = ["CacheSizes", "Metadata"]
@@ -54,6 +55,8 @@ class Metadata:
         overlap_check: Section = TEMPLATES["cached"],
     ) -> None:
         self.file = file
+        self.event = None if type(file).debug_event is Disk.debug_event else file.debug_event
+        """Where the named points of the driver are announced, if anybody listens."""
         self.header = header
         self.geometry = header.geometry
         self.cluster_bits = self.geometry.cluster_bits
@@ -68,7 +71,8 @@ class Metadata:
         slot = min(self.cluster_size, sizes.l2_entry)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        self.tables = Tables(l1, self.geometry, l2_cache)
+        kind = SubclusterTables if self.geometry.extended_l2 else Tables
+        self.tables = kind(l1, self.geometry, l2_cache)
         slot = min(self.cluster_size, _SLICE_SIZE)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
         self.refcounts = Refcounts(file, header, refcount_cache, self.health)
@@ -269,13 +273,12 @@ class Metadata:
 
     def flush(self) -> None:
         """Bring everything to stable storage that was written before the call."""
-        with self.lock:
-            epoch = self.gate.enter()
         try:
+            with self.lock:
+                self.gate.enter()
             self.flush_inside()
         finally:
-            with self.lock:
-                self.gate.leave(epoch)
+            self.gate.leave()
 
     def flush_inside(self) -> None:
         """:meth:`flush` for a request that is inside the gate already."""
@@ -291,10 +294,12 @@ class Metadata:
             elif self.lazy:
                 # In the file before anything that the counts there do not know of.
                 mark_dirty(self.file, self.header)
-                staged = _Staged(self)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
             else:
                 self.refcounts.cache.write_dirty()
-                staged = _Staged(self)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
         if staged is None:
             self.file.flush()
             return
@@ -321,11 +326,14 @@ class Metadata:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Be alone with an image whose metadata is settled, and leave it so."""
-        with self.gate.exclusive():
-            self.settle()
-            yield
-            self.settle()
+        try:
+            with self.gate.exclusive():
+                self.settle()
+                yield
+                self.settle()
+        finally:
             self.overlap.forget()
+            self.corruption.deliver()
 
 
 class _Staged:

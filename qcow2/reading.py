@@ -14,6 +14,7 @@ from .metadata import Metadata
 
 __all__ = ["Reader"]
 
+_NORMAL = ClusterKind.NORMAL
 _UNALLOCATED = ClusterKind.UNALLOCATED
 
 
@@ -25,6 +26,7 @@ class Reader:
     ) -> None:
         self._metadata = metadata
         self._file = metadata.file
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
@@ -54,11 +56,27 @@ class Reader:
         """False if there is a backing file that was not opened."""
         return self._missing is None
 
+    def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
+        gate, lock = self._gate, self._lock
+        try:
+            with lock:
+                gate.enter()
+                kind, host, run = self._map(offset, length)
+            if run == length and kind is _NORMAL:
+                if self._event is not None:
+                    self._event("read_aio")
+                self._file.readv(host, views)
+                return True
+        except CacheFull:
+            pass
+        finally:
+            gate.leave()
+        return False
+
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read guest bytes from ``offset`` on into ``views``."""
         run, below = self._read_first_run(offset, views, length)
-        if run == length and below is None:
-            return
         # What is left to read: each part from the layer that it may be in.
         todo: list[tuple[Reader, int, list[memoryview], int]] = []
         reader = self
@@ -81,28 +99,22 @@ class Reader:
         """Read the run that starts at ``offset``; returns its length and, if it has to be read
         from another qcow2 image below instead, that one's reader."""
         gate, lock = self._gate, self._lock
-        with lock:
-            epoch = gate.enter()
-            try:
-                kind, host, run = self._map(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
-            if not run:
-                self._metadata.flush_inside()
-            elif kind is _UNALLOCATED and self.below is not None:
+            with lock:
+                gate.enter()
+                kind, host, run = self._map(offset, length)
+            if kind is _UNALLOCATED and self.below is not None:
                 return run, self.below
             elif run == length:
                 self.read_run(kind, host, offset, views, length)
             else:
                 self.read_run(kind, host, offset, split(views, 0, run), run)
             return run, None
+        except CacheFull:
+            self._metadata.flush_inside()
+            return 0, None
         finally:
-            with lock:
-                gate.leave(epoch)
+            gate.leave()
 
     def map_chain(self, offset: int, length: int) -> tuple[Reader, int, ClusterKind, int, int]:
         """The layer that has the run which starts at ``offset``, and :meth:`Tables.map` of it.
@@ -120,9 +132,9 @@ class Reader:
             reader, depth = below, depth + 1
 
     def _map_first_run(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
-        with self._lock:
-            epoch = self._gate.enter()
         try:
+            with self._lock:
+                self._gate.enter()
             while True:
                 try:
                     with self._lock:
@@ -130,14 +142,13 @@ class Reader:
                 except CacheFull:
                     self._metadata.flush_inside()
         finally:
-            with self._lock:
-                self._gate.leave(epoch)
+            self._gate.leave()
 
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
-        if kind is ClusterKind.NORMAL:
+        if kind is _NORMAL:
             self._file.debug_event("read_aio")
             self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:

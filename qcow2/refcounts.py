@@ -108,7 +108,7 @@ class Refcounts:
         """Host offset of refcount block number ``block``, 0 if there is none."""
         entry = self.table[block]
         offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
-        if offset % self._geometry.cluster_size:
+        if offset % self._geometry.cluster_size or offset >= layout.INT64_MAX:
             raise self.damaged(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {block:#x})",
                 field="refcount table entry",
@@ -208,12 +208,32 @@ class Refcounts:
         end = first + count
         if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
             raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+        self._refuse_invalid(first, count)
         self.add(first, count, 1)
         fresh = first >= self.fresh
         self.fresh = max(self.fresh, end)
         if first == self._hint:
             self._hint = end
         return first, count, fresh
+
+    def _refuse_invalid(self, first: int, count: int) -> None:
+        """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
+        what every image has: then the refcounts are wrong (QEMU's "Preventing invalid ...")."""
+        header, bits = self._header, self._geometry.cluster_bits
+        taken = (
+            ("the header", 0, 1),
+            ("the active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
+            (
+                "the refcount table",
+                header.refcount_table_offset >> bits,
+                header.refcount_table_clusters << bits,
+            ),
+        )
+        for what, start, length in taken:
+            if first < start + self._geometry.clusters(length) and start < first + count:
+                message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"
+                self._health.poison(message)
+                raise self.damaged(message, field="refcount", value=first)
 
     def _find_free(self, start: int, want: int) -> tuple[int, int]:
         """The first free cluster from ``start`` on, and how many up to ``want`` are free there
@@ -254,6 +274,7 @@ class Refcounts:
         if self.table[block]:
             return True
         first = block << self._block_bits
+        self._refuse_invalid(first, 1)
         self.fresh = max(self.fresh, first + 1)
         self._write_block(first, 1)
         self._dirty_entries.add(block)

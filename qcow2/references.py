@@ -58,11 +58,9 @@ def lanes(count: int, value: int) -> int:
 class _Masks:
     """What is compared with ``count`` entries at once."""
 
-    def __init__(self, count: int, cluster_size: int, extended: bool) -> None:
+    def __init__(self, count: int, cluster_size: int) -> None:
         special = layout.COMPRESSED | layout.L2_RESERVED_MASK
         special |= layout.OFFSET_MASK & (cluster_size - 1)
-        if extended:
-            special |= layout.ZERO
         self.special = lanes(count, special)
         self.offset = lanes(count, layout.OFFSET_MASK)
         self.copied = lanes(count, layout.COPIED)
@@ -176,7 +174,7 @@ class References:
         count = len(data) >> 3
         masks = self._masks.get(count)
         if masks is None:
-            masks = self._masks[count] = _Masks(count, self.cluster_size, self._extended)
+            masks = self._masks[count] = _Masks(count, self.cluster_size)
         value = int.from_bytes(data)
         if not value:
             return follows

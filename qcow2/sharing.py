@@ -45,11 +45,15 @@ def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]
 
 
 def read_entries(metadata: Metadata, offset: int) -> array[int]:
-    """All entries of the L2 table at a host offset, as they are now."""
-    entries = array("Q", metadata.read_l2_table(offset))
+    """All entries of the L2 table at a host offset, as they are now (without subclusters)."""
+    return _read_words(metadata, offset)[:: metadata.geometry.l2_entry_words]
+
+
+def _read_words(metadata: Metadata, offset: int) -> array[int]:
+    words = array("Q", metadata.read_l2_table(offset))
     if sys.byteorder == "little":
-        entries.byteswap()
-    return entries
+        words.byteswap()
+    return words
 
 
 def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
@@ -131,7 +135,8 @@ def strip_copied(metadata: Metadata) -> None:
     Changed L2 tables are written straight to the file: an entry without the flag is right at any
     moment. A compressed entry has no such flag, and the bit is clear there too.
     """
-    mask = int.from_bytes((layout.COPIED - 1).to_bytes(8) * (metadata.cluster_size // 8))
+    pattern = (layout.COPIED - 1).to_bytes(8) + b"\xff" * 8 * (metadata.geometry.l2_entry_words - 1)
+    mask = int.from_bytes(pattern * (metadata.cluster_size // len(pattern)))
     for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
         table = int.from_bytes(metadata.read_l2_table(offset))
         stripped = table & mask
@@ -160,7 +165,9 @@ def update_copied(metadata: Metadata) -> None:
             if cluster:
                 changed[i] = entries[i] | copied if cluster in own else entries[i] & ~copied
         if changed != entries:
-            metadata.write_l2_table(offset, pack_table(changed))
+            words = _read_words(metadata, offset)
+            words[:: metadata.geometry.l2_entry_words] = changed
+            metadata.write_l2_table(offset, pack_table(words))
         table_entry = offset | (copied if offset >> bits in own else 0)
         if table_entry != tables.l1[index]:
             tables.set_l1(index, table_entry)

@@ -57,7 +57,8 @@ class Tables:
         self._l2_mask = (1 << geometry.l2_bits) - 1
         self._cluster_mask = geometry.cluster_size - 1
         self._slot_bits = cache.slot_bits
-        self._slice_bits = cache.slot_bits - 3
+        self._entry_bits = geometry.l2_entry_bits
+        self._slice_bits = cache.slot_bits - self._entry_bits
         self._slice_mask = (1 << self._slice_bits) - 1
         self._slots = cache.index
         self._referenced = cache.referenced
@@ -92,7 +93,7 @@ class Tables:
             slot = self.cache.get(offset)
         else:
             self._referenced[slot] = 1
-        return (slot << self._slot_bits) + ((cluster & self._slice_mask) << 3)
+        return (slot << self._slot_bits) + ((cluster & self._slice_mask) << self._entry_bits)
 
     def entry_at(self, position: int) -> int:
         """The L2 entry at a position in the slab."""
@@ -146,8 +147,7 @@ class Tables:
         ``offset`` for NORMAL and ZERO_ALLOCATED, where the run is contiguous in the host file;
         the L2 entry for COMPRESSED, a run within one cluster; 0 otherwise.
         """
-        bits = self._cluster_bits
-        cluster = offset >> bits
+        cluster = offset >> self._cluster_bits
         position = self.locate(cluster)
         if position < 0:
             return _UNALLOCATED, 0, self._extend(_UNALLOCATED, 0, position, offset, length, 0)

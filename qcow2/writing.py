@@ -21,6 +21,7 @@ from .metadata import Metadata
 from .quarantine import DiscardKind
 from .reading import Reader
 from .requests import Allocation
+from .subclusters import allocated_mask, subcluster_runs, zero_mask
 from .tables import entry_kind
 
 __all__ = ["Writer"]
@@ -42,6 +43,10 @@ class _NewClusters:
     """Byte offset of the first host cluster."""
     old: Sequence[int]
     """The L2 entries that are being replaced."""
+    start: int
+    """Guest bytes from here on are filled, …"""
+    end: int
+    """… up to here."""
     fresh: bool
     """The host clusters read as zeroes."""
     reused: bool
@@ -56,45 +61,50 @@ class Writer:
         self._metadata = metadata
         self._reader = reader
         self._file = metadata.file
+        self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
         self._check_overlap = metadata.overlap.check
 
+    def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
+        with nothing done."""
+        gate, lock = self._gate, self._lock
+        try:
+            with lock:
+                self._health.check()
+                gate.enter()
+                host, run = self._map_own(offset, length)
+            if run == length:
+                self._check_overlap(host, length)
+                if self._event is not None:
+                    self._event("write_aio")
+                self._file.writev(host, views)
+                return True
+        except CacheFull:
+            pass
+        finally:
+            gate.leave()
+
+        return False
+
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
-        gate, lock = self._gate, self._lock
-        with lock:
-            self._health.check()
-            epoch = gate.enter()
-            try:
-                host, run = self._map_own(offset, length)
-            except CacheFull:
-                run = 0
-            except BaseException:
-                gate.leave(epoch)
-                raise
         try:
-            if run == length:
-                self._check_overlap(host, run)
-                self._file.debug_event("write_aio")
-                self._file.writev(host, views)
-            else:
-                self._write_runs(offset, views, length)
+            with self._lock:
+                self._health.check()
+                self._gate.enter()
+            while length:
+                done = self._write_run(offset, views, length)
+                views = split(views, done, length - done)
+                offset += done
+                length -= done
+            if len(self._metadata.dropped.runs) > _MAX_DROPPED:
+                self._metadata.flush_inside()
         finally:
-            with lock:
-                gate.leave(epoch)
-
-    def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
-        """Write what is more than one run, or is not all in place."""
-        while length:
-            done = self._write_run(offset, views, length)
-            views = split(views, done, length - done)
-            offset += done
-            length -= done
-        if len(self._metadata.dropped.runs) > _MAX_DROPPED:
-            self._metadata.flush_inside()
+            self._gate.leave()
 
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Write as much as goes in one piece; how much that was."""
@@ -133,28 +143,34 @@ class Writer:
                 count = min(count, allocation.first - cluster)
         position = metadata.prepare(cluster)
         try:
-            return self._take_clusters(cluster, count, position)
+            return self._take_clusters(cluster, count, position, offset, length)
         except BaseException:
             metadata.unpin(position)
             raise
 
-    def _take_clusters(self, cluster: int, count: int, position: int) -> _NewClusters:
+    def _take_clusters(
+        self, cluster: int, count: int, position: int, offset: int, length: int
+    ) -> _NewClusters:
         metadata = self._metadata
         old = metadata.tables.entries_at(position, count)
         for i, entry in enumerate(old):
             metadata.tables.check_entry(entry, cluster + i)
-        reusable = _reusable_run(old, metadata.cluster_size)
+        reusable = self._reusable_run(old)
         if reusable:
             host = old[0] & layout.OFFSET_MASK
             fresh, count = False, reusable
         else:
-            count = next((i for i, entry in enumerate(old) if _is_own(entry)), count)
+            count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)
             first, count, fresh = metadata.refcounts.allocate(count)
             host = first << metadata.cluster_bits
+        start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits
+        start, end = self._filled(old[0], old[count - 1], start, end, offset, length, reusable > 0)
         return _NewClusters(
             position=position,
             host=host,
             old=old[:count],
+            start=start,
+            end=end,
             fresh=fresh,
             reused=bool(reusable),
             allocation=metadata.gate.begin_allocation(cluster, count),
@@ -168,15 +184,15 @@ class Writer:
         """Fill new clusters and map them; how many bytes of the request that did."""
         metadata = self._metadata
         try:
-            start = new.allocation.first << metadata.cluster_bits
-            end = start + (new.allocation.count << metadata.cluster_bits)
-            done = min(length, end - offset)
+            clusters_start = new.allocation.first << metadata.cluster_bits
+            clusters_end = clusters_start + (new.allocation.count << metadata.cluster_bits)
+            done = min(length, clusters_end - offset)
             parts = views if done == length else split(views, 0, done)
-            head = self._surroundings(new, new.old[0], start, offset - start)
-            tail = self._surroundings(new, new.old[-1], offset + done, end - offset - done)
-            place = new.host + (offset - start)
+            head = self._surroundings(new, new.old[0], new.start, offset - new.start)
+            tail = self._surroundings(new, new.old[-1], offset + done, new.end - offset - done)
+            place = new.host + (offset - clusters_start)
             if head is not None:
-                place = new.host
+                place -= len(head)
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
@@ -198,16 +214,19 @@ class Writer:
         None if nothing has to be."""
         if not length:
             return None
-        kind = entry_kind(entry)
-        if new.fresh and self._reader.is_zero(kind, offset, length):
+        pieces = self._pieces(entry, offset, length)
+        if new.fresh and all(self._reader.is_zero(kind, at, size) for kind, at, size in pieces):
             return None
         data = bytearray(length)
-        host = entry
-        if kind is ClusterKind.NORMAL:
-            within = offset & (self._metadata.cluster_size - 1)
-            host = (entry & layout.OFFSET_MASK) + within
         self._metadata.file.debug_event("cow_read")
-        self._reader.read_run(kind, host, offset, [memoryview(data)], length)
+        for kind, at, size in pieces:
+            host = entry & layout.OFFSET_MASK
+            if kind is ClusterKind.NORMAL:
+                host += at & (self._metadata.cluster_size - 1)
+            elif kind is ClusterKind.COMPRESSED:
+                host = entry
+            view = memoryview(data)[at - offset : at - offset + size]
+            self._reader.read_run(kind, host, at, [view], size)
         return data
 
     def _map(self, new: _NewClusters) -> None:
@@ -215,7 +234,10 @@ class Writer:
         size = metadata.cluster_size
         first = new.host | layout.COPIED
         count = new.allocation.count
-        metadata.tables.set_entries(new.position, range(first, first + count * size, size))
+        entries: Sequence[int] = range(first, first + count * size, size)
+        if metadata.geometry.extended_l2:
+            entries = self._with_states(new, entries)
+        metadata.tables.set_entries(new.position, entries)
         if not new.reused:
             for entry in new.old:
                 if entry:
@@ -233,20 +255,94 @@ class Writer:
                 first = new.host >> metadata.cluster_bits
                 metadata.refcounts.add(first, new.allocation.count, -1)
 
+    # -- clusters and subclusters ------------------------------------------------------------------
 
-def _is_own(entry: int) -> bool:
-    """True for a host cluster that only this entry refers to: it is kept."""
-    kind = entry_kind(entry)
-    own = kind is ClusterKind.NORMAL or kind is ClusterKind.ZERO_ALLOCATED
-    return own and bool(entry & layout.COPIED)
+    def _is_own(self, entry: int) -> bool:
+        """True for a host cluster that only this entry refers to: it is kept."""
+        if entry & layout.COMPRESSED or not entry & layout.COPIED:
+            return False
+        return bool(entry & layout.OFFSET_MASK)
 
+    def _reusable_run(self, entries: Sequence[int]) -> int:
+        """How many entries from the first on have host clusters in a row that are ours alone, but
+        (partly) unused: preallocated zero clusters, or subclusters not allocated yet."""
+        first = entries[0]
+        if not self._is_own(first):
+            return 0
+        if self._metadata.geometry.extended_l2:
+            return 1
+        for i, entry in enumerate(entries):
+            if entry != first + i * self._metadata.cluster_size:
+                return i
+        return len(entries)
 
-def _reusable_run(entries: Sequence[int], cluster_size: int) -> int:
-    """How many entries from the first on are our own preallocated zero clusters in a row."""
-    first = entries[0]
-    if not _is_own(first) or entry_kind(first) is not ClusterKind.ZERO_ALLOCATED:
-        return 0
-    for i, entry in enumerate(entries):
-        if entry != first + i * cluster_size:
-            return i
-    return len(entries)
+    def _filled(
+        self, first: int, last: int, start: int, end: int, offset: int, length: int, reused: bool
+    ) -> tuple[int, int]:
+        """The guest bytes that are filled when ``offset`` to ``offset + length`` is written into
+        the clusters from ``start`` to ``end``; ``first`` and ``last`` are their old entries.
+
+        Whole clusters; with subclusters those touched, and in a cluster that is copied all that
+        lie between them and stored ones.
+        """
+        geometry = self._metadata.geometry
+        if not geometry.extended_l2:
+            return start, end
+        size = geometry.subcluster_size
+        filled_start = max(start, offset // size * size)
+        filled_end = min(end, -(-(offset + length) // size) * size)
+        if reused:
+            return self._skip_stored(first, filled_start, filled_end, offset, length)
+        for entry, base in ((first, start), (last, end - geometry.cluster_size)):
+            stored = (entry >> 64) & layout.ALL_ALLOCATED
+            if entry & layout.COMPRESSED:
+                stored = layout.ALL_ALLOCATED
+            if stored:
+                filled_start = min(
+                    filled_start, base + ((stored & -stored).bit_length() - 1) * size
+                )
+                filled_end = max(filled_end, base + stored.bit_length() * size)
+        return filled_start, filled_end
+
+    def _skip_stored(
+        self, entry: int, start: int, end: int, offset: int, length: int
+    ) -> tuple[int, int]:
+        """In a cluster that is kept, nothing around the data is needed in stored subclusters."""
+        bits = self._metadata.geometry.subcluster_bits
+        stored = entry >> 64
+        if stored >> (start >> bits) % layout.SUBCLUSTERS & 1:
+            start = max(start, offset)
+        if stored >> ((end - 1) >> bits) % layout.SUBCLUSTERS & 1:
+            end = min(end, offset + length)
+        return start, end
+
+    def _pieces(self, entry: int, offset: int, length: int) -> list[tuple[ClusterKind, int, int]]:
+        """A part of one cluster as runs (kind, guest offset, bytes)."""
+        geometry = self._metadata.geometry
+        if not geometry.extended_l2:
+            return [(entry_kind(entry), offset, length)]
+        bits = geometry.subcluster_bits
+        base = offset >> geometry.cluster_bits << geometry.cluster_bits
+        first, end = (offset - base) >> bits, ((offset + length - base - 1) >> bits) + 1
+        pieces = []
+        for kind, run_first, run_end in subcluster_runs(entry, first, end):
+            at = max(offset, base + (run_first << bits))
+            stop = min(offset + length, base + (run_end << bits))
+            pieces.append((kind, at, stop - at))
+        return pieces
+
+    def _with_states(self, new: _NewClusters, entries: Sequence[int]) -> list[int]:
+        """New entries with the states of their subclusters: what was filled is allocated, what was
+        not is as before."""
+        geometry = self._metadata.geometry
+        base = new.allocation.first << geometry.cluster_bits
+        result = []
+        for old, entry in zip(new.old, entries, strict=True):
+            bits = geometry.subcluster_bits
+            first = max(0, new.start - base) >> bits
+            end = min(-(-(new.end - base) >> bits), layout.SUBCLUSTERS)
+            states = 0 if old & layout.COMPRESSED else old >> 64 << 64
+            states = states & ~zero_mask(first, end) | allocated_mask(first, end)
+            result.append(states | entry)
+            base += geometry.cluster_size
+        return result

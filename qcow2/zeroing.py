@@ -10,15 +10,21 @@ from .cache import CacheFull
 from .layout import ClusterKind
 from .metadata import Metadata
 from .quarantine import DiscardKind, merge_runs
+from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
 __all__ = ["discard", "write_zeroes"]
+
+_LOW = (1 << 64) - 1
+_ALL_ZEROES = layout.ALL_ZEROES << 64
 
 
 def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> None:
     """Make whole clusters read as zeroes; ``unmap`` gives their host clusters back.
 
-    Needs version 3 (raises UnsupportedError). The end may be the end of the disk.
+    With extended L2 entries a part of one cluster, in whole subclusters, will do. Needs version 3,
+    and that such a part is not compressed (raises UnsupportedError, with nothing changed). The end
+    may be the end of the disk.
     """
     if metadata.geometry.version < 3:
         raise UnsupportedError(
@@ -31,6 +37,24 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
             return layout.ZERO
         return entry | layout.ZERO
 
+    def replace_extended(entry: int) -> int:
+        if unmap or entry & layout.COMPRESSED:
+            return _ALL_ZEROES
+        return entry & _LOW | _ALL_ZEROES
+
+    bits = metadata.geometry.subcluster_bits
+    within = offset & (metadata.cluster_size - 1)
+    first, end = within >> bits, -(-(within + length) >> bits)
+
+    def replace_part(entry: int) -> int:
+        if entry & layout.COMPRESSED:
+            raise UnsupportedError("A part of a compressed cluster", feature="zero subclusters")
+        return entry & ~allocated_mask(first, end) | zero_mask(first, end)
+
+    if metadata.geometry.extended_l2:
+        at_end = offset + length >= metadata.header.size
+        whole = not within and (at_end or end % layout.SUBCLUSTERS == 0)
+        replace = replace_extended if whole else replace_part
     _replace_entries(metadata, offset, length, replace)
 
 
@@ -47,13 +71,15 @@ def discard(
     if metadata.geometry.version < 3 and backed:
         return
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
+    if metadata.geometry.extended_l2:
+        nothing = _ALL_ZEROES
     kept: list[int] = []
 
     def replace(entry: int) -> int:
         if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:
             kept.append((entry & layout.OFFSET_MASK) >> metadata.cluster_bits)
-            return entry | layout.ZERO
-        if entry_kind(entry) is ClusterKind.UNALLOCATED and not backed:
+            return entry & _LOW | _ALL_ZEROES if metadata.geometry.extended_l2 else entry | nothing
+        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED:
             return entry
         return nothing
 
@@ -77,9 +103,9 @@ def _replace_entries(
     metadata.health.check()
     cluster = offset >> metadata.cluster_bits
     end = ((offset + length - 1) >> metadata.cluster_bits) + 1
-    with metadata.lock:
-        epoch = metadata.gate.enter()
     try:
+        with metadata.lock:
+            metadata.gate.enter()
         while cluster < end:
             try:
                 with metadata.lock:
@@ -89,8 +115,7 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
-        with metadata.lock:
-            metadata.gate.leave(epoch)
+        metadata.gate.leave()
 
 
 def _replace_in_slice(

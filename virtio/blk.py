@@ -9,11 +9,13 @@ from typing import Final
 from ..backend.disk import Disk
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
-from .device import VirtioDevice
+from .device import Queue, VirtioDevice
+from .express import make_express
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
-from .request import BlockRequest, parse_request
-from .ring import Chain
+from .request import BlockRequest, make_parser
+from .ring import Chain, Ring
+from .split import SplitRing
 
 __all__ = ["VirtioBlk"]
 
@@ -76,7 +78,8 @@ class VirtioBlk(VirtioDevice):
         self.logical_block_size = logical_block_size
         self.capacity = disk.size // SECTOR_SIZE
         """Sectors of 512 bytes."""
-        self._writeback = True
+        self.writeback = True
+        """Writes may stay volatile until a flush; otherwise each is stable when it completes."""
         self._handlers: dict[int, Callable[[BlockRequest], int]] = {
             at.VIRTIO_BLK_T_FLUSH: self._flush,
             at.VIRTIO_BLK_T_FLUSH_OUT: self._flush,  # BLK-118
@@ -90,7 +93,7 @@ class VirtioBlk(VirtioDevice):
             queue_size=queue_size,
             strict=strict,
         )
-        self._config = self._make_config()
+        self.was_reset()
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
@@ -134,7 +137,7 @@ class VirtioBlk(VirtioDevice):
             0,  # alignment_offset
             min(physical, 0xFFFF),  # min_io_size
             min(limits.optimal_io_size // block, 0xFFFF_FFFF),
-            int(self._writeback),
+            int(self.writeback),
             len(self.queues) if len(self.queues) > 1 else 0,
             _MAX_RANGE_SECTORS if discards else 0,
             _MAX_DISCARD_SEGMENTS if discards else 0,
@@ -153,13 +156,14 @@ class VirtioBlk(VirtioDevice):
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
         if 0 <= where < len(data) and allowed:
-            self._writeback = bool(data[where])
+            self.writeback = bool(data[where])
             self._config = self._make_config()
 
     def was_reset(self) -> None:
         """See :class:`VirtioDevice`."""
-        self._writeback = True
+        self.writeback = True
         self._config = self._make_config()
+        self._parse = make_parser(self._memory, self.structs)
 
     def negotiated(self) -> None:
         """See :class:`VirtioDevice`. Chooses between writeback and writethrough (§5.2.6.2).
@@ -168,7 +172,7 @@ class VirtioBlk(VirtioDevice):
         BLK-13). On a legacy device CONFIG_WCE leaves what the driver wrote (BLK-33).
         """
         if not (self.legacy and self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)):
-            self._writeback = self.accepted(at.VIRTIO_BLK_F_FLUSH)
+            self.writeback = self.accepted(at.VIRTIO_BLK_F_FLUSH)
             self._config = self._make_config()
 
     def _resized(self, size: int) -> None:
@@ -185,8 +189,9 @@ class VirtioBlk(VirtioDevice):
         succeeded, the status byte alone where it did not.
         """
         memory = self._memory
-        request = parse_request(chain, memory, self.structs)
+        request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
+        resets = self.resets
         written = 0
         status = at.VIRTIO_BLK_S_OK
         try:
@@ -204,19 +209,30 @@ class VirtioBlk(VirtioDevice):
                     status = at.VIRTIO_BLK_S_UNSUPP  # BLK-107
                 else:
                     written = handler(request)
-        except GuestError as error:
-            status = error.status if isinstance(error, _RefusedError) else at.VIRTIO_BLK_S_IOERR
-            _log.debug("%r: %s", request, error)
-            self.violation(error)
-        except (OSError, PyvirtioError) as error:
-            status = at.VIRTIO_BLK_S_IOERR
-            _log.warning("I/O error at sector %d: %s", sector, error)
-        except ValueError:
-            if not self.disk.closed:
-                raise
-            status = at.VIRTIO_BLK_S_IOERR
-        memory.store_byte(status_byte, status)
+        except Exception as error:
+            status = self.status_of(error, sector)
+        if self.resets == resets:  # else the memory is the driver's again (BF-29)
+            memory.store_byte(status_byte, status)
         return written + 1
+
+    def status_of(self, error: Exception, sector: int) -> int:
+        """The answer to a request that ended in ``error``; raises it again if that is a bug."""
+        if isinstance(error, GuestError):
+            _log.debug("request at sector %d: %s", sector, error)
+            self.violation(error)
+            return error.status if isinstance(error, _RefusedError) else at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, (OSError, PyvirtioError)):
+            _log.warning("I/O error at sector %d: %s", sector, error)
+            return at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, ValueError) and self.disk.closed:
+            return at.VIRTIO_BLK_S_IOERR
+        raise error
+
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
+        """See :class:`VirtioDevice`."""
+        if not isinstance(ring, SplitRing):
+            return None
+        return make_express(self, queue, ring, self._memory)
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""
@@ -226,18 +242,19 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            memory.check(segments, True)
+            self._check_long(length, segments, True)
             for part, size in _pieces(segments, memory.map_limit):
                 self._read(offset // SECTOR_SIZE, part)
                 offset += size
             return length
         views = memory.map(segments, True)
-        done = False
         try:
             self.disk.readv(offset, views)
-            done = True
+            if memory.commits:
+                memory.commit(segments, views)
         finally:
-            memory.unmap(segments, views, done)
+            for view in views:
+                view.release()
         return length
 
     def _write(self, sector: int, segments: list[Segment]) -> None:
@@ -251,16 +268,23 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            memory.check(segments, False)
+            self._check_long(length, segments, False)
             for part, size in _pieces(segments, memory.map_limit):
                 self._write(offset // SECTOR_SIZE, part)
                 offset += size
             return
         views = memory.map(segments, False)
         try:
-            self.disk.writev(offset, views, fua=not self._writeback)
+            self.disk.writev(offset, views, fua=not self.writeback)
         finally:
-            memory.unmap(segments, views)
+            for view in views:
+                view.release()
+
+    def _check_long(self, length: int, segments: list[Segment], writable: bool) -> None:
+        """Before a transfer that is done in pieces: refuse it whole."""
+        if length > at.CHAIN_BYTES_MAX:
+            raise _RefusedError(f"a chain of {length} bytes")  # VQ-S-16
+        self._memory.check(segments, writable)
 
     def _out_of_bounds(self, sector: int, length: int) -> _RefusedError:
         if length % SECTOR_SIZE:
@@ -316,7 +340,7 @@ class VirtioBlk(VirtioDevice):
             raise _RefusedError("write zeroes, which was not negotiated", at.VIRTIO_BLK_S_UNSUPP)
         for offset, length, flags in self._ranges(request, _MAX_WRITE_ZEROES_SEGMENTS):
             self.disk.write_zeroes(offset, length, unmap=bool(flags))
-            if not self._writeback:
+            if not self.writeback:
                 self.disk.flush()
         return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -47,10 +48,10 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
-_ROUNDS = 4
-"""Chains that one kick may serve, in queue sizes. A driver that waits for its requests has one;
-this bounds what another can do by having the device write to its own rings."""
-
+_BUDGET = 1024
+"""Chains that one kick serves, to the end of the batch in which that is reached; what is left is
+for :meth:`VirtioDevice.poll` or the next kick. Only a driver that runs at the same time can have
+that many more, or one that has the device write to its own rings."""
 
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
@@ -85,6 +86,8 @@ class Queue:
     index: int
     state: QueueState
     ring: Ring | None = field(default=None, repr=False)
+    express: Callable[[], bool] | None = field(default=None, repr=False)
+    """A short way for the next chain, if there is one; see :meth:`VirtioDevice.make_express`."""
     pending: bool = False
     """Kicked, and not served to the end yet."""
     serving: bool = False
@@ -117,6 +120,8 @@ class VirtioDevice(ABC):
         self._transport: Transport | None = None
         self._defer = False
         self._violation: GuestError | None = None
+        self.resets = 0
+        """How often the device was reset: a request looks whether that happened under it."""
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -209,7 +214,10 @@ class VirtioDevice(ABC):
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
-                self.kick(queue.index)
+                if self._defer:
+                    queue.pending = queue.ring is not None
+                else:
+                    self.kick(queue.index)
 
     def reset(self) -> None:
         """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
@@ -218,6 +226,7 @@ class VirtioDevice(ABC):
         state.driver_features = 0
         state.broken = False
         self._violation = None
+        self.resets += 1
         for queue in self.queues:
             max_size = queue.state.max_size
             queue.state = QueueState(max_size, max_size)
@@ -261,7 +270,7 @@ class VirtioDevice(ABC):
             return
         queue.state.ready = True
         if self._may_serve():
-            queue.ring = ring
+            self._go_live(queue, ring)
 
     def disable_queue(self, index: int) -> None:
         """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
@@ -287,10 +296,14 @@ class VirtioDevice(ABC):
                 queue.ring = None
             elif queue.ring is None:
                 try:
-                    queue.ring = self._make_ring(queue.state)
+                    self._go_live(queue, self._make_ring(queue.state))
                 except GuestError as error:
                     self.guest_error(error)
                     return
+
+    def _go_live(self, queue: Queue, ring: Ring) -> None:
+        queue.ring = ring
+        queue.express = self.make_express(queue, ring)
 
     def _make_ring(self, state: QueueState) -> Ring:
         return SplitRing(
@@ -344,29 +357,34 @@ class VirtioDevice(ABC):
         queue.serving = True
         interrupt = False
         failure: Exception | None = None
-        process = self.process
-        budget = _ROUNDS * queue.state.size
+        budget = _BUDGET
+        express = queue.express
         try:
             if ring.suppressed:
                 ring.publish()
-            while count := ring.ready():
+            count = ring.ready()
+            while count:
                 budget -= count
-                if budget < 0:
-                    break
-                for _ in range(count):
-                    chain = ring.pop()
-                    written = process(chain)
+                while count:
+                    count -= 1
+                    if express is None or not express():
+                        chain = ring.pop()
+                        written = self.process(chain)
+                        if queue.ring is ring:
+                            ring.push(chain, written)
                     if queue.ring is not ring:  # reset from inside
                         return
-                    ring.push(chain, written)
-                interrupt |= ring.publish()
-            queue.pending = budget < 0
+                if ring.publish():
+                    interrupt = True
+                if budget <= 0:
+                    break
+                count = ring.ready()
+            queue.pending = budget <= 0
         except Exception as error:
             failure = error
+            interrupt |= self._fail(error, queue, ring)
         finally:
             queue.serving = False
-        if failure is not None:
-            interrupt |= self._fail(failure, queue, ring)
         # Interrupts only now: what they call may come back to this device, or reset it.
         if interrupt and self._transport is not None:
             self._transport.queue_interrupt(queue.index)
@@ -409,6 +427,13 @@ class VirtioDevice(ABC):
 
         Raises GuestError for a chain that cannot be answered.
         """
+
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
+        """A function that does the next available chain of a queue and pushes it, or gives False.
+
+        Where there is none, or it does not want that chain, :meth:`process` gets it.
+        """
+        return None
 
     @abstractmethod
     def negotiated(self) -> None:

@@ -24,7 +24,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import GuestError
-from .layout import ByteOrder
+from .layout import CHAIN_BYTES_MAX, ByteOrder
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -54,7 +54,7 @@ class Words(Protocol):
 class GuestMemory(ABC):
     """Guest RAM by physical address. Make one with one of the three ``from_`` methods."""
 
-    map_limit: int = ADDRESS_LIMIT
+    map_limit: int = CHAIN_BYTES_MAX
     """Bytes that may be mapped at one time; longer transfers are done in pieces."""
 
     @staticmethod
@@ -98,8 +98,8 @@ class GuestMemory(ABC):
         """Store ``data``. Raises GuestError if it does not all go to writable RAM."""
 
     @abstractmethod
-    def load(self, struct: Struct, pa: int) -> tuple[Any, ...]:
-        """The fields of a structure, read once."""
+    def loader(self, struct: Struct) -> Callable[[int], tuple[Any, ...]]:
+        """A function that gives the fields of the structure at an address, read once."""
 
     @abstractmethod
     def store_byte(self, pa: int, value: int) -> None:
@@ -111,20 +111,25 @@ class GuestMemory(ABC):
 
     @abstractmethod
     def map(self, segments: Iterable[Segment], writable: bool) -> list[memoryview]:
-        """Views of the segments, in their order; to be given back by :meth:`unmap`.
+        """Views of the segments, in their order; each to be released after use.
 
         Together at most ``map_limit`` bytes. Raises GuestError if any is not RAM, or ``writable``
         and not writable RAM.
         """
 
-    @abstractmethod
-    def unmap(
-        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
-    ) -> None:
-        """Give the views of a :meth:`map` back; none may be used after this.
+    commits: bool = True
+    """Whether :meth:`commit` does anything."""
 
-        ``written``: they were writable, and hold what the guest is to see now.
+    @abstractmethod
+    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
+        """The views of a writable :meth:`map` now hold what the guest is to see."""
+
+    def plain_region(self) -> tuple[int, int, Any] | None:
+        """A piece of RAM that can be used without the methods here: start, end, buffer of bytes.
+
+        None if there is none, or if somebody wants to hear of writes.
         """
+        return None
 
     def slice(self, pa: int, length: int, writable: bool = False) -> list[memoryview]:
         """:meth:`map` of a single segment."""
@@ -196,12 +201,17 @@ class BufferMemory(GuestMemory):
             raise ValueError("no RAM")
         self._bases = [region.base for region in self._regions]
         self.on_write = on_write
+        self.commits = on_write is not None
         # The quick way: the largest plain, writable region.
         plain = [each for each in self._regions if each.flat and not each.readonly]
         main = max(plain, key=lambda each: each.end - each.base, default=None)
         self._main: tuple[int, int, Any] = (
             (0, 0, b"") if main is None else (main.base, main.end, main.buffer)
         )
+
+    def plain_region(self) -> tuple[int, int, Any] | None:
+        base, end, buffer = self._main
+        return None if self.on_write is not None or base == end else (base, end, buffer)
 
     def _pieces(self, pa: int, length: int, writable: bool) -> list[tuple[_Region, int, int]]:
         """The parts of regions that make up a piece of memory: (region, start, end) in each."""
@@ -249,11 +259,18 @@ class BufferMemory(GuestMemory):
         if self.on_write is not None:
             self.on_write(pa, length)
 
-    def load(self, struct: Struct, pa: int) -> tuple[Any, ...]:
+    def loader(self, struct: Struct) -> Callable[[int], tuple[Any, ...]]:
         base, end, buffer = self._main
-        if base <= pa and pa + struct.size <= end:
-            return struct.unpack_from(buffer, pa - base)
-        return struct.unpack(self.read(pa, struct.size))
+        size = struct.size
+        last = end - size
+        unpack_from = struct.unpack_from
+
+        def load(pa: int) -> tuple[Any, ...]:
+            if base <= pa <= last:
+                return unpack_from(buffer, pa - base)
+            return struct.unpack(self.read(pa, size))
+
+        return load
 
     def store_byte(self, pa: int, value: int) -> None:
         base, end, buffer = self._main
@@ -278,16 +295,13 @@ class BufferMemory(GuestMemory):
                     for region, start, stop in self._pieces(pa, length, writable):
                         views.append(region.bytes_view()[start:stop])
         except GuestError:
-            self.unmap((), views)
+            for view in views:
+                view.release()
             raise
         return views
 
-    def unmap(
-        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
-    ) -> None:
-        for view in views:
-            view.release()
-        if written and self.on_write is not None:
+    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
+        if self.on_write is not None:
             for pa, length in segments:
                 self.on_write(pa, length)
 
@@ -296,7 +310,7 @@ class BufferMemory(GuestMemory):
     ) -> tuple[Callable[[int], tuple[Any, ...]], int]:
         region = self._single(pa, length, False)
         if region is None:
-            return partial(self.load, struct), pa
+            return self.loader(struct), pa
         return partial(struct.unpack_from, region.buffer), pa - region.base
 
     def writer(self, struct: Struct, pa: int, length: int) -> tuple[Callable[..., None], int]:
@@ -350,8 +364,9 @@ class CallbackMemory(GuestMemory):
         except Exception as error:
             raise GuestError(f"{len(data)} bytes at {pa:#x} cannot be written: {error}") from error
 
-    def load(self, struct: Struct, pa: int) -> tuple[Any, ...]:
-        return struct.unpack(self.read(pa, struct.size))
+    def loader(self, struct: Struct) -> Callable[[int], tuple[Any, ...]]:
+        size = struct.size
+        return lambda pa: struct.unpack(self.read(pa, size))
 
     def store_byte(self, pa: int, value: int) -> None:
         self.write(pa, bytes((value,)))
@@ -371,22 +386,15 @@ class CallbackMemory(GuestMemory):
             return [memoryview(bytearray(length)) for _, length in segments]
         return [memoryview(self.read(pa, length)) for pa, length in segments]
 
-    def unmap(
-        self, segments: Iterable[Segment], views: Sequence[memoryview], written: bool = False
-    ) -> None:
-        try:
-            if written:
-                for (pa, _), view in zip(segments, views, strict=True):
-                    self.write(pa, view)
-        finally:
-            for view in views:
-                view.release()
+    def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
+        for (pa, _), view in zip(segments, views, strict=True):
+            self.write(pa, view)
 
     def reader(
         self, struct: Struct, pa: int, length: int
     ) -> tuple[Callable[[int], tuple[Any, ...]], int]:
         self.read(pa, length)
-        return partial(self.load, struct), pa
+        return self.loader(struct), pa
 
     def writer(self, struct: Struct, pa: int, length: int) -> tuple[Callable[..., None], int]:
         self.read(pa, length)

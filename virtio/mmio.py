@@ -12,7 +12,7 @@ from typing import Literal
 from ..errors import GuestError
 from . import layout as at
 from .device import Queue, VirtioDevice
-from .layout import ByteOrder
+from .layout import MMIO_INTERRUPT_USED_BUFFER, MMIO_QUEUE_NOTIFY, ByteOrder
 from .memory import GuestMemory
 from .split import legacy_layout
 
@@ -53,6 +53,7 @@ class VirtioMmio:
         if notify not in ("inline", "deferred"):
             raise ValueError(f"notify is {notify!r}, must be 'inline' or 'deferred'")
         self.device = device
+        self._kick = device.kick
         self.legacy = legacy
         self.vendor_id = vendor_id
         self._order: ByteOrder = order
@@ -82,8 +83,8 @@ class VirtioMmio:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """The guest stores ``value``; what is no store to a register is ignored, as for loads."""
-        if offset == at.MMIO_QUEUE_NOTIFY and size == 4:
-            self.device.kick(value)
+        if offset == MMIO_QUEUE_NOTIFY and size == 4:
+            self._kick(value)
         elif offset >= at.MMIO_CONFIG:
             data = (value & (1 << 8 * size) - 1).to_bytes(size, self._order)
             self.device.write_config(offset - at.MMIO_CONFIG, data)
@@ -105,7 +106,7 @@ class VirtioMmio:
 
     def queue_interrupt(self, index: int) -> None:
         """See :class:`~.device.Transport`."""
-        self._interrupt_status |= at.MMIO_INTERRUPT_USED_BUFFER
+        self._interrupt_status |= MMIO_INTERRUPT_USED_BUFFER
         if not self._level:
             self._update_level()
 

@@ -84,15 +84,15 @@ class SplitRing(Ring):
         self._mask = size - 1
         self._steps = range(size)
         self._max_indirect = max(MAX_INDIRECT, state.max_size)
-        self._read_desc, self._desc_origin = memory.reader(
+        self.read_desc, self.desc_origin = memory.reader(
             structs.desc, state.descriptor_area, VIRTQ_DESC_SIZE * size
         )
         avail_bytes = 6 + 2 * size if event_idx else 4 + 2 * size
-        self._read_avail, self._avail_origin = memory.reader(
+        self.read_avail, self.avail_origin = memory.reader(
             structs.word, state.driver_area, avail_bytes
         )
         used_bytes = 4 + VIRTQ_USED_ELEM_SIZE * size + (2 if event_idx else 0)
-        self._write_used, self._used_origin = memory.writer(
+        self.write_used, self.used_origin = memory.writer(
             structs.used_elem, state.device_area, used_bytes
         )
         self._open_used, self._used_first = memory.words(
@@ -102,7 +102,7 @@ class SplitRing(Ring):
         self._fence = make_fence()
 
     def ready(self) -> int:
-        (index,) = self._read_avail(self._avail_origin + 2)
+        (index,) = self.read_avail(self.avail_origin + 2)
         count: int = (index - self.state.next_avail) & 0xFFFF
         if count > self._mask + 1:
             raise GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")
@@ -112,19 +112,25 @@ class SplitRing(Ring):
         state = self.state
         mask = self._mask
         position = state.next_avail
-        (index,) = self._read_avail(self._avail_origin + 4 + 2 * (position & mask))
+        (index,) = self.read_avail(self.avail_origin + 4 + 2 * (position & mask))
         state.next_avail = (position + 1) & 0xFFFF
         head: int = index
         readable: list[Segment] = []
         writable: list[Segment] = []
-        read = self._read_desc
-        origin = self._desc_origin
+        read = self.read_desc
+        origin = self.desc_origin
         for _ in self._steps:
             if index > mask:
                 raise GuestError(f"descriptor {index} of a queue of {mask + 1}")
             address, length, flags, index = read(origin + 16 * index)
+            # The three usual ones first.
             if flags == _NEXT_WRITE:
                 writable.append((address, length))
+            elif flags == VIRTQ_DESC_F_WRITE:
+                writable.append((address, length))
+                break
+            elif flags == VIRTQ_DESC_F_NEXT and not writable:
+                readable.append((address, length))
             elif flags & VIRTQ_DESC_F_INDIRECT:
                 if flags & VIRTQ_DESC_F_NEXT:
                     raise GuestError("an indirect descriptor with a next one")  # VQ-S-21
@@ -178,7 +184,7 @@ class SplitRing(Ring):
     def push(self, chain: Chain, written: int) -> None:
         state = self.state
         index = state.used_index
-        self._write_used(self._used_origin + 4 + 8 * (index & self._mask), chain.head, written)
+        self.write_used(self.used_origin + 4 + 8 * (index & self._mask), chain.head, written)
         state.used_index = (index + 1) & 0xFFFF
 
     def publish(self) -> bool:
@@ -202,9 +208,9 @@ class SplitRing(Ring):
         if new == old:
             return False
         if self.event_idx:
-            (event,) = self._read_avail(self._avail_origin + 6 + 2 * self._mask)
+            (event,) = self.read_avail(self.avail_origin + 6 + 2 * self._mask)
             return bool((new - event - 1) & 0xFFFF < (new - old) & 0xFFFF)
-        (flags,) = self._read_avail(self._avail_origin)
+        (flags,) = self.read_avail(self.avail_origin)
         return not flags & VIRTQ_AVAIL_F_NO_INTERRUPT
 
     def suppress(self) -> None:

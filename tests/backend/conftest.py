@@ -1,6 +1,7 @@
 """Fixtures of the backend's tests."""
 
 import pytest
+
 from pyvirtio.backend import registry
 from pyvirtio.backend.disk import Disk
 from pyvirtio.backend.open import FileReference

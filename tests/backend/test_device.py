@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from pyvirtio import BackendError, FileDisk, InUseError, UnsupportedError, open_disk
 
 

@@ -7,6 +7,7 @@ import random
 import threading
 
 import pytest
+
 from pyvirtio import BackendError, FileDisk
 from pyvirtio.backend.direct import SharedLock
 

@@ -4,6 +4,7 @@ import errno
 import mmap
 
 import pytest
+
 from pyvirtio import BackendError, MemoryDisk, NullDisk, UnsupportedError
 
 

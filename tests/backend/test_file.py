@@ -7,6 +7,7 @@ import socket
 import threading
 
 import pytest
+
 from pyvirtio import BackendError, FileDisk, UnsupportedError
 from pyvirtio.backend import file as file_module
 from pyvirtio.backend import space as space_module

@@ -5,6 +5,7 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
+
 from pyvirtio import FileDisk, InUseError
 from pyvirtio.backend.locks import FileLocks, Permission
 

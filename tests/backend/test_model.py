@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from pyvirtio import FileDisk, MemoryDisk, RawDisk
 
 SIZE = 40000

@@ -6,6 +6,7 @@ import warnings
 from itertools import pairwise
 
 import pytest
+
 from pyvirtio import (
     BackendError,
     FileDisk,

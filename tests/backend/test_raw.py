@@ -5,6 +5,7 @@ import threading
 from contextlib import suppress
 
 import pytest
+
 from pyvirtio import (
     BackendError,
     FileDisk,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import pyvirtio
 from pyvirtio.backend.disk import Disk
 from pyvirtio.qcow2.cache import TableCache

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import pyvirtio
 from pyvirtio.errors import BackendError, ImageError
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 import pyvirtio
 from pyvirtio.backend.disk import Disk
 from pyvirtio.errors import BackendError, ImageError

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 import pyvirtio
 from pyvirtio.virtio.driver import Arena, BlockDriver, Registers
 

@@ -8,6 +8,7 @@ import mmap
 from typing import Any
 
 import pytest
+
 from pyvirtio import GuestError, GuestMemory
 
 TOP = (1 << 64) - 4096
@@ -53,7 +54,6 @@ def test_adjacent_regions_are_one_memory() -> None:
     assert memory.read(10, 12) == b"\0\0abcdefgh\0\0"
     views = memory.map([(12, 8)], True)
     assert [bytes(view) for view in views] == [b"abcd", b"efgh"]
-    memory.unmap([(12, 8)], views, True)
 
 
 def test_ram_at_the_top_of_the_address_space() -> None:
@@ -103,7 +103,7 @@ def test_any_writable_buffer_is_ram(buffer: Any) -> None:
     views = memory.map([(0x105, 3)], True)
     assert bytes(views[0]) == b"bcd"
     views[0][:] = b"xyz"
-    memory.unmap([(0x105, 3)], views, True)
+    memory.commit([(0x105, 3)], views)
     assert memory.read(0x100, 8) == b"\0\0\0\0axyz"
     open_words, first = memory.words(0x104, 4, "little")
     words = open_words()
@@ -115,7 +115,7 @@ def test_any_writable_buffer_is_ram(buffer: Any) -> None:
 def test_an_mmap_can_be_closed_after_use() -> None:
     ram = mmap.mmap(-1, 4096)
     memory = GuestMemory.from_buffer(ram)
-    memory.unmap((), memory.map([(0, 16)], True))
+    memory.map([(0, 16)], True)[0].release()
     open_words, _ = memory.words(0, 16, "little")
     open_words().release()
     memory.read(0, 4)
@@ -128,8 +128,8 @@ def test_on_write_is_told_of_every_write() -> None:
     memory = GuestMemory.from_buffer(ram, 0x1000, on_write=lambda pa, n: writes.append((pa, n)))
     memory.write(0x1001, b"abc")
     memory.store_byte(0x1008, 1)
-    memory.unmap([(0x1010, 8)], memory.map([(0x1010, 8)], True), True)
-    memory.unmap([(0x1010, 8)], memory.map([(0x1010, 8)], False), False)
+    memory.commit([(0x1010, 8)], memory.map([(0x1010, 8)], True))
+    memory.map([(0x1010, 8)], False)
     open_words, first = memory.words(0x1020, 4, "little")
     open_words()[first] = 7
     assert writes == [(0x1001, 3), (0x1008, 1), (0x1010, 8), (0x1020, 2)]

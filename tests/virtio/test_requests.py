@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from pyvirtio.virtio import layout as at
 
 OK, IOERR, UNSUPP = 0, 1, 2

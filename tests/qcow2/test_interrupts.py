@@ -1,0 +1,106 @@
+"""A KeyboardInterrupt can be thrown between any two bytecodes of the main thread."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+import pyvirtio
+
+CLUSTER = 4096
+SIZE = 64 * CLUSTER
+OLD = b"\1" * (10 * CLUSTER)
+
+
+class Interrupt(KeyboardInterrupt):
+    """What the timer throws."""
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    def throw(number: int, frame: FrameType | None) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, throw)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def make_image() -> tuple[pyvirtio.MemoryDisk, pyvirtio.Disk]:
+    file = pyvirtio.MemoryDisk(0, growable=True)
+    disk = pyvirtio.create_disk(file, SIZE, cluster_size=CLUSTER)
+    disk.write(0, OLD)
+    disk.flush()
+    return file, disk
+
+
+def work(disk: pyvirtio.Disk) -> None:
+    disk.write(20 * CLUSTER + 100, b"a" * 5000)
+    disk.write_zeroes(21 * CLUSTER, 2 * CLUSTER)
+    disk.discard(20 * CLUSTER, CLUSTER)
+    disk.snapshots.create("s")
+    disk.write(20 * CLUSTER + 5, b"q" * CLUSTER)
+    disk.flush()
+    disk.snapshots.delete("s")
+    disk.write(40 * CLUSTER, b"z" * CLUSTER)
+
+
+def test_an_interrupt_at_any_moment_neither_hangs_nor_corrupts() -> None:
+    choose = random.Random(20)
+    _, disk = make_image()
+    start = time.monotonic()
+    work(disk)
+    duration = time.monotonic() - start
+    disk.close()
+    interrupted = 0
+    for _ in range(400):
+        file, disk = make_image()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 + choose.random() * duration)
+            work(disk)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupt:
+            interrupted += 1
+            go_on_in_another_thread(disk)
+        check_as_it_is(file)
+    assert interrupted > 20
+
+
+def go_on_in_another_thread(disk: pyvirtio.Disk) -> None:
+    """Every later request works, or is refused because the image is not written any more."""
+    problems: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            assert disk.read(0, len(OLD)) == OLD
+            disk.write(30 * CLUSTER, b"k" * CLUSTER)
+            disk.flush()
+        except pyvirtio.BackendError as error:
+            if "until it is reopened" not in str(error):
+                problems.append(error)
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a request waits for one that was interrupted"
+    assert not problems
+
+
+def check_as_it_is(file: pyvirtio.MemoryDisk) -> None:
+    """What is in the file now, as after a power failure, is a good image but for leaks."""
+    copy = pyvirtio.MemoryDisk(0, growable=True)
+    copy.write(0, file.read(0, file.size))
+    with pyvirtio.open_disk(copy, read_only=True) as disk:
+        result = disk.check()
+        harmless = sum("OFLAG_COPIED" in line and "refcount=1" in line for line in result.messages)
+        assert result.corruptions == harmless, result.messages
+        assert disk.read(0, len(OLD)) == OLD

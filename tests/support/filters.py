@@ -1,0 +1,270 @@
+"""Disks that stand below a driver under test: they record, fail, or hold requests up."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pyvirtio import BackendError, Disk, DiskInfo, Extent
+
+
+class Filter(Disk):
+    """Hands every request on to the disk below."""
+
+    format_name = "filter"
+
+    def __init__(self, below: Disk) -> None:
+        super().__init__(below.size, limits=below.limits)
+        self.below = below
+        self.growable = below.growable
+
+    @property
+    def children(self) -> Mapping[str, Disk]:
+        return {"file": self.below}
+
+    def info(self) -> DiskInfo:
+        return self.below.info()
+
+    def _follow(self) -> None:
+        self._set_size(self.below.size)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.readv(offset, views)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.writev(offset, views)
+        self._follow()
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self.below.write_zeroes(offset, length, unmap=unmap)
+        self._follow()
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.below.discard(offset, length)
+
+    def _flush(self) -> None:
+        self.below.flush()
+
+    def _block_status(self, offset: int, length: int) -> Extent:
+        return self.below.block_status(offset, length)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        self.below.truncate(size, preallocation=preallocation, shrink=True)
+        self._follow()
+
+    def _close(self) -> None:
+        self.below.close()
+
+
+class CappedDisk(Filter):
+    """A host with little room: what would end beyond ``cap`` bytes is refused with EFBIG."""
+
+    def __init__(self, below: Disk, cap: int) -> None:
+        super().__init__(below)
+        self.cap = cap
+
+    def _check(self, end: int) -> None:
+        if end > self.cap:
+            raise BackendError(errno.EFBIG, "the test's disk is full")
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._check(offset + length)
+        super()._writev(offset, views, length)
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._check(offset + length)
+        super()._write_zeroes(offset, length, unmap)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        self._check(size)
+        super()._truncate(size, preallocation)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that reached the disk below the driver, or a mark of the test's own."""
+
+    kind: str
+    """``write``, ``zero``, ``discard``, ``truncate``, ``flush`` or ``mark``."""
+    offset: int = 0
+    data: bytes = b""
+    length: int = 0
+    mark: object = None
+
+
+class RecordingDisk(Filter):
+    """Keeps a log of everything that changes the disk below, and of every flush."""
+
+    def __init__(self, below: Disk) -> None:
+        super().__init__(below)
+        self.log: list[Event] = []
+        self._lock = threading.Lock()
+
+    def mark(self, thing: object) -> None:
+        """Note something of the test's own between the events."""
+        self.log.append(Event("mark", mark=thing))
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        with self._lock:
+            data = b"".join(views)
+            self.log.append(Event("write", offset, data, length))
+            super()._writev(offset, [memoryview(data)], length)
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        with self._lock:
+            self.log.append(Event("zero", offset, length=length))
+            super()._write_zeroes(offset, length, unmap)
+
+    def _discard(self, offset: int, length: int) -> None:
+        with self._lock:
+            self.log.append(Event("discard", offset, length=length))
+            super()._discard(offset, length)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        with self._lock:
+            self.log.append(Event("truncate", length=size))
+            super()._truncate(size, preallocation)
+
+    def _flush(self) -> None:
+        with self._lock:
+            self.log.append(Event("flush"))
+            super()._flush()
+
+
+class FaultyDisk(Filter):
+    """Lets the ``fail_at``-th operation (from 0) of the given kinds fail, once or from then on.
+
+    A write that fails may have been done in part: its first half (in whole sectors) is written.
+    """
+
+    KINDS = frozenset({"read", "write", "flush", "truncate", "discard"})
+
+    def __init__(
+        self,
+        below: Disk,
+        *,
+        kinds: frozenset[str] = KINDS,
+        number: int = errno.EIO,
+        torn: bool = False,
+    ) -> None:
+        super().__init__(below)
+        self.kinds = kinds
+        self.number = number
+        self.torn = torn
+        self.fail_at: int | None = None
+        self.persistent = False
+        self.count = 0
+        self.failed = 0
+
+    def _now(self, kind: str) -> bool:
+        """Whether this operation is to fail."""
+        if kind not in self.kinds or self.fail_at is None:
+            self.count += kind in self.kinds
+            return False
+        at = self.count
+        self.count += 1
+        failing = at >= self.fail_at if self.persistent else at == self.fail_at
+        self.failed += failing
+        return failing
+
+    def _fault(self, kind: str) -> None:
+        if self._now(kind):
+            raise BackendError(self.number, f"injected into a {kind}")
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._fault("read")
+        super()._readv(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        if self._now("write"):
+            half = length // 2 // 512 * 512
+            if self.torn and half:
+                super()._writev(offset, [memoryview(b"".join(views))[:half]], half)
+            raise BackendError(self.number, "injected into a write")
+        super()._writev(offset, views, length)
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._fault("write")
+        super()._write_zeroes(offset, length, unmap)
+
+    def _discard(self, offset: int, length: int) -> None:
+        self._fault("discard")
+        super()._discard(offset, length)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        self._fault("truncate")
+        super()._truncate(size, preallocation)
+
+    def _flush(self) -> None:
+        self._fault("flush")
+        super()._flush()
+
+
+class JitteryDisk(Filter):
+    """Gives other threads a turn at random before and after each request."""
+
+    def __init__(self, below: Disk, *, seed: int) -> None:
+        super().__init__(below)
+        self._chance = random.Random(seed)
+        self._pause = threading.Event()  # never set: waiting on it is a sleep
+
+    def _jitter(self) -> None:
+        if self._chance.random() < 0.4:
+            self._pause.wait(self._chance.random() * 0.0005)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._jitter()
+        super()._readv(offset, views, length)
+        self._jitter()
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._jitter()
+        super()._writev(offset, views, length)
+        self._jitter()
+
+    def _flush(self) -> None:
+        self._jitter()
+        super()._flush()
+
+
+@dataclass
+class Gate:
+    """Requests meeting a condition wait here until ``wanted`` of them are under way at once."""
+
+    wanted: int
+    timeout: float = 30.0
+    most: int = 0
+    _here: int = 0
+    _condition: threading.Condition = field(default_factory=threading.Condition)
+
+    def pass_through(self) -> None:
+        """Wait for the others; gives up silently after the timeout (``most`` tells)."""
+        with self._condition:
+            self._here += 1
+            self.most = max(self.most, self._here)
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self.most >= self.wanted, self.timeout)
+            self._here -= 1
+
+
+class GatedDisk(Filter):
+    """Holds up reads and writes of at least ``smallest`` bytes (guest data) at a gate."""
+
+    def __init__(self, below: Disk, *, smallest: int) -> None:
+        super().__init__(below)
+        self.smallest = smallest
+        self.read_gate: Gate | None = None
+        self.write_gate: Gate | None = None
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        if self.read_gate is not None and length >= self.smallest:
+            self.read_gate.pass_through()
+        super()._readv(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        if self.write_gate is not None and length >= self.smallest:
+            self.write_gate.pass_through()
+        super()._writev(offset, views, length)
