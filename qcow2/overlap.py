@@ -140,12 +140,12 @@ class Overlap:
         self.check(offset, length, Section.REFCOUNT_TABLE)
 
     def _look(self, offset: int, length: int, first: int, last: int, ignore: Section) -> None:
-        wanted = self.sections & ~ignore
-        if not wanted:
-            return
         if not self._known:
             self._collect()
             self.check(offset, length, ignore)
+            return
+        wanted = self.sections & ~ignore
+        if not wanted:
             return
         singles = wanted & _SINGLE
         touched: set[int] = set()
