@@ -68,7 +68,7 @@ class Qcow2Disk(Disk):
         self._header = header
         self._metadata = metadata
         self._options = options
-        self._for_check = for_check
+        metadata.repair_only = for_check
         self._cleaner = CacheCleaner(metadata, options.cache_clean_interval)
         missing = header.backing_file if backing is None else None
         self.reader = Reader(metadata, backing, missing)
@@ -307,7 +307,7 @@ class Qcow2Disk(Disk):
         if fix not in (None, "leaks", "all"):
             raise ValueError("what is fixed is 'leaks' or 'all'")
         if fix is not None:
-            metadata.check_writable()
+            metadata.check_writable(repair=True)
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()

@@ -66,6 +66,8 @@ class Metadata:
         self.gate = RequestGate()
         self.lock = self.gate.lock
         self.corruption = Corruption(file, header, self.health, self.gate, writable=not read_only)
+        self.repair_only = False
+        """The image may be damaged: nothing but a repair changes it."""
         self.lazy = False
         """Refcounts need not be right in the file: it is marked dirty instead."""
         slot = min(self.cluster_size, sizes.l2_entry)
@@ -227,8 +229,11 @@ class Metadata:
 
     # -- the header --------------------------------------------------------------------------------
 
-    def check_writable(self) -> None:
-        """Raise BackendError if the image is open read-only or must not be written any more."""
+    def check_writable(self, *, repair: bool = False) -> None:
+        """Raise BackendError if the image is open read-only, or for a ``repair`` only and this is
+        none, or must not be written any more."""
+        if self.repair_only and not repair:
+            raise BackendError(errno.EPERM, "the image is open for a check", self.file.filename)
         if self.read_only:
             raise BackendError(errno.EPERM, "the image is open read-only", self.file.filename)
         self.health.check()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from ..backend.disk import Disk
 from ..errors import BackendError
 from . import layout
-from .counts import ClusterCounts
+from .counts import MANY, ClusterCounts
 from .header import Header
 from .layout import Incompatible
 from .result import CheckResult
@@ -118,8 +118,13 @@ class References:
                 times,
             )
             return
-        first = offset >> self.bits
-        self.counts.add_run(first, ((offset + length - 1) >> self.bits) + 1 - first, times)
+        first, last = offset >> self.bits, (offset + length - 1) >> self.bits
+        if first == last and first < self.counts.size:
+            value = self.counts.bytes[first] + times
+            if value < MANY:
+                self.counts.bytes[first] = value
+                return
+        self.counts.add_run(first, last + 1 - first, times)
 
     def clip(self, limit: int) -> None:
         """A refcount cannot be larger than ``limit``: more references are corruptions."""

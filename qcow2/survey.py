@@ -38,8 +38,8 @@ class Survey:
         )
         self.stored = ClusterCounts(0)
         """The refcounts as they stand in the file."""
-        self.unreadable: list[range] = []
-        """Clusters whose refcounts cannot be had."""
+        self.unreadable: set[int] = set()
+        """Numbers of the refcount blocks that cannot be had."""
         self.rebuild = False
         """The refcount structure itself is broken: only a new one helps."""
         self.structure: list[tuple[int, int]] = []
@@ -183,7 +183,7 @@ class Survey:
                 data = read_padded(metadata.file, offset, metadata.cluster_size)
             except BackendError as error:
                 missing = range(first, min(first + self.per_block, stored.size))
-                self.unreadable.append(missing)
+                self.unreadable.add(index)
                 self.result.check_errors += len(missing)
                 self.result.say(
                     f"Can't get refcount for clusters {missing.start} to {missing.stop - 1}: "
@@ -197,7 +197,7 @@ class Survey:
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """(cluster, references, refcount) wherever they are not the same, as far as is known."""
         for cluster, want, have in self.references.counts.differences(self.stored):
-            if not any(cluster in missing for missing in self.unreadable):
+            if cluster // self.per_block not in self.unreadable:
                 yield cluster, want, have
 
     def compare(self) -> None:
@@ -213,7 +213,7 @@ class Survey:
 
     def refcount(self, cluster: int) -> int | None:
         """The refcount of a cluster anywhere; None where it cannot be had."""
-        if any(cluster in missing for missing in self.unreadable):
+        if cluster // self.per_block in self.unreadable:
             return None
         if cluster < self.stored.size:
             return self.stored[cluster]

@@ -429,6 +429,41 @@ def test_a_cluster_referred_to_three_hundred_times(image: Image) -> None:
     compare_with_qemu(image.path)
 
 
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k,compat=0.10"])
+def test_compressed_clusters_are_counted(tmp_path: Path, options: str) -> None:
+    raw, path = tmp_path / "raw", tmp_path / "image.qcow2"
+    raw.write_bytes(
+        b"".join(bytes([i]) * 3000 for i in range(200)) + random.Random(1).randbytes(99999)
+    )
+    run("qemu-img", "convert", "-f", "raw", "-c", "-O", "qcow2", "-o", options, raw, path)
+    image = Image(path)
+    compare_with_qemu(path)
+    image.put(image.entry(0), image.get(image.entry(1)))
+    compare_with_qemu(path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["none", "entry", "subclusters", "no host", "unaligned", "block"]
+)
+def test_extended_l2_entries(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", path, "16M")
+    run("qemu-io", "-c", "write 0 130k", "-c", "write 1M 2k", "-c", "write -z 3M 64k", path)
+    image = Image(path)
+    if damage == "entry":
+        image.put(image.l2() + 16, image.get(image.l2()))
+    elif damage == "subclusters":
+        image.put(image.l2() + 8, (1 << 64) - 1)
+    elif damage == "no host":
+        image.put(image.l2() + 16 * 40 + 8, 1)
+    elif damage == "unaligned":
+        image.put(image.l2() + 16, (image.get(image.l2() + 16) + 512) & ~1)
+        image.put(image.l2() + 24, 0)
+    elif damage == "block":
+        image.put(image.table, 0)
+    compare_with_qemu(path)
+
+
 def test_snapshots_that_share_a_damaged_table(image: Image) -> None:
     for name in ("one", "two", "three"):
         run("qemu-img", "snapshot", "-c", name, image.path)
@@ -471,6 +506,21 @@ def test_corrupt_image_is_opened_read_only_or_for_check(image: Image) -> None:
         pytest.raises(BackendError),
     ):
         disk.write(0, b"no")
+
+
+def test_disk_open_for_check_changes_nothing_but_by_repair(image: Image) -> None:
+    run("qemu-img", "snapshot", "-c", "kept", image.path)
+    before = image.path.read_bytes()
+    with pyvirtio.open_disk(image.path, format="qcow2", for_check=True) as disk:
+        for change in (
+            lambda: disk.snapshots.create("new"),
+            lambda: disk.truncate(1 << 30),
+            lambda: disk.discard(0, 65536),
+            lambda: disk.write_zeroes(0, 65536),
+        ):
+            with pytest.raises(BackendError):
+                change()
+    assert image.path.read_bytes() == before
 
 
 def test_dirty_image_is_repaired_when_it_is_opened_to_be_written(image: Image) -> None:
