@@ -140,7 +140,7 @@ class Metadata:
         new, _, _ = self.refcounts.allocate(1)
         try:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
-            self.overlap.add(new)
+            self.overlap.add(new, Section.ACTIVE_L2)
             self.file.write(new << self.cluster_bits, contents)
         except BaseException:
             self.refcounts.add(new, 1, -1)

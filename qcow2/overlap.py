@@ -87,8 +87,8 @@ class Overlap:
         self._metadata = metadata
         self._bits = metadata.cluster_bits
         self._known = False
-        self._tables: set[int] = set()
-        """Clusters that are, or were, tables of one cluster."""
+        self._tables: dict[int, int] = {}
+        """Clusters that are, or were, tables of one cluster, and which kinds (bits of Section)."""
         self._starts: list[int] = []
         self._ends: list[int] = []
         """Intervals of clusters that other structures take, sorted, not touching."""
@@ -98,9 +98,14 @@ class Overlap:
         """Much has changed: collect again before the next write."""
         self._known = False
 
-    def add(self, cluster: int) -> None:
+    def add(self, cluster: int, section: Section) -> None:
         """There is a new L2 table or refcount block."""
-        self._tables.add(cluster)
+        if section & self.sections:
+            self._tables[cluster] = self._tables.get(cluster, 0) | section.value
+
+    def add_block(self, cluster: int) -> None:
+        """There is a new refcount block."""
+        self.add(cluster, Section.REFCOUNT_BLOCK)
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -113,9 +118,10 @@ class Overlap:
             at = bisect_right(self._starts, last)
             if not at or self._ends[at - 1] < first:
                 if first == last:
-                    if first not in self._tables:
+                    kinds = self._tables.get(first)
+                    if kinds is None or not kinds & ~ignore.value:
                         return
-                elif self._tables.isdisjoint(range(first, last + 1)):
+                elif self._tables.keys().isdisjoint(range(first, last + 1)):
                     return
         self._look(offset, length, first, last, ignore)
 
@@ -170,20 +176,22 @@ class Overlap:
                 )
         # What is no table any more is not asked for again.
         if touched and wanted & _SINGLE == self.sections & _SINGLE:
-            self._tables.difference_update(touched)
+            for cluster in touched:
+                self._tables.pop(cluster, None)
 
     # -- where things are --------------------------------------------------------------------------
 
     def _collect(self) -> None:
         # Known first: a table that comes while this looks is added, and not lost.
         self._known = True
-        tables: set[int] = set()
-        for section in (Section.ACTIVE_L2, Section.REFCOUNT_BLOCK):
-            if section & self.sections:
-                tables.update(self._present(section))
         if self.sections & Section.INACTIVE_L2:
             self._inactive_l2 = set(self._inactive_tables())
-            tables |= self._inactive_l2
+        tables = self._tables
+        for section in (Section.ACTIVE_L2, Section.REFCOUNT_BLOCK, Section.INACTIVE_L2):
+            if section & self.sections:
+                bit = section.value
+                for cluster in self._present(section):
+                    tables[cluster] = tables.get(cluster, 0) | bit
         intervals = sorted(
             interval
             for section in _NAMES
@@ -199,7 +207,6 @@ class Overlap:
                 starts.append(first)
                 ends.append(last)
         self._starts, self._ends = starts, ends
-        self._tables |= tables
 
     def _present(self, section: Section, only: set[int] | None = None) -> Iterable[int]:
         """Clusters of the tables of that kind; with ``only`` those of them."""

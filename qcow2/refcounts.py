@@ -288,7 +288,7 @@ class Refcounts:
         offset = cluster << self._geometry.cluster_bits
         if self.overlap is not None:
             self.overlap.check(offset, len(contents))
-            self.overlap.add(cluster)
+            self.overlap.add_block(cluster)
         self._file.write(offset, contents)
 
     def _grow_table(self, blocks: int) -> None:
