@@ -86,7 +86,8 @@ class FileDisk(Disk):
         self._is_device = _kind_checked(os.fstat(fd), self._path)
         self._cache: CacheMode = cache
         self._locking = locking
-        self._discard_mode: DiscardMode = discard
+        self.discard_mode: DiscardMode = discard
+        """Whether the host hears of discards."""
         self.growable = growable and not self._is_device
         self._grow_lock = threading.Lock()
         self._cache_lost: BackendError | None = None
@@ -224,7 +225,7 @@ class FileDisk(Disk):
     # -- space ---------------------------------------------------------------------------------
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        unmap = unmap and self._discard_mode == "unmap"
+        unmap = unmap and self.discard_mode == "unmap"
         old = self.size
         inside = max(0, min(length, old - offset))
         try:
@@ -242,7 +243,7 @@ class FileDisk(Disk):
             self._writev(offset + length - 1, [memoryview(b"\0")], 1)
 
     def _discard(self, offset: int, length: int) -> None:
-        if self._discard_mode == "ignore":
+        if self.discard_mode == "ignore":
             return
         try:
             if self._direct is not None:

@@ -8,6 +8,7 @@ from ..backend.disk import Disk
 from ..backend.registry import Format
 from .bitmaps import Bitmap, Bitmaps
 from .check import CheckResult
+from .corruption import CorruptionEvent
 from .create import CreateOptions
 from .create import create as _create
 from .driver import Qcow2Disk
@@ -20,6 +21,7 @@ __all__ = [
     "Bitmap",
     "Bitmaps",
     "CheckResult",
+    "CorruptionEvent",
     "CreateOptions",
     "Qcow2Disk",
     "Snapshot",

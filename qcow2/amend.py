@@ -174,6 +174,8 @@ def _change_backing_file(metadata: Metadata, options: AmendOptions) -> None:
 
 
 def _set_lazy_refcounts(metadata: Metadata, lazy: bool) -> None:
+    metadata.make_accurate()
+    metadata.lazy = lazy
     features = metadata.header.compatible_features & ~Compatible.LAZY_REFCOUNTS
     if lazy:
         features |= Compatible.LAZY_REFCOUNTS

@@ -94,6 +94,7 @@ class CompressedWriter:
                 gate.enter()
             place = self._plan(cluster, len(packed))
             try:
+                metadata.overlap.check(place.host, len(packed))
                 metadata.file.debug_event("write_compressed")
                 metadata.file.write(place.host, packed)
             except BaseException:

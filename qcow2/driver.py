@@ -12,16 +12,21 @@ from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import amend, emptying, header_update, info, layout, resize, zeroing
 from .bitmaps import Bitmaps
-from .check import CheckResult, check
+from .check import CheckResult, Fix, check
+from .cleaner import CacheCleaner
 from .compressed_writing import CompressedWriter
+from .corruption import CorruptionError, CorruptionListener
 from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
 from .header import Header, read_header
-from .layout import Autoclear, CryptMethod, Incompatible
-from .metadata import CacheSizes, Metadata
+from .layout import Autoclear, Compatible, CryptMethod, Incompatible
+from .metadata import Metadata
+from .options import RuntimeOptions
+from .quarantine import DiscardKind
 from .reading import Reader
 from .reload import reload
 from .runs import runs
 from .snapshots import Snapshots
+from .state import is_corrupt, is_dirty
 from .status import block_status
 from .vmstate import VmState
 from .writing import Writer
@@ -57,11 +62,13 @@ class Qcow2Disk(Disk):
         backing: Disk | None,
         *,
         read_only: bool,
+        options: RuntimeOptions,
+        for_check: bool = False,
     ) -> None:
         cluster_size = metadata.cluster_size
         super().__init__(
             header.size // layout.SECTOR * layout.SECTOR,
-            read_only=read_only,
+            read_only=read_only or for_check,
             limits=Limits(
                 request_alignment=max(
                     metadata.data.limits.request_alignment,
@@ -75,6 +82,9 @@ class Qcow2Disk(Disk):
         self._file = file
         self._header = header
         self._metadata = metadata
+        self._options = options
+        metadata.repair_only = for_check
+        self._cleaner = CacheCleaner(metadata, options.cache_clean_interval)
         missing = header.backing_file if backing is None else None
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
@@ -88,6 +98,8 @@ class Qcow2Disk(Disk):
         """The internal snapshots."""
         self.vmstate = VmState(metadata, self.reader, self._writer)
         """The VM state past the disk's end, until a snapshot takes it."""
+        if not for_check:
+            self.snapshots.load()
 
     @classmethod
     def open(
@@ -96,41 +108,60 @@ class Qcow2Disk(Disk):
         *,
         read_only: bool = False,
         policy: Callable[[FileReference], Disk | None] | None = None,
-        l2_cache_size: int = 32 << 20,
-        refcount_cache_size: int = 4 << 20,
         data_file: Disk | StrPath | None = None,
         passphrase: Passphrase | None = None,
         encrypt_format: str | None = None,
         no_io: bool = False,
+        for_check: bool = False,
+        **options: Any,
     ) -> Qcow2Disk:
         """Open the image in ``file``. ``policy`` opens the backing file and the data file, or
         declines; ``data_file`` is used instead of the data file that the image names.
 
-        Cache sizes are in bytes. An encrypted image needs its ``passphrase`` (or what asks for it),
-        unless with ``no_io`` no encrypted data is read or written: for info and check. With
-        ``encrypt_format`` (``aes``, ``luks``) it must be encrypted like that.
+        An encrypted image needs its ``passphrase`` (or what asks for it), unless with ``no_io`` no
+        encrypted data is read or written: for info and check. With ``encrypt_format`` (``aes``,
+        ``luks``) it must be encrypted like that. ``for_check`` opens an image, be it corrupt, dirty
+        or without a refcount table, for nothing but :meth:`check` (and reading). ``options`` are
+        those of RuntimeOptions.
 
         Raises ImageError naming the field that is wrong, UnsupportedError naming the feature that
-        is missing, PassphraseError if the passphrase is missing or wrong.
+        is missing, PassphraseError if the passphrase is missing or wrong, or ValueError for an
+        option.
         """
-        header = read_header(file)
+        header = read_header(file, for_check=for_check)
         _refuse_what_is_missing(header)
-        if not read_only:
+        runtime = RuntimeOptions.parse(
+            options,
+            header.geometry,
+            size=header.size,
+            lazy_refcounts=bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
+            discards=getattr(file, "discard_mode", "unmap") == "unmap",
+        )
+        if not read_only and not for_check:
             _refuse_to_write(header)
-        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io)
+        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io or for_check)
         data = open_data_file(header, policy, data_file, read_only)
-        sizes = CacheSizes(l2_cache_size, refcount_cache_size)
         metadata = backing = None
         try:
-            metadata = _load(file, header, sizes, read_only, data)
+            metadata = _load(file, header, runtime, read_only, data)
             if encryption is not None:
                 metadata.encryption = encryption
                 encryption.before_changes(metadata.check_writable)
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
-            disk = cls(file, header, metadata, backing, read_only=read_only)
-            if not read_only:
+            disk = cls(
+                file,
+                header,
+                metadata,
+                backing,
+                read_only=read_only,
+                options=runtime,
+                for_check=for_check,
+            )
+            if not read_only and not for_check:
                 disk._clear_unknown_autoclear()
+                disk._repair_if_dirty()
+                metadata.lazy = runtime.lazy_refcounts
             return disk
         except BaseException:
             if metadata is not None:
@@ -160,36 +191,55 @@ class Qcow2Disk(Disk):
         backing = self.reader.backing
         return Reader(metadata, backing, None if backing else self._header.backing_file)
 
+    def _repair_if_dirty(self) -> None:
+        """Refcounts of a dirty image may be wrong: they are put right before anything is
+        written."""
+        if not is_dirty(self._header):
+            return
+        result = self.check(fix="all")
+        if result.check_errors:
+            raise BackendError(
+                errno.EIO, f"Could not repair dirty image: {'; '.join(result.messages[-3:])}"
+            )
+
     # -- requests ------------------------------------------------------------------------------
 
     # The usual request, one buffer to or from stored data, takes the short way.
 
     def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
         """See :meth:`Disk.readv`."""
-        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
-            length = buffers[0].nbytes
-            if (
-                0 <= offset <= self.size - length
-                and not self.closed
-                and self.reader.read_stored(offset, buffers, length)
-            ):
-                return
-        super().readv(offset, buffers)
+        try:
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                if (
+                    0 <= offset <= self.size - length
+                    and not self.closed
+                    and self.reader.read_stored(offset, buffers, length)
+                ):
+                    return
+            super().readv(offset, buffers)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
         """See :meth:`Disk.writev`."""
-        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
-            length = buffers[0].nbytes
-            bitmaps = self.bitmaps
-            if (
-                0 <= offset <= self.size - length
-                and not (fua or self.read_only or self.closed or bitmaps.tracking)
-                and self._writer.write_in_place(offset, buffers, length)
-            ):
-                if bitmaps.tracking:  # since a moment ago
-                    bitmaps.record(offset, length)
-                return
-        super().writev(offset, buffers, fua=fua)
+        try:
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                bitmaps = self.bitmaps
+                if (
+                    0 <= offset <= self.size - length
+                    and not (fua or self.read_only or self.closed or bitmaps.tracking)
+                    and self._writer.write_in_place(offset, buffers, length)
+                ):
+                    if bitmaps.tracking:  # since a moment ago
+                        bitmaps.record(offset, length)
+                    return
+            super().writev(offset, buffers, fua=fua)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self.reader.read(offset, views, length)
@@ -203,6 +253,13 @@ class Qcow2Disk(Disk):
             self._compressed_writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        try:
+            self._write_zero_clusters(offset, length, unmap)
+        except CorruptionError as error:
+            _report(error)
+            raise
+
+    def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
         size, end = self._metadata.cluster_size, offset + length
         while offset < end:
@@ -220,14 +277,27 @@ class Qcow2Disk(Disk):
 
     def _discard(self, offset: int, length: int) -> None:
         backed = self._header.backing_file is not None
-        with self.bitmaps.recording(offset, length):
-            zeroing.discard(self._metadata, offset, length, backed=backed)
+        keep = self._options.discard_no_unref
+        try:
+            with self.bitmaps.recording(offset, length):
+                zeroing.discard(self._metadata, offset, length, backed=backed, keep=keep)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _flush(self) -> None:
-        self._metadata.flush()
+        try:
+            self._metadata.flush()
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        return block_status(self.reader, offset, length)
+        try:
+            return block_status(self.reader, offset, length)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         metadata = self._metadata
@@ -321,17 +391,30 @@ class Qcow2Disk(Disk):
             progress=progress,
         )
 
-    def check(self) -> CheckResult:
+    def check(self, fix: Fix | None = None) -> CheckResult:
         """Compare every refcount and flag with what refers to it, as ``qemu-img check`` does.
 
-        Nothing is changed.
+        ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always
+        safe; ``"all"``, corruptions, too. Without it nothing is changed.
         """
         metadata = self._metadata
+        if fix not in (None, "leaks", "all"):
+            raise ValueError("what is fixed is 'leaks' or 'all'")
+        if fix is not None:
+            metadata.check_writable(repair=True)
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()
-            with metadata.lock:
-                return check(metadata, self.snapshots, self.snapshots.table_length)
+                metadata.make_accurate()
+            return check(metadata, fix, self.snapshots.rewrite)
+
+    def on_corruption(self, listener: CorruptionListener) -> None:
+        """Have ``listener(event)`` called when the image turns out to be corrupt while in use.
+
+        It is called once, in the thread of the request that found it, outside every lock. An image
+        that may be written is marked corrupt then, and refuses everything.
+        """
+        self._metadata.corruption.add_listener(listener)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -380,6 +463,7 @@ class Qcow2Disk(Disk):
             if not self.read_only and metadata.health.reason is None:
                 metadata.settle()
                 self.bitmaps.store()
+                metadata.make_accurate()
             self._file.reopen(read_only=read_only)
             try:
                 if not read_only:
@@ -391,6 +475,9 @@ class Qcow2Disk(Disk):
             if not read_only:
                 self._clear_unknown_autoclear()
             self.bitmaps.reload()
+        if not read_only:
+            self._repair_if_dirty()
+            metadata.lazy = self._options.lazy_refcounts
         self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def invalidate(self) -> None:
@@ -447,28 +534,25 @@ class Qcow2Disk(Disk):
                 stack.callback(self._metadata.data_file.close)
             stack.callback(self._metadata.close)
             stack.callback(self.snapshots.close_views)
+            self._cleaner.stop()
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
                         self._metadata.settle()
                         self.bitmaps.store()
                         self._metadata.settle()
+                        self._metadata.make_accurate()
             finally:
                 self.closed = True
 
 
 def _refuse_to_write(header: Header) -> None:
     _refuse_what_is_missing(header)
-    if header.incompatible_features & Incompatible.CORRUPT:
+    if is_corrupt(header):
         raise ImageError(
             "qcow2: Image is corrupt; cannot be opened read/write",
             field="incompatible_features",
             value=header.incompatible_features,
-        )
-    if header.incompatible_features & Incompatible.DIRTY:
-        raise UnsupportedError(
-            "The image is dirty: its refcounts must be repaired before it can be written",
-            feature="repair",
         )
 
 
@@ -497,14 +581,37 @@ def _open_encryption(
     return open_encryption(file, header, passphrase, encrypt_format=encrypt_format, no_io=no_io)
 
 
+def _report(error: CorruptionError) -> None:
+    """Tell whoever listens, now that no lock is held."""
+    if error.source is not None:
+        error.source.deliver()
+
+
 def _load(
-    file: Disk, header: Header, sizes: CacheSizes, read_only: bool, data_file: Disk | None
+    file: Disk,
+    header: Header,
+    options: RuntimeOptions,
+    read_only: bool,
+    data_file: Disk | None,
 ) -> Metadata:
     try:
-        return Metadata(file, header, sizes, read_only=read_only, data_file=data_file)
+        metadata = Metadata(
+            file,
+            header,
+            options.caches,
+            read_only=read_only,
+            data_file=data_file,
+            overlap_check=options.overlap_check,
+        )
     except BackendError as error:
         number = error.errno or errno.EIO
         raise BackendError(number, f"Could not read the tables: {error.strerror}") from error
+    metadata.discards |= {
+        DiscardKind.REQUEST: options.pass_discard_request,
+        DiscardKind.SNAPSHOT: options.pass_discard_snapshot,
+        DiscardKind.OTHER: options.pass_discard_other,
+    }
+    return metadata
 
 
 def _backing_reference(header: Header) -> FileReference:

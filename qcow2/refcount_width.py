@@ -14,7 +14,7 @@ from . import layout
 from .header_update import update_header
 from .metadata import Metadata
 from .refcount_codec import codec_for
-from .refcounts import Refcounts, pack_table
+from .refcounts import pack_table
 
 __all__ = ["change_refcount_width"]
 
@@ -53,9 +53,7 @@ def change_refcount_width(
     )
     with metadata.lock, metadata.health.step("Changing the refcount width"):
         metadata.adopt_geometry()
-        cache = metadata.refcounts.cache
-        cache.clear()
-        metadata.refcounts = Refcounts(metadata.file, metadata.header, cache, metadata.health)
+        metadata.renew_refcounts()
         for start, count in old:
             for part in metadata.refcounts.slices(start, count):
                 metadata.refcounts.add(*part, -1)

@@ -11,6 +11,7 @@ import errno
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -19,6 +20,9 @@ from .cache import TableCache
 from .header import Header
 from .health import Health
 from .refcount_codec import codec_for, uniform
+
+if TYPE_CHECKING:
+    from .overlap import Overlap
 
 __all__ = ["Refcounts", "load_table", "pack_table"]
 
@@ -45,6 +49,10 @@ class Refcounts:
     def __init__(self, file: Disk, header: Header, cache: TableCache, health: Health) -> None:
         geometry = header.geometry
         self._file = file
+        self.damaged: Callable[..., ImageError] = ImageError
+        """Makes the error for an entry that cannot be followed."""
+        self.overlap: Overlap | None = None
+        """Asked before new blocks and tables are written."""
         self._health = health
         self._header = header
         self._geometry = geometry
@@ -53,11 +61,8 @@ class Refcounts:
         self._block_bits = geometry.refcount_block_bits
         slice_bits = cache.slot_bits + 3 - geometry.refcount_order
         self._slice_entries = 1 << slice_bits
-        self.table = load_table(
-            file,
-            header.refcount_table_offset,
-            header.refcount_table_clusters << (geometry.cluster_bits - 3),
-        )
+        entries = header.refcount_table_clusters << (geometry.cluster_bits - 3)
+        self.table = load_table(file, header.refcount_table_offset, entries)
         """The refcount table; entries are as in the file."""
         self._dirty_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
@@ -92,7 +97,7 @@ class Refcounts:
         entry = self.table[block]
         offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
         if offset % self._geometry.cluster_size or offset >= layout.INT64_MAX:
-            raise ImageError(
+            raise self.damaged(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {block:#x})",
                 field="refcount table entry",
                 value=entry,
@@ -342,7 +347,7 @@ class Refcounts:
             if first < start + self._geometry.clusters(length) and start < first + count:
                 message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"
                 self._health.poison(message)
-                raise ImageError(message, field="refcount", value=first)
+                raise self.damaged(message, field="refcount", value=first)
 
     def _find_free(self, start: int, want: int) -> tuple[int, int]:
         """The first free cluster from ``start`` on, and how many up to ``want`` are free there
@@ -396,6 +401,9 @@ class Refcounts:
         contents = bytearray(self._geometry.cluster_size)
         self._codec.store(memoryview(contents), start, [1] * used)
         offset = cluster << self._geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, len(contents))
+            self.overlap.add_block(cluster)
         self._file.write(offset, contents)
 
     def _grow_table(self, blocks: int) -> None:
@@ -426,6 +434,8 @@ class Refcounts:
             self._write_block(first + i, min(per_block, used - i * per_block))
             table[first_block + i] = (first + i) << geometry.cluster_bits
         offset = (first + new_blocks) << geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, clusters << geometry.cluster_bits)
         self._file.write(offset, pack_table(table))
         self.cache.write_dirty()
         self._file.flush()
@@ -441,6 +451,8 @@ class Refcounts:
             self._header.refcount_table_clusters = clusters
             self.table = table
             self._dirty_entries.clear()
+            if self.overlap is not None:
+                self.overlap.forget()
         self.add(old, old_clusters, -1)
 
     def drop_empty_blocks(self) -> None:
@@ -509,6 +521,8 @@ class Refcounts:
         """Name new blocks in the file's table. The blocks must be on stable storage already."""
         table = self._header.refcount_table_offset
         for entry in sorted(entries):
+            if self.overlap is not None:
+                self.overlap.check_table(table + 8 * entry, 8)
             self._file.write(table + 8 * entry, layout.U64.pack(self.table[entry]))
 
 

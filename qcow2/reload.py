@@ -7,8 +7,7 @@ from collections.abc import Callable
 from ..errors import ImageError
 from .header import Header, read_header
 from .metadata import Metadata
-from .quarantine import DroppedReferences
-from .refcounts import Refcounts, load_table
+from .refcounts import load_table
 from .snapshots import Snapshots
 
 __all__ = ["reload"]
@@ -33,24 +32,16 @@ def reload(metadata: Metadata, snapshots: Snapshots, accept: Callable[[Header], 
             value=header.cluster_bits,
         )
     accept(header)
-    l1 = load_table(file, header.l1_table_offset, header.l1_size)
+    load_table(file, header.l1_table_offset, header.l1_size)
     entries = header.refcount_table_clusters << (header.cluster_bits - 3)
     load_table(file, header.refcount_table_offset, entries)
     adopt_snapshots = snapshots.reload()
     snapshots.close_views()
-    with metadata.lock:
-        metadata.forget_contents()
-    with metadata.lock, metadata.health.step("Reading the image anew"):
+    with metadata.health.step("Reading the image anew"):
         for name in Header.__slots__:
             setattr(present, name, getattr(header, name))
         metadata.adopt_geometry()
-        metadata.tables.cache.clear()
-        metadata.tables.l1 = l1
-        metadata.tables.dirty_l1.clear()
-        cache = metadata.refcounts.cache
-        cache.clear()
-        metadata.refcounts = Refcounts(file, present, cache, metadata.health)
-        metadata.dropped = DroppedReferences()
+        metadata.reload()
         metadata.vm_state_end = None
         adopt_snapshots()
     metadata.health.reason = None

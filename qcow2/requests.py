@@ -5,6 +5,7 @@ Everything here is protected by the image's metadata lock, which :class:`Request
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import deque
@@ -13,10 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Condition, Lock, get_ident
 
+from ..errors import BackendError
+
 __all__ = ["Allocation", "RequestGate"]
 
 
 _HERE = os.path.dirname(__file__)
+_NOBODY = -1
+"""No thread has this identifier."""
 _PATIENCE = 1.0
 """Seconds after which a waiting thread looks again by itself."""
 
@@ -63,7 +68,8 @@ class RequestGate:
         """Who is inside, by thread, and since which epoch. Each thread takes itself out, without
         the lock: that is one atomic operation of the dict."""
         self._exclusive: int | None = None
-        """The thread that is, or wants to be, alone."""
+        """The thread that is, or wants to be, alone; no thread's once the gate is shut."""
+        self._shut: str | None = None
         self._waiting = 0
         self._past: deque[tuple[int, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when nobody is inside since then."""
@@ -100,7 +106,16 @@ class RequestGate:
     def _enter_slowly(self, me: int) -> None:
         self._tidy_up(me)
         while self._exclusive is not None:
+            if self._shut is not None:
+                raise BackendError(
+                    errno.EIO, f"The image is corrupt and refuses everything: {self._shut}"
+                )
             self._wait()
+
+    def shut(self, reason: str) -> None:
+        """Let nobody in any more; who is inside may finish. Needs no lock, may hold it."""
+        self._shut = reason
+        self._exclusive = _NOBODY
 
     def _tidy_up(self, me: int) -> None:
         """Undo what an interrupted request or operation of this thread left standing."""
@@ -142,7 +157,8 @@ class RequestGate:
                 while self._inside:
                     self._wait()
             except BaseException:
-                self._exclusive = None
+                if self._exclusive == me:
+                    self._exclusive = None
                 raise
 
     def open(self) -> None:
@@ -150,7 +166,7 @@ class RequestGate:
         with self.lock:
             if self._exclusive == get_ident():
                 self._exclusive = None
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _wait(self) -> None:
         self._waiting += 1
@@ -163,7 +179,7 @@ class RequestGate:
     def _bury(self) -> None:
         """Tidy up after threads that were interrupted, or ended, and did not come back."""
         threads = {*list(self._inside), *(allocation.owner for allocation in self.allocations)}
-        if self._exclusive is not None:
+        if self._exclusive is not None and self._exclusive != _NOBODY:
             threads.add(self._exclusive)
         for thread in threads:
             if not _at_work(thread):

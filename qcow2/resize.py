@@ -102,6 +102,7 @@ def grow_l1(metadata: Metadata, entries: int) -> None:
     clusters = geometry.clusters(8 * entries)
     with metadata.lock:
         first = metadata.refcounts.allocate_contiguous(clusters)
+        metadata.overlap.check(first << metadata.cluster_bits, clusters << metadata.cluster_bits)
         try:
             contents = pack_table(l1).ljust(clusters << metadata.cluster_bits, b"\0")
             metadata.file.write(first << metadata.cluster_bits, contents)

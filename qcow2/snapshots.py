@@ -56,7 +56,21 @@ class Snapshots:
         self._resized = resized
         self._make_reader = make_reader
         self._views: list[SnapshotDisk] = []
-        self._list, self._table_length = read_snapshots(metadata.file, metadata.header)
+        self._list: list[Snapshot] = []
+        self._table_length = 0
+        metadata.overlap.snapshots = lambda: (self._list, self._table_length)
+
+    def load(self) -> None:
+        """Read the table that the header names."""
+        self._list, self._table_length = read_snapshots(self._metadata.file, self._metadata.header)
+        self._metadata.overlap.forget()
+
+    def rewrite(self, snapshots: list[Snapshot], old_length: int) -> None:
+        """Write a table with these snapshots in place of the one there, of ``old_length`` bytes (in
+        an exclusive operation)."""
+        self._table_length = old_length
+        self._replace_list(snapshots)
+        self._metadata.settle()
 
     @property
     def table_length(self) -> int:
@@ -277,6 +291,7 @@ class Snapshots:
         count = metadata.geometry.clusters(len(contents))
         first = metadata.refcounts.allocate_contiguous(count)
         offset = first << metadata.cluster_bits
+        metadata.overlap.check(offset, count << metadata.cluster_bits)
         metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
         return offset
 

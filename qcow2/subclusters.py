@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from struct import Struct
 
-from ..errors import ImageError
 from . import layout
 from .layout import ClusterKind
 from .tables import Tables
@@ -97,7 +96,7 @@ class SubclusterTables(Tables):
         if entry & layout.COMPRESSED:
             return ClusterKind.COMPRESSED
         if not valid or entry & layout.ZERO or offset & self._cluster_mask:
-            raise ImageError(
+            raise self.damaged(
                 f"Invalid L2 entry {entry & (1 << 64) - 1:#x} with subclusters {entry >> 64:#x} "
                 f"(guest offset: {cluster << self._cluster_bits:#x})",
                 field="L2 entry",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import ImageError
 from . import layout
@@ -48,6 +48,8 @@ class Tables:
         self.dirty_l1: set[int] = set()
         """Indices of L1 entries that the file does not have yet."""
         self.cache = cache
+        self.damaged: Callable[..., ImageError] = ImageError
+        """Makes the error for an entry that cannot be followed."""
         self._geometry = geometry
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
@@ -73,7 +75,7 @@ class Tables:
         entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
         offset = entry & layout.OFFSET_MASK
         if offset & (self._cluster_size - 1):
-            raise ImageError(
+            raise self.damaged(
                 f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})",
                 field="L1 entry",
                 value=entry,
@@ -127,14 +129,14 @@ class Tables:
                 what = (
                     "Preallocated zero cluster" if kind is _ZERO_ALLOCATED else "Cluster allocation"
                 )
-                raise ImageError(
+                raise self.damaged(
                     f"{what} offset {offset:#x} unaligned (guest offset: "
                     f"{cluster << self._cluster_bits:#x})",
                     field="L2 entry",
                     value=entry,
                 )
         if entry & layout.ZERO and self._geometry.version < 3 and kind is not _COMPRESSED:
-            raise ImageError(
+            raise self.damaged(
                 "Zero cluster entry found in pre-v3 image (guest offset: "
                 f"{cluster << self._cluster_bits:#x})",
                 field="L2 entry",

@@ -68,6 +68,7 @@ class Writer:
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
         self._encryption = metadata.encryption
+        self._check_overlap = metadata.check_data_write
 
     def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
@@ -81,6 +82,7 @@ class Writer:
                 gate.enter()
                 host, run = self._map_own(offset, length)
             if run == length:
+                self._check_overlap(host, length)
                 if self._event is not None:
                     self._event("write_aio")
                 self._file.writev(host, views)
@@ -132,6 +134,7 @@ class Writer:
 
     def _store(self, host: int, guest: int, views: list[memoryview], length: int) -> None:
         """Write guest bytes from ``guest`` on to their place in the file."""
+        self._check_overlap(host, length)
         self._file.debug_event("write_aio")
         if self._encryption is not None:
             self._encryption.writev(self._file, host, guest, views, length)

@@ -10,7 +10,7 @@ from .cache import CacheFull
 from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
-from .quarantine import DiscardKind
+from .quarantine import DiscardKind, merge_runs
 from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
@@ -60,8 +60,12 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
     _replace_entries(metadata, offset, length, replace)
 
 
-def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> None:
-    """Give whole clusters back. ``backed``: the image has a backing file.
+def discard(
+    metadata: Metadata, offset: int, length: int, *, backed: bool, keep: bool = False
+) -> None:
+    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host
+    clusters stay allocated, as zero clusters, and are discarded in the file below
+    (``discard-no-unref``).
 
     Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
     In a version 2 image with a backing file nothing is done: its old data would show again.
@@ -73,13 +77,19 @@ def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> No
     if metadata.geometry.extended_l2:
         nothing = _ALL_ZEROES
     own = 0 if metadata.data_file is None else layout.COPIED  # allocated at offset 0
+    kept: list[int] = []
 
     def replace(entry: int) -> int:
+        if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:
+            kept.append((entry & layout.OFFSET_MASK) >> metadata.cluster_bits)
+            return entry & _LOW | _ALL_ZEROES if metadata.geometry.extended_l2 else entry | nothing
         if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED and not entry & own:
             return entry
         return nothing
 
     _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
+    if kept and metadata.discards[DiscardKind.REQUEST]:
+        metadata.discard_in_file(merge_runs(kept))
 
 
 def _replace_entries(
