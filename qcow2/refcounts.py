@@ -226,47 +226,17 @@ class Refcounts:
 
     def allocate_contiguous(self, count: int) -> int:
         """Take exactly ``count`` clusters in a row; the first of them."""
-        if count >= 1 << self._block_bits - 1:
-            # The refcount blocks that come to lie in between would never leave so much room.
-            return self.allocate_area(count)
         while True:
             first = self._find_contiguous(count)
             last = (first + count - 1) >> self._block_bits
             blocks = range(first >> self._block_bits, last + 1)
             if last < len(self.table) and all(self.table[block] for block in blocks):
                 return self._take(first, count)[0]
-            if count >= 1 << self._block_bits:
-                return self._take_behind_new_blocks(count)
+            if count >= 1 << self._block_bits - 1:
+                # The refcount blocks that come to lie in between would never leave so much room.
+                return self.allocate_area(count)
             for block in blocks:
                 self._ensure_block(block << self._block_bits)
-
-    def _take_behind_new_blocks(self, count: int) -> int:
-        """Take clusters in a row that are more than one block counts; the first of them.
-
-        No new block may lie between them: all that are needed are in front, behind everything
-        counted today.
-        """
-        per_block = 1 << self._block_bits
-        blocks = 1
-        while blocks * per_block < blocks + count:
-            blocks += 1
-        while True:
-            number = len(self.table)
-            while number and not self.table[number - 1]:
-                number -= 1
-            if number + blocks <= len(self.table):
-                break
-            self._grow_table(number + blocks)
-        first, used = number << self._block_bits, blocks + count
-        if (first + used) << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
-            raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
-        self.fresh = max(self.fresh, first + used)
-        for i in range(blocks):
-            self._write_block(first + i, min(per_block, used - i * per_block))
-        for i in range(blocks):
-            self._dirty_entries.add(number + i)
-            self.table[number + i] = (first + i) << self._geometry.cluster_bits
-        return first + blocks
 
     def allocate_area(self, count: int, extend: Callable[[int], None] | None = None) -> int:
         """Take ``count`` fresh clusters in a row, any number, behind everything ever used.
