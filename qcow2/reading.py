@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from threading import Lock
+from threading import Lock, get_ident
 
 from ..backend.buffers import clear, copy_in, split
 from ..backend.disk import Disk
@@ -30,6 +30,7 @@ class Reader:
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
+        self._map_stored = metadata.tables.map_stored
         self.backing = backing
         below = getattr(backing, "reader", None)
         self.below: Reader | None = below if isinstance(below, Reader) else None
@@ -58,12 +59,12 @@ class Reader:
 
     def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
-        gate, lock = self._gate, self._lock
+        gate, me = self._gate, get_ident()
         try:
-            with lock:
-                gate.enter()
-                kind, host, run = self._map(offset, length)
-            if run == length and kind is _NORMAL:
+            with self._lock:
+                gate.enter(me)
+                host = self._map_stored(offset, length)
+            if host >= 0:
                 if self._event is not None:
                     self._event("read_aio")
                 self._file.readv(host, views)
@@ -71,7 +72,7 @@ class Reader:
         except CacheFull:
             pass
         finally:
-            gate.leave()
+            gate.leave(me)
         return False
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
