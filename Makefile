@@ -14,6 +14,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
 	touch $@
 
+demo: venv
+	$(BIN)/python -m examples.emulator.demo
+
 test: venv
 	$(BIN)/python -m pytest
 

@@ -40,7 +40,29 @@ _HOMES = {
     "VirtioMmio": "virtio.mmio",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "BackendError",
+    "Disk",
+    "DiskInfo",
+    "Extent",
+    "FileDisk",
+    "FileReference",
+    "GuestError",
+    "GuestMemory",
+    "ImageError",
+    "InUseError",
+    "Limits",
+    "MemoryDisk",
+    "NullDisk",
+    "PyvirtioError",
+    "RawDisk",
+    "UnsupportedError",
+    "VirtioBlk",
+    "VirtioMmio",
+    "__version__",
+    "create_disk",
+    "open_disk",
+]
 
 if TYPE_CHECKING:
     from .backend.disk import Disk, DiskInfo, Extent, Limits

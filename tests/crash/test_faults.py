@@ -63,12 +63,12 @@ class Guest:
         self.possible = Possible(contents)
         self.backed = backed
         self.when = when
-        self.errors: list[Exception] = []
+        self.errors: list[BaseException] = []
 
     def _try(self, request: Callable[[], None]) -> bool:
         try:
             request()
-        except (pyvirtio.BackendError, pyvirtio.ImageError) as error:
+        except (pyvirtio.BackendError, pyvirtio.ImageError, KeyboardInterrupt) as error:
             # The host's own error, or the refusal of a disk that gave up writing after one.
             self.errors.append(error)
             return False
@@ -235,6 +235,7 @@ CASES = {
         "persistent": True,
     },
     "everything from then on": {"persistent": True},
+    "Ctrl-C": {"interrupt": KeyboardInterrupt},
 }
 
 
@@ -253,14 +254,14 @@ def test_a_failure_of_the_host_at_every_point(
     assert not guest.errors
     kept = contents if workload is sharing else None
     judge(after, guest, "no fault", kept)
-    step = max(1, faultless.count // (60 * SCALE))
+    step = max(1, faultless.count // (25 * SCALE))
     for number in range(random.Random(case).randrange(step), faultless.count, step):
         when = f"{case} ({number})"
         faulty, guest, after = run(
             start, contents, workload, fail_at=number, when=when, **CASES[case]
         )
         assert faulty.failed
-        told = any(isinstance(error, pyvirtio.BackendError) for error in guest.errors)
+        told = any(isinstance(e, pyvirtio.BackendError | KeyboardInterrupt) for e in guest.errors)
         assert told or "read" in faulty.kinds, f"{when}: nobody was told"
         judge(after, guest, when, kept)
         if JUDGED and number // step % 12 == 0:

@@ -23,6 +23,9 @@ JUDGED = find_program("qemu-img") is not None
 LARGEST = 2 << 20
 """Bytes that a disk grows to here."""
 
+SMALLEST_CACHES = {"l2_cache_size": 1, "refcount_cache_size": 1}
+"""Of a few slices each: everything has to be written early and read again."""
+
 anywhere = st.integers(0, (1 << 32) - 1)
 lengths = st.one_of(st.integers(1, 600), st.integers(1, 70_000))
 aligned_to = st.sampled_from(["byte", "byte", "sector", "cluster"])
@@ -39,6 +42,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors=st.integers(1, 600),
         backing=st.sampled_from(["none", "raw", "qcow2"]),
         backing_sectors=st.integers(1, 700),
+        caches=st.sampled_from([{}, SMALLEST_CACHES]),
     )
     def make(
         self,
@@ -48,6 +52,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors: int,
         backing: str,
         backing_sectors: int,
+        caches: dict[str, int],
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="pyvirtio-model-")
         self.path = Path(self.folder.name) / "disk.qcow2"
@@ -57,6 +62,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         self.model = bytearray(sectors * 512)
         self.snapshots: dict[str, bytes] = {}
         self.made = 0
+        self.caches = caches
         options: dict[str, Any] = {"compat": compat, "cluster_size": cluster_size}
         if not self.v2:
             options["refcount_bits"] = refcount_bits
@@ -67,7 +73,7 @@ class Qcow2Machine(RuleBasedStateMachine):
             part = min(len(below), len(self.model))
             self.model[:part] = below[:part]
         create(self.path, len(self.model), **options)
-        self.disk = pyvirtio.open_disk(self.path)
+        self.disk = pyvirtio.open_disk(self.path, **self.caches)
 
     def _make_backing(self, format: str, contents: bytes) -> None:
         path = self.path.with_name("base")
@@ -210,7 +216,7 @@ class Qcow2Machine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.disk.close()
-        self.disk = pyvirtio.open_disk(self.path)
+        self.disk = pyvirtio.open_disk(self.path, **self.caches)
         self._compare()
 
     @rule()
@@ -251,7 +257,7 @@ class Qcow2Machine(RuleBasedStateMachine):
 
 TestModel = Qcow2Machine.TestCase
 TestModel.settings = settings(
-    max_examples=60 * SCALE,
+    max_examples=30 * SCALE,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -13,12 +13,13 @@ import pytest
 
 import pyvirtio
 import pyvirtio.qcow2
-from support.filters import Gate, GatedDisk, JitteryDisk
+from support.filters import Gate, GatedDisk, HoldingDisk, JitteryDisk
 from support.peers import find_program
 from support.qemu import qemu_check
 from support.workload import create
 
 SECTOR = 512
+SMALLEST_CACHES = {"l2_cache_size": 1, "refcount_cache_size": 1}
 
 
 @dataclass
@@ -67,11 +68,12 @@ def in_threads(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def hammer(disk: Any, clock: Clock, number: int, cluster_size: int) -> list[Request]:
+def hammer(
+    disk: Any, clock: Clock, number: int, cluster_size: int, *, sectors: int
+) -> list[Request]:
     """One thread's requests, of all kinds, all over the disk."""
     chance = random.Random(number)
     done = []
-    sectors = disk.size // SECTOR
     for turn in range(60):
         first = chance.randrange(sectors)
         count = min(chance.randint(1, 3 * cluster_size // SECTOR), sectors - first)
@@ -112,9 +114,10 @@ def assert_some_order(contents: bytes, requests: list[Request], initially: bytes
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096])
+@pytest.mark.parametrize("caches", [{}, SMALLEST_CACHES], ids=["roomy caches", "tiny caches"])
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
 def test_overlapping_requests_end_in_some_order(
-    tmp_path: Path, cluster_size: int, backed: bool
+    tmp_path: Path, cluster_size: int, backed: bool, caches: dict[str, int]
 ) -> None:
     image = tmp_path / "disk.qcow2"
     size = 48 * 4096
@@ -128,10 +131,12 @@ def test_overlapping_requests_end_in_some_order(
     clock = Clock()
     requests: list[Request] = []
     below = JitteryDisk(pyvirtio.FileDisk(image, growable=True), seed=1)
-    with pyvirtio.open_disk(below, format="qcow2") as disk:
+    with pyvirtio.open_disk(below, format="qcow2", **caches) as disk:
 
         def work(number: int) -> Callable[[], None]:
-            return lambda: requests.extend(hammer(disk, clock, number, cluster_size))
+            return lambda: requests.extend(
+                hammer(disk, clock, number, cluster_size, sectors=size // SECTOR)
+            )
 
         in_threads(*(work(number) for number in range(6)))
         contents = disk.read(0, size)
@@ -140,6 +145,36 @@ def test_overlapping_requests_end_in_some_order(
         assert (found.corruptions, found.leaks, found.check_errors) == (0, 0, 0)
     with pyvirtio.open_disk(image) as disk:
         assert disk.read(0, size) == contents
+    if find_program("qemu-img"):
+        qemu_check(image)
+
+
+def test_snapshots_come_and_go_and_the_disk_grows_while_others_write(tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    size = 64 * 4096
+    create(image, size, cluster_size=512)
+    clock = Clock()
+    requests: list[Request] = []
+    below = JitteryDisk(pyvirtio.FileDisk(image, growable=True), seed=3)
+    with pyvirtio.open_disk(below, format="qcow2") as disk:
+
+        def work(number: int) -> Callable[[], None]:
+            return lambda: requests.extend(hammer(disk, clock, number, 512, sectors=size // SECTOR))
+
+        def manage() -> None:
+            for turn in range(6):
+                disk.snapshots.create(f"snap{turn}")
+                disk.truncate(disk.size + 100 * SECTOR)
+                if turn % 2:
+                    disk.snapshots.delete(f"snap{turn - 1}")
+                assert disk.check().corruptions == 0
+
+        in_threads(manage, *(work(number) for number in range(4)))
+        contents = disk.read(0, size)
+        assert_some_order(contents, requests, bytes(size))
+        assert not any(disk.read(size, disk.size - size))
+        found = disk.check()
+        assert (found.corruptions, found.leaks, found.check_errors) == (0, 0, 0)
     if find_program("qemu-img"):
         qemu_check(image)
 
@@ -215,3 +250,41 @@ def test_a_read_goes_on_while_a_write_elsewhere_waits(tmp_path: Path) -> None:
         writer.join(60)
         assert gate.most == 2
         assert disk.read(0, 131072) == b"w" * 131072
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_cluster_is_not_handed_out_while_an_old_request_is_on_its_way_to_it(
+    tmp_path: Path, kind: str
+) -> None:
+    image = tmp_path / "disk.qcow2"
+    size = 64 * 65536
+    create(image, size)
+    below = HoldingDisk(pyvirtio.FileDisk(image, growable=True), smallest=65536)
+    with pyvirtio.open_disk(below, format="qcow2") as disk:
+        disk.write(0, b"o" * 65536)
+        disk.flush()
+        below.hold = kind
+        found: list[bytes] = []
+        late = threading.Thread(
+            target=lambda: (
+                found.append(disk.read(0, 65536)) if kind == "read" else disk.write(0, b"l" * 65536)
+            ),
+            daemon=True,
+        )
+        late.start()
+        assert below.arrived.wait(60)
+        disk.discard(0, 65536)
+        disk.flush()
+        disk.flush()
+        for cluster in range(1, 20):  # takes whatever is free
+            disk.write(cluster * 65536, b"n" * 65536)
+        below.go.set()
+        late.join(60)
+        assert not late.is_alive()
+        assert disk.read(65536, 19 * 65536) == b"n" * (19 * 65536)
+        if found:
+            assert found[0] in (b"o" * 65536, bytes(65536))
+        disk.flush()
+        disk.write(20 * 65536, b"m" * 65536)  # now the old cluster is free again
+        found_by_check = disk.check()
+        assert (found_by_check.corruptions, found_by_check.leaks) == (0, 0)

@@ -149,8 +149,11 @@ class FaultyDisk(Filter):
         kinds: frozenset[str] = KINDS,
         number: int = errno.EIO,
         torn: bool = False,
+        interrupt: type[BaseException] | None = None,
     ) -> None:
         super().__init__(below)
+        self.interrupt = interrupt
+        """Raised instead of the host's error: what Python may throw anywhere."""
         self.kinds = kinds
         self.number = number
         self.torn = torn
@@ -172,7 +175,12 @@ class FaultyDisk(Filter):
 
     def _fault(self, kind: str) -> None:
         if self._now(kind):
-            raise BackendError(self.number, f"injected into a {kind}")
+            raise self._error(kind)
+
+    def _error(self, kind: str) -> BaseException:
+        if self.interrupt is not None:
+            return self.interrupt(f"injected into a {kind}")
+        return BackendError(self.number, f"injected into a {kind}")
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self._fault("read")
@@ -183,7 +191,7 @@ class FaultyDisk(Filter):
             half = length // 2 // 512 * 512
             if self.torn and half:
                 super()._writev(offset, [memoryview(b"".join(views))[:half]], half)
-            raise BackendError(self.number, "injected into a write")
+            raise self._error("write")
         super()._writev(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
@@ -267,4 +275,29 @@ class GatedDisk(Filter):
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
         if self.write_gate is not None and length >= self.smallest:
             self.write_gate.pass_through()
+        super()._writev(offset, views, length)
+
+
+class HoldingDisk(Filter):
+    """Holds the next request of one kind (``read``, ``write``) of at least ``smallest`` bytes."""
+
+    def __init__(self, below: Disk, *, smallest: int) -> None:
+        super().__init__(below)
+        self.smallest = smallest
+        self.hold: str | None = None
+        self.arrived = threading.Event()
+        self.go = threading.Event()
+
+    def _meet(self, kind: str, length: int) -> None:
+        if self.hold == kind and length >= self.smallest:
+            self.hold = None
+            self.arrived.set()
+            self.go.wait(60)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet("read", length)
+        super()._readv(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet("write", length)
         super()._writev(offset, views, length)

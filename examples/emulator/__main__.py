@@ -1,0 +1,157 @@
+"""``python -m examples.emulator --disk vm.qcow2``: the board on this terminal."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+import pyvirtio
+
+from . import layout as at
+from .board import Board
+from .clock import Clock, InstructionClock, WallClock
+from .console import Console
+from .firmware import find_u_boot
+from .image import ImageFileError
+from .packages import PackageError
+from .script import ScriptError, Session, run_script
+from .syscon import Power
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the emulator; the process's exit status."""
+    options = _parser().parse_args(arguments)
+    switch = _Switch()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, switch.on_signal)
+    try:
+        with ExitStack() as stack:
+            disks = [
+                stack.enter_context(
+                    pyvirtio.open_disk(path, read_only=options.read_only, format=kind)
+                )
+                for path, kind in options.disk
+            ]
+            status = _run(options, disks, switch)
+    except (OSError, pyvirtio.PyvirtioError, ImageFileError, PackageError, ScriptError) as error:
+        print(f"{_parser().prog}: {error}", file=sys.stderr)
+        status = 1
+    return 128 + switch.number if switch.number else status
+
+
+class _Switch:
+    """Switches the running board off when a signal comes.
+
+    An exception would be lost if it came up inside one of the engine's hooks.
+    """
+
+    def __init__(self) -> None:
+        self.board: Board | None = None
+        self.number = 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if self.board is None:
+            raise SystemExit(128 + number)
+        self.board.finisher.power = Power.QUIT
+
+
+def _run(options: argparse.Namespace, disks: Sequence[pyvirtio.Disk], switch: _Switch) -> int:
+    """Run board after board until one does not end in a reset."""
+    program = options.bios or options.kernel or find_u_boot()
+    if options.script is None:
+        with Console() as console:
+            while True:
+                board = _switch_on(options, disks, program, console.send)
+                switch.board = board
+                power = console.run(board)
+                board.close()
+                if power is not Power.RESET:
+                    break
+        print(f"\n[the board is {power.value}]", file=sys.stderr)
+        return 1 if power is Power.FAILED else 0
+    session = Session(_show)
+    switch.board = _switch_on(options, disks, program, session.send_out)
+    session.connect(switch.board)
+    run_script(options.script, session)
+    return 0
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _switch_on(
+    options: argparse.Namespace,
+    disks: Sequence[pyvirtio.Disk],
+    program: Path,
+    send: Callable[[int], None],
+) -> Board:
+    clock: Clock = WallClock() if options.clock == "wall" else InstructionClock()
+    board = Board(
+        send, ram=options.ram, disks=disks, clock=clock, legacy_virtio=options.legacy_virtio
+    )
+    if options.bios and options.kernel:
+        board.load(options.kernel, at.RAM_BASE + at.KERNEL_OFFSET)
+    board.start(board.load(program), options.append)
+    return board
+
+
+def _disk(path: str) -> tuple[str, str | None]:
+    return path, "raw" if path.endswith(".raw") else None
+
+
+def _bytes(text: str) -> int:
+    unit = _UNITS.get(text[-1:].upper(), 0)
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.emulator",
+        description="A RISC-V board with disks. Without a program it starts U-Boot.",
+        epilog="On the terminal, Ctrl-A X leaves and Ctrl-A H helps.",
+    )
+    add = parser.add_argument
+    add(
+        "--disk",
+        action="append",
+        type=_disk,
+        default=[],
+        metavar="IMAGE",
+        help="an image of any format, raw if it is named *.raw; may be repeated",
+    )
+    add(
+        "--raw-disk",
+        action="append",
+        type=lambda path: (path, "raw"),
+        dest="disk",
+        metavar="IMAGE",
+        help="an image without a format, whatever is in it",
+    )
+    add("--read-only", action="store_true", help="the guest may not write to the disks")
+    add("--bios", type=Path, help="firmware: an ELF file, or bytes that start at 0x80000000")
+    add("--kernel", type=Path, help="an ELF file; alone, it is started in machine mode")
+    add("--append", default="", metavar="TEXT", help="the kernel's command line")
+    add("--ram", type=_bytes, default=128 << 20, metavar="SIZE", help="memory (default: 128M)")
+    add(
+        "--clock",
+        choices=("instructions", "wall"),
+        default="instructions",
+        help="what guest time is made of; by instructions, runs are repeatable (default)",
+    )
+    add("--legacy-virtio", action="store_true", help="virtio-mmio version 1, for old guests")
+    add("--script", type=Path, help="talk to the guest by a script instead of the terminal")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

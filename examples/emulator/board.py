@@ -1,0 +1,210 @@
+"""The board: one RISC-V hart, memory, and the devices of QEMU's ``virt`` machine, in its places.
+
+==========  ===========================================================
+address     what
+==========  ===========================================================
+0x00100000  test finisher: power off and reset
+0x02000000  CLINT: timer and software interrupt
+0x0c000000  PLIC: interrupts of the devices
+0x10000000  serial port (16550A), interrupt 10
+0x10001000  eight virtio-mmio slots, 4 KiB apart, interrupts 1 to 8
+0x80000000  memory
+==========  ===========================================================
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pyvirtio
+
+from . import layout as at
+from .clint import NEVER, Clint
+from .clock import Clock, InstructionClock
+from .cpu import Cpu, Interrupt, Stop
+from .csr import ExtraCsrs
+from .fdt import flatten
+from .image import load_program
+from .plic import Plic
+from .slots import EmptySlot, VirtioSlot
+from .syscon import Power, TestFinisher
+from .tree import describe
+from .uart import Uart
+
+__all__ = ["Board"]
+
+_SLICE = 50_000
+"""Instructions between two looks at the devices, at most."""
+_CUT_SLICE = 5_000
+"""Instructions that a slice counts for if it ends early, by wfi or for a device."""
+_TREE_ROOM = 0x20_0000
+"""The device tree lies this far below the end of memory."""
+
+
+class Board:
+    """A whole machine. ``send(byte)`` takes what the guest writes to its serial port.
+
+    ``ram`` is in bytes. Disks go into the slots in their order. Devices live on the caller's
+    thread: everything happens inside :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[int], None],
+        *,
+        ram: int = 128 << 20,
+        disks: Sequence[pyvirtio.Disk] = (),
+        clock: Clock | None = None,
+        legacy_virtio: bool = False,
+    ) -> None:
+        if ram % 4096 or ram < 2 * _TREE_ROOM:
+            raise ValueError(f"{ram} bytes of memory: must be whole pages, and 4 MiB at least")
+        if len(disks) > at.VIRTIO_SLOTS:
+            raise ValueError(f"{len(disks)} disks do not go into {at.VIRTIO_SLOTS} slots")
+        self.clock = clock if clock is not None else InstructionClock()
+        self.ram = mmap.mmap(-1, ram)
+        self.cpu = cpu = Cpu(self.ram, at.RAM_BASE)
+        self.clint = Clint(
+            self.clock,
+            timer=partial(cpu.set_line, Interrupt.MACHINE_TIMER),
+            software=partial(cpu.set_line, Interrupt.MACHINE_SOFTWARE),
+        )
+        self.csrs = ExtraCsrs(
+            self.clint, self.clock, partial(cpu.set_line, Interrupt.SUPERVISOR_TIMER)
+        )
+        cpu.illegal = self.csrs.execute
+        cpu.touched = self._on_access
+        self._alarm = NEVER
+        self.plic = Plic(
+            (
+                partial(cpu.set_line, Interrupt.MACHINE_EXTERNAL),
+                partial(cpu.set_line, Interrupt.SUPERVISOR_EXTERNAL),
+            ),
+            at.PLIC_SOURCES,
+        )
+        self.uart = Uart(
+            send, partial(self.plic.set, at.UART_IRQ), partial(self.plic.pulse, at.UART_IRQ)
+        )
+        self.finisher = TestFinisher()
+        cpu.map(at.FINISHER_BASE, at.FINISHER_SIZE, self.finisher)
+        cpu.map(at.CLINT_BASE, at.CLINT_SIZE, self.clint)
+        cpu.map(at.PLIC_BASE, at.PLIC_SIZE, self.plic)
+        cpu.map(at.UART_BASE, at.UART_SIZE, self.uart)
+        self._written: list[tuple[int, int]] = []
+        self.slots: list[VirtioSlot] = []
+        self._blocks: list[pyvirtio.VirtioBlk] = []
+        self._plug_in(disks, legacy_virtio)
+
+    def _plug_in(self, disks: Sequence[pyvirtio.Disk], legacy: bool) -> None:
+        memory = pyvirtio.GuestMemory.from_buffer(
+            self.ram, at.RAM_BASE, on_write=lambda pa, length: self._written.append((pa, length))
+        )
+        for index in range(at.VIRTIO_SLOTS):
+            base = at.VIRTIO_BASE + index * at.VIRTIO_SIZE
+            if index >= len(disks):
+                self.cpu.map(base, at.VIRTIO_SIZE, EmptySlot())
+                continue
+            block = pyvirtio.VirtioBlk(disks[index], serial=f"pyvirtio{index}")
+            interrupt = partial(self.plic.set, at.VIRTIO_FIRST_IRQ + index)
+            mmio = pyvirtio.VirtioMmio(block, memory, interrupt, legacy=legacy, notify="deferred")
+            slot = VirtioSlot(mmio, self.cpu.end_slice)
+            self._blocks.append(block)
+            self.slots.append(slot)
+            self.cpu.map(base, at.VIRTIO_SIZE, slot)
+
+    # -- starting ----------------------------------------------------------------------------
+
+    def load(self, path: Path, address: int = at.RAM_BASE) -> int:
+        """Put a program into memory; the address it starts at. See :func:`.image.load_program`."""
+        with memoryview(self.ram) as ram:
+            return load_program(path, ram, at.RAM_BASE, address)
+
+    def start(self, entry: int, arguments: str = "") -> None:
+        """Start the hart at ``entry``, as QEMU's reset code does: in machine mode, its number in
+        a0, the address of the device tree (which hands over ``arguments``) in a1.
+        """
+        tree = flatten(describe(len(self.ram), arguments))
+        where = len(self.ram) - _TREE_ROOM
+        self.ram[where : where + len(tree)] = tree
+        state = self.cpu.state
+        state.load()
+        state.pc = entry
+        state.words[10], state.words[11] = 0, at.RAM_BASE + where
+        state.store()
+
+    # -- running -----------------------------------------------------------------------------
+
+    @property
+    def power(self) -> Power | None:
+        """Why the board has stopped; None while it runs."""
+        return self.finisher.power
+
+    def step(self) -> bool:
+        """Run a slice and look after the devices. True if the guest has nothing to do now."""
+        self._update_timers()
+        self._alarm = self.next_event()
+        count = self.clock.budget(self._alarm, _SLICE)
+        stop = self.cpu.run(count)
+        # How much of a slice was run that ended early, the engine does not tell.
+        self.clock.ran(count if stop is Stop.COUNT else min(count, _CUT_SLICE))
+        for slot in self.slots:
+            slot.poll()
+        self._forget_overwritten_code()
+        self._update_timers()
+        return stop is Stop.WAIT and not self.cpu.wakes
+
+    def _on_access(self) -> None:
+        """Accesses to devices take time, in which a timer may go off."""
+        self.clock.touched()
+        if self.clock.now() >= self._alarm:
+            self._alarm = NEVER
+            self._update_timers()
+
+    def _update_timers(self) -> None:
+        self.clint.update()
+        self.csrs.update()
+
+    def next_event(self) -> int:
+        """The tick at which a timer goes off; :data:`.clint.NEVER` if none is yet to go off."""
+        now = self.clock.now()
+        timers = (self.clint.deadline(), self.csrs.deadline())
+        return min((tick for tick in timers if tick > now), default=NEVER)
+
+    def sleep(self, until: int | None = None) -> None:
+        """Let the time pass up to the next timer, or up to tick ``until`` if that is sooner."""
+        tick = self.next_event()
+        if until is not None:
+            tick = min(tick, until)
+        if tick == NEVER:
+            self.finisher.power = Power.ASLEEP
+        else:
+            self.clock.sleep_until(tick)
+
+    def _forget_overwritten_code(self) -> None:
+        """What a device wrote may have been code; pages are done once each, neighbours together."""
+        if not self._written:
+            return
+        pages = sorted(
+            {
+                page
+                for address, length in self._written
+                for page in range(address >> 12, ((address + length - 1) >> 12) + 1)
+            }
+        )
+        self._written.clear()
+        start = previous = pages[0]
+        for page in pages[1:]:
+            if page != previous + 1:
+                self.cpu.forget_code(start << 12, (previous + 1 - start) << 12)
+                start = page
+            previous = page
+        self.cpu.forget_code(start << 12, (previous + 1 - start) << 12)
+
+    def close(self) -> None:
+        """Unplug the disks, which stay open."""
+        for block in self._blocks:
+            block.detach()
+        self._blocks.clear()

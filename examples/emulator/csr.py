@@ -1,0 +1,102 @@
+"""Control and status registers that Unicorn's hart lacks, served from the illegal-instruction trap.
+
+``time``; the supervisor timer of the Sstc extension (``stimecmp``, switched on by
+``menvcfg.STCE``); and the few registers of the privileged specification 1.12 that software may
+touch without asking first. All others raise the illegal-instruction exception for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .clint import NEVER, Clint
+from .clock import Clock
+from .state import MACHINE, SUPERVISOR, USER, HartState
+
+__all__ = ["ExtraCsrs"]
+
+_TIME, _STIMECMP, _MENVCFG, _SENVCFG = 0xC01, 0x14D, 0x30A, 0x10A
+_MCOUNTINHIBIT, _MCONFIGPTR = 0x320, 0xF15
+_STCE = 1 << 63
+_FIOM = 1
+_COUNTEREN_TIME = 2
+
+
+class ExtraCsrs:
+    """``timer(level)`` is the supervisor timer interrupt of Sstc."""
+
+    def __init__(self, clint: Clint, clock: Clock, timer: Callable[[bool], None]) -> None:
+        self._clint = clint
+        self._clock = clock
+        self._timer = timer
+        self._menvcfg = 0
+        self._senvcfg = 0
+        self._stimecmp = NEVER
+
+    @property
+    def has_timer(self) -> bool:
+        """True while ``stimecmp`` decides about the supervisor timer interrupt."""
+        return bool(self._menvcfg & _STCE)
+
+    def deadline(self) -> int:
+        """When the supervisor timer goes off next, in ticks of the clock."""
+        if not self.has_timer or self._stimecmp == NEVER:
+            return NEVER
+        return self._clint.to_clock(self._stimecmp)
+
+    def update(self) -> None:
+        """Set the timer's line to what the time says."""
+        if self.has_timer:
+            self._timer(self._stimecmp != NEVER and self._clock.now() >= self.deadline())
+
+    def execute(self, state: HartState, instruction: int) -> bool:
+        """Carry out a CSR instruction on the registers in ``state``. False: it is illegal."""
+        function = instruction >> 12 & 7
+        if instruction & 0x7F != 0x73 or function in (0, 4):
+            return False
+        csr = instruction >> 20
+        source = instruction >> 15 & 31
+        target = instruction >> 7 & 31
+        writes = function & 3 == 1 or source != 0
+        if (csr >> 8 & 3) > state.priv or (writes and csr >> 10 == 3):
+            return False
+        old = self._read(state, csr)
+        if old is None:
+            return False
+        if writes:
+            operand = source if function & 4 else state.words[source]
+            new = (operand, old | operand, old & ~operand)[(function & 3) - 1]
+            self._write(csr, new & NEVER)
+        if target:
+            state.words[target] = old
+        return True
+
+    def _read(self, state: HartState, csr: int) -> int | None:
+        if csr == _TIME:
+            return self._clint.mtime() if _may_see_time(state) else None
+        if csr == _STIMECMP:
+            enabled = self.has_timer and state.mcounteren & _COUNTEREN_TIME
+            return self._stimecmp if state.priv == MACHINE or enabled else None
+        if csr == _MENVCFG:
+            return self._menvcfg
+        if csr == _SENVCFG:
+            return self._senvcfg
+        return 0 if csr in (_MCOUNTINHIBIT, _MCONFIGPTR) else None
+
+    def _write(self, csr: int, value: int) -> None:
+        if csr == _STIMECMP:
+            self._stimecmp = value
+        elif csr == _MENVCFG:
+            self._menvcfg = value & (_STCE | _FIOM)
+            if not self.has_timer:
+                self._timer(False)
+        elif csr == _SENVCFG:
+            self._senvcfg = value & _FIOM
+        self.update()
+
+
+def _may_see_time(state: HartState) -> bool:
+    """Counter-enable registers: privileged specification, 3.1.11 and 4.1.5."""
+    if state.priv <= SUPERVISOR and not state.mcounteren & _COUNTEREN_TIME:
+        return False
+    return state.priv != USER or bool(state.scounteren & _COUNTEREN_TIME)
