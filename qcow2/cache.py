@@ -39,7 +39,7 @@ class TableCache:
         self._slab = mmap(-1, slot_size * slots, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self.view = memoryview(self._slab)
         """The slab: slot n at byte n * slot_size."""
-        self.index: dict[int, int] = {}
+        self.index = SlotIndex()
         """Host offset of a slice -> slot. Always this one dict: others hold on to it."""
         self._offsets = array("Q", bytes(8 * slots))
         self.generations = array("Q", bytes(8 * slots))
@@ -219,6 +219,38 @@ class TableCache:
             if not written and slot not in self._orphans:
                 self._dirty.add(slot)
             self.unpin(slot)
+
+
+class SlotIndex(dict[int, int]):
+    """Host offsets of slices -> slots."""
+
+    def __init__(self) -> None:
+        self.when_removed: Callable[[], object] = _nothing
+        """Called when a slice is about to leave its slot: for who remembers where they were.
+
+        What is still remembered need not be marked as referenced when it is used: the clock hand
+        moves to remove a slice, and all is forgotten then.
+        """
+
+    def __delitem__(self, offset: int) -> None:
+        self.when_removed()
+        super().__delitem__(offset)
+
+    def pop(self, offset: int, default: int | None = None) -> int | None:  # type: ignore[override]
+        """The slot, which the slice has left; ``default`` if it is in none."""
+        slot = self.get(offset, default)
+        if slot is not None:
+            del self[offset]
+        return slot
+
+    def clear(self) -> None:
+        """All slices have left their slots."""
+        self.when_removed()
+        super().clear()
+
+
+def _nothing() -> None:
+    pass
 
 
 class StagedSlices:

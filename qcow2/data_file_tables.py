@@ -76,6 +76,11 @@ class DataFileTables(Tables):
         stored = kind is ClusterKind.NORMAL or kind is ClusterKind.ZERO_ALLOCATED
         return kind, offset if stored else 0, length
 
+    def map_stored(self, offset: int, length: int) -> int:
+        """See :meth:`Tables.map_stored`."""
+        kind, host, run = self.map(offset, length)
+        return host if kind is ClusterKind.NORMAL and run == length else -1
+
     def map_own(self, offset: int, length: int) -> tuple[int, int]:
         """See :meth:`Tables.map_own`."""
         cluster = offset >> self._cluster_bits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import get_ident
+
 from ..backend.buffers import clear, copy_in, split
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -32,6 +34,7 @@ class Reader:
         self.holes = HostHoles(metadata)
         self.encryption = metadata.encryption
         """How stored data is encrypted, if it is."""
+        self._map_stored = metadata.tables.map_stored
         self.backing = backing
         self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
@@ -68,12 +71,12 @@ class Reader:
         """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
         if self.encryption is not None:
             return False
-        gate, lock = self._gate, self._lock
+        gate, me = self._gate, get_ident()
         try:
-            with lock:
-                gate.enter()
-                kind, host, run = self._map(offset, length)
-            if run == length and kind is _NORMAL:
+            with self._lock:
+                gate.enter(me)
+                host = self._map_stored(offset, length)
+            if host >= 0:
                 if self._event is not None:
                     self._event("read_aio")
                 self._file.readv(host, views)
@@ -81,7 +84,7 @@ class Reader:
         except CacheFull:
             pass
         finally:
-            gate.leave()
+            gate.leave(me)
         return False
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:

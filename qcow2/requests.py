@@ -79,16 +79,17 @@ class RequestGate:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Come in (lock held); waits while an exclusive operation runs."""
-        me = get_ident()
+    def enter(self, me: int = 0) -> None:
+        """Come in (lock held); waits while an exclusive operation runs. ``me`` is the calling
+        thread, for those who know it already."""
+        me = me or get_ident()
         if self._exclusive is not None or me in self._inside:
             self._enter_slowly(me)
         self._inside[me] = self._epoch
 
-    def leave(self) -> None:
+    def leave(self, me: int = 0) -> None:
         """Go out (lock not held); nothing happens where :meth:`enter` was not finished."""
-        me = get_ident()
+        me = me or get_ident()
         self._inside.pop(me, None)
         if self._past or self._waiting or self.allocations:
             with self.lock:

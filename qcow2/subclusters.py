@@ -109,6 +109,10 @@ class SubclusterTables(Tables):
     def map(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
         return self._map(offset, length, 0)
 
+    def map_stored(self, offset: int, length: int) -> int:
+        kind, host, run = self._map(offset, length, 0)
+        return host if kind is _NORMAL and run == length else -1
+
     def map_own(self, offset: int, length: int) -> tuple[int, int]:
         cluster = offset >> self._cluster_bits
         position = self.locate(cluster)
