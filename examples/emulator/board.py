@@ -28,6 +28,7 @@ from .cpu import Cpu, Interrupt, Stop
 from .csr import ExtraCsrs
 from .fdt import flatten
 from .image import load_program
+from .kernel import load_linux
 from .plic import Plic
 from .sbi import Sbi
 from .slots import EmptySlot, VirtioSlot
@@ -108,9 +109,7 @@ class Board:
             cpu, self.csrs, self.ram, at.RAM_BASE, uart=self.uart, send=send, finisher=self.finisher
         )
 
-    def _plug_in(
-        self, disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk], legacy: bool
-    ) -> None:
+    def _plug_in(self, disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk], legacy: bool) -> None:
         memory = pyvirtio.GuestMemory.from_buffer(
             self.ram, at.RAM_BASE, on_write=lambda pa, length: self._written.append((pa, length))
         )
@@ -137,6 +136,11 @@ class Board:
         """Put a program into memory; the address it starts at. See :func:`.image.load_program`."""
         with memoryview(self.ram) as ram:
             return load_program(path, ram, at.RAM_BASE, address)
+
+    def load_linux(self, path: Path) -> int:
+        """Put a Linux kernel into memory; the address it starts at. See :mod:`.kernel`."""
+        with memoryview(self.ram) as ram:
+            return load_linux(path, ram, at.RAM_BASE)
 
     def start(self, entry: int, arguments: str = "", initrd: bytes = b"") -> None:
         """Start the hart at ``entry``, as QEMU's reset code does: in machine mode, its number in

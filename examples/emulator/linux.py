@@ -17,7 +17,7 @@ from .firmware import CACHE
 from .packages import PackageError, Packages
 from .strip import strip
 
-__all__ = ["COMMAND_LINE", "RAM", "Linux", "find_linux", "guest_packages", "kept"]
+__all__ = ["COMMAND_LINE", "RAM", "SCRIPTS", "Linux", "find_linux", "guest_packages", "kept"]
 
 RAM = 256 << 20
 """Bytes of memory that are plenty for this guest."""

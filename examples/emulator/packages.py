@@ -159,14 +159,16 @@ def _need_tools(name: str) -> None:
 
 def _extract(archive: Path, target: Path, only: Sequence[str]) -> None:
     """Unpack some files, reading the archive once."""
-    with subprocess.Popen(
-        ["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE
-    ) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
-            for member in tar:
-                name = member.name.removeprefix("./")
-                if any(fnmatch(name, pattern) for pattern in only):
-                    tar.extract(member, target, filter="data")
+    with (
+        subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE
+        ) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as tar,
+    ):
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if any(fnmatch(name, pattern) for pattern in only):
+                tar.extract(member, target, filter="data")
     if process.returncode or not target.is_dir():
         raise PackageError(f"{archive.name}: cannot be unpacked, or has none of {', '.join(only)}")
 

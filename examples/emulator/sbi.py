@@ -88,9 +88,7 @@ class Sbi:
             return True
         call = self._extensions.get(extension)
         arguments = list(words[10:16])
-        error, value = (
-            call(state, function, arguments) if call is not None else (_NOT_SUPPORTED, 0)
-        )
+        error, value = call(state, function, arguments) if call is not None else (_NOT_SUPPORTED, 0)
         if error is not _RESUMED:
             words[10], words[11] = error & _ALL_BITS, value & _ALL_BITS
         return True

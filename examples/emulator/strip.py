@@ -52,9 +52,7 @@ def _contents(data: bytes, section: list[int]) -> bytes:
     return data[offset : offset + size]
 
 
-def _drop_symbols(
-    sections: list[list[int]], contents: list[bytes], sections_names: int
-) -> None:
+def _drop_symbols(sections: list[list[int]], contents: list[bytes], sections_names: int) -> None:
     tables = [index for index, section in enumerate(sections) if section[1] == _SYMTAB]
     if len(tables) != 1:
         raise StripError(f"{len(tables)} symbol tables")
