@@ -1,11 +1,11 @@
-# make venv | demo | test | lint | bench: each sets up what it needs, in this folder only.
+# make venv | demo | demo-uboot | test | lint | bench: each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test crash lint bench clean
+.PHONY: venv demo demo-uboot test crash lint bench clean
 
 venv: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 
 demo: venv
 	$(BIN)/python -m examples.emulator.demo
+
+demo-uboot: venv
+	$(BIN)/python -m examples.emulator.demo_uboot
 
 test: venv
 	$(BIN)/python -m pytest

@@ -46,7 +46,7 @@ COMMAND_LINE = (
     f"initcall_blacklist={','.join(_SLOW_AND_UNNEEDED)}"
 )
 """Three levels of page tables are quicker to walk than five."""
-SCRIPTS = Path(__file__).parent / "guest"
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def find_linux() -> Linux:
 def kept(name: str, suffix: str, sources: Sequence[Path]) -> Path:
     """Where something made from ``sources`` is kept; another place once one of them changes."""
     digest = hashlib.sha256()
-    for path in (*sources, *sorted(Path(__file__).parent.glob("*.py"))):
+    here = Path(__file__)
+    makers = [here.with_name(f"{maker}.py") for maker in ("linux", "rootfs", "cpio", "strip")]
+    for path in (*sources, *makers):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     folder = CACHE.with_name("linux")
     folder.mkdir(parents=True, exist_ok=True)
