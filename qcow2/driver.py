@@ -289,7 +289,7 @@ class Qcow2Disk(Disk):
             while isinstance(disk, Qcow2Disk) and not disk.closed:
                 stack.callback(disk._close_alone)
                 disk = disk.reader.backing
-            if disk is not None:
+            if disk is not None and not disk.closed:
                 stack.callback(disk.close)
 
     def _close_alone(self) -> None:

@@ -26,7 +26,7 @@ from examples.emulator.guest import LinuxGuest
 from examples.emulator.linux import find_linux
 from examples.emulator.packages import PackageError
 from examples.emulator.rootfs import find_root, make_overlay
-from support.crash import CrashImage, power_cuts
+from support.crash import power_cuts
 from support.filters import RecordingDisk
 from support.peers import find_program
 from support.workload import dangerous
@@ -63,7 +63,7 @@ def linux():
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     overlay = make_overlay(tmp_path_factory.mktemp("recorded") / "overlay.qcow2")
     start = overlay.read_bytes()
-    recorder = RecordingDisk(pyvirtio.open_disk(overlay, format="raw"))
+    recorder = RecordingDisk(pyvirtio.FileDisk(overlay, growable=True))
     said = bytearray()
 
     def listen(data: bytes) -> None:
@@ -90,7 +90,8 @@ def test_power_cut(recording: Recording, tmp_path: Path, number: int) -> None:
     # The same seed and kind of cut for a number, whatever the others are.
     *_, image = power_cuts(log, recording.start, [position] * (number % 4 + 1), seed=number)
     overlay = tmp_path / "overlay.qcow2"
-    _put(image, overlay)
+    # Beside the recording's folder, so that the relative name of the base holds.
+    overlay.write_bytes(image.data)
     _assert_sound(overlay, image.story)
     _assert_recovers(overlay, "cut", recording.stable(position))
 
@@ -113,15 +114,6 @@ def test_killed_emulator_loses_nothing_stable(tmp_path: Path) -> None:
     assert b"round 3 is stable" in said
     _assert_sound(overlay, "killed")
     _assert_recovers(overlay, "killed", 3)
-
-
-def _put(image: CrashImage, path: Path) -> None:
-    path.write_bytes(image.data)
-    # The image names its base relative to a folder beside which it was made.
-    base = find_root()
-    with pyvirtio.open_disk(path, format="raw") as file:
-        name = os.path.relpath(base, path.parent)
-        del file, name
 
 
 def _assert_sound(overlay: Path, story: str) -> None:
