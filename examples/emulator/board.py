@@ -197,7 +197,7 @@ class Board:
             slot.poll()
         self._forget_overwritten_code()
         self._update_timers()
-        return stop is Stop.WAIT and not self.cpu.wakes
+        return stop is Stop.WAIT and self.power is None and not self.cpu.wakes
 
     def _on_access(self) -> None:
         """Accesses to devices take time, in which a timer may go off."""

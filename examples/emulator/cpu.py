@@ -209,7 +209,7 @@ class Cpu:
 
     def forget_translations(self) -> None:
         """The guest's page tables have changed: what SFENCE.VMA does."""
-        self.uc.ctl_flush_tlb()
+        self.uc.ctl(u.UC_CTL_TLB_FLUSH, u.UC_CTL_IO_WRITE)
 
     # -- exceptions --------------------------------------------------------------------------
 

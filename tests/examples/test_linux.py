@@ -115,7 +115,9 @@ def test_fsync_reaches_the_disk_as_a_flush_after_the_data(rig):
     secret = b"stable from here on"
     rig.guest.run(f"echo {secret.decode()} >/mnt/note && sync /mnt/note")
     log = rig.big_blocks.log
-    (written,) = [n for n, event in enumerate(log) if event.kind == "write" and secret in event.data]
+    (written,) = [
+        n for n, event in enumerate(log) if event.kind == "write" and secret in event.data
+    ]
     assert "flush" in {event.kind for event in log[written:]}
 
 
