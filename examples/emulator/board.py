@@ -219,6 +219,9 @@ class Board:
     def sleep(self, until: int | None = None) -> None:
         """Let the time pass up to the next timer, or up to tick ``until`` if that is sooner."""
         tick = self.next_event()
+        self._update_timers()
+        if self.cpu.wakes:
+            return  # a timer has gone off since the guest went to sleep
         if until is not None:
             tick = min(tick, until)
         if tick == NEVER:

@@ -101,6 +101,25 @@ def test_timer_goes_off_at_its_time(guest):
     assert 50_000 <= found[3] < 60_000
 
 
+def test_timer_that_goes_off_between_waiting_and_sleeping_is_not_missed(guest):
+    source = f"""{HANDLER}
+        li t0, 0x20
+        csrs sie, t0
+        {call(TIMER, 0, 50000)}
+        csrrsi zero, sstatus, 2
+    wait: wfi
+        j wait
+    """
+    machine = guest(source, supervisor=True)
+    board = machine.board
+    while not board.step():
+        pass
+    board.clock.sleep_until(60_000)  # as the host's clock may
+    board.sleep()
+    assert board.power is None
+    assert machine.run()[2] == 5 | 1 << 63
+
+
 def test_timer_is_taken_back_by_a_later_one(guest):
     source = f"""
         {call(TIMER, 0, 0)}
