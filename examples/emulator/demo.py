@@ -103,7 +103,8 @@ class Demo(Steps):
         self.check(littered - before >= LITTER, f"the overlay holds {littered >> 20} MiB of data")
         guest.run("rm litter && sync && fstrim -v /")
         after = _stored(disk)
-        self.check(littered - after >= LITTER, f"now it holds {after >> 20} MiB again")
+        # Not to the byte: the clusters at the litter's edges hold other things, too.
+        self.check(after - before < LITTER // 8, f"now it holds {after >> 20} MiB again")
         self.check(not guest.warnings(), "no warning in the kernel's log")
 
     def shut_down(self, guest: LinuxGuest) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -43,10 +43,14 @@ class Packages:
         ``only``: patterns of the files to be unpacked (``boot/vmlinux-*``), where a package is big;
         they count when it is unpacked for the first time.
         """
-        place = self.folder / name
-        if not place.is_dir():
-            self._fetch(name, only, place)
-        return place
+        return self.get_all({name: only})[name]
+
+    def get_all(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+        """The same for several packages at once, which is quicker."""
+        missing = {name: only for name, only in wanted.items() if not (self.folder / name).is_dir()}
+        if missing:
+            self._fetch(missing)
+        return {name: self.folder / name for name in wanted}
 
     def depends(self, name: str) -> list[str]:
         """The packages that a package needs, alternatives and versions left out."""
@@ -55,22 +59,23 @@ class Packages:
         lines = (line.strip() for line in done.stdout.splitlines())
         return [line.split()[1] for line in lines if line.startswith("Depends: ")]
 
-    def _fetch(self, name: str, only: Sequence[str], place: Path) -> None:
-        _need_tools(name)
-        scratch = self.folder / f"{name}.{os.getpid()}.part"
+    def _fetch(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        _need_tools(", ".join(wanted))
+        scratch = self.folder / f"{os.getpid()}.part"
         scratch.mkdir(parents=True, exist_ok=True)
         try:
-            self._with_lists(["apt-get", *_QUIET], ["download", name], scratch)
-            archives = list(scratch.glob("*.deb"))
-            if len(archives) != 1:
-                raise PackageError(f"{name}: apt-get download left {len(archives)} files")
-            unpacked = scratch / "unpacked"
-            if only:
-                _extract(archives[0], unpacked, only)
-            else:
-                self._run(["dpkg-deb", "--extract", str(archives[0]), str(unpacked)], scratch)
-            if not place.is_dir():
-                unpacked.rename(place)
+            self._with_lists(["apt-get", *_QUIET], ["download", *wanted], scratch)
+            for name, only in wanted.items():
+                archives = list(scratch.glob(f"{name}_*.deb"))
+                if len(archives) != 1:
+                    raise PackageError(f"{name}: apt-get download left {len(archives)} files")
+                unpacked = scratch / name
+                if only:
+                    _extract(archives[0], unpacked, only)
+                else:
+                    self._run(["dpkg-deb", "--extract", str(archives[0]), str(unpacked)], scratch)
+                if not (self.folder / name).is_dir():
+                    unpacked.rename(self.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -95,7 +100,7 @@ class Packages:
             second = self._try([*command, *self._private, *arguments], folder)
             reasons += [updated.stderr, second.stderr]
         if second.returncode:
-            raise PackageError(f"{arguments[-1]}: cannot be had\n{''.join(reasons)}")
+            raise PackageError(f"{', '.join(arguments[1:])}: cannot be had\n{''.join(reasons)}")
         return second
 
     def _private_options(self) -> Sequence[str]:

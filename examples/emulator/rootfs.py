@@ -50,14 +50,14 @@ _UUID = "5c0b8c1e-8d8e-4f5c-9f0a-0123456789ab"
 def find_root() -> Path:
     """The base image, built if it is not here yet. Raises PackageError."""
     scripts = [SCRIPTS / name for name in _SCRIPTS]
-    packages = guest_packages()
-    for name, only in _PACKAGES.items():
-        packages.get(name, only)
-    path = kept("root", ".qcow2", [packages.get("busybox-static") / "usr/bin/busybox", *scripts])
+    linux = find_linux()
+    parts = guest_packages().get_all(_PACKAGES)
+    path = kept("root", ".qcow2", [parts["busybox-static"] / "usr/bin/busybox", *scripts])
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             tree, raw = Path(scratch, "tree"), Path(scratch, "root.raw")
-            _fill(tree)
+            _fill(tree, parts)
+            (tree / "etc/release").write_text(f"{linux.version}\n")
             _make_ext4(tree, raw)
             image = Path(scratch, "root.qcow2")
             with (
@@ -97,22 +97,20 @@ def find_tool(name: str) -> str:
     return found
 
 
-def _fill(tree: Path) -> None:
+def _fill(tree: Path, parts: dict[str, Path]) -> None:
     """Put the files together as they are to be in the guest."""
     for name in _FOLDERS:
         (tree / name).mkdir(parents=True)
     for name in ("bin", "sbin", "lib"):
         (tree / name).symlink_to(f"usr/{name}")
-    packages = guest_packages()
-    for name, only in _PACKAGES.items():
-        shutil.copytree(packages.get(name, only), tree, symlinks=True, dirs_exist_ok=True)
+    for part in parts.values():
+        shutil.copytree(part, tree, symlinks=True, dirs_exist_ok=True)
     # The loader is asked for by its path in /lib, which a package of another kind would provide.
     loader = next((tree / _LIBRARY).glob("ld-linux-*"))
     (tree / "usr/lib" / loader.name).symlink_to(loader.relative_to(tree / "usr/lib"))
     for name, place in _SCRIPTS.items():
         shutil.copyfile(SCRIPTS / name, tree / place)
         (tree / place).chmod(0o755)
-    (tree / "etc/release").write_text(find_linux().version + "\n")
     for name in _applets(tree / "usr/bin/busybox"):
         link = tree / "usr/bin" / name
         if not link.exists() and not (tree / "usr/sbin" / name).exists():

@@ -149,7 +149,8 @@ def test_fstrim_takes_the_data_out_of_the_overlay(rig):
     run("dd if=/dev/urandom of=litter bs=1M count=8 conv=fsync 2>/dev/null")
     full = mapped()
     run("rm litter && sync && fstrim /")
-    assert full - mapped() >= 8 * MIB
+    # Not to the byte: the clusters at the edges hold other things, too.
+    assert full - mapped() >= 7 * MIB
 
 
 def test_kernel_has_nothing_to_say_against_the_disks_at_work(rig):
