@@ -72,7 +72,7 @@ def find_linux() -> Linux:
     if len(kernels) != 1:
         raise PackageError(f"{folder.name}: {len(kernels)} kernels in it")
     version = kernels[0].name.removeprefix("vmlinux-")
-    busybox = packages.get("busybox-static") / "usr/bin/busybox"
+    busybox = packages.get("busybox-static", ("usr/bin/busybox",)) / "usr/bin/busybox"
     modules = [_find_module(folder, name) for name in _MODULES]
     sources = [busybox, *modules, SCRIPTS / "init"]
     path = kept("initramfs", ".cpio", sources)
