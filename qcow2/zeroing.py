@@ -7,9 +7,10 @@ from collections.abc import Callable
 from ..errors import UnsupportedError
 from . import layout
 from .cache import CacheFull
+from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
-from .quarantine import DiscardKind
+from .quarantine import DiscardKind, merge_runs
 from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
@@ -19,17 +20,24 @@ _LOW = (1 << 64) - 1
 _ALL_ZEROES = layout.ALL_ZEROES << 64
 
 
-def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> None:
+def write_zeroes(
+    metadata: Metadata, offset: int, length: int, *, unmap: bool, backed: bool
+) -> None:
     """Make whole clusters read as zeroes; ``unmap`` gives their host clusters back.
 
     With extended L2 entries a part of one cluster, in whole subclusters, will do. Needs version 3,
+    or that the image is not ``backed`` by another file, so that clusters given back read as zeroes;
     and that such a part is not compressed (raises UnsupportedError, with nothing changed). The end
     may be the end of the disk.
     """
+    if metadata.geometry.version < 3 and not backed:
+        discard(metadata, offset, length, backed=False)
+        return
     if metadata.geometry.version < 3:
         raise UnsupportedError(
             "Zero clusters need a qcow2 image of compatibility level 1.1", feature="zero clusters"
         )
+    zero_data_file(metadata, offset, length, unmap=unmap)
 
     def replace(entry: int) -> int:
         kind = entry_kind(entry)
@@ -58,24 +66,42 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
     _replace_entries(metadata, offset, length, replace)
 
 
-def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> None:
-    """Give whole clusters back. ``backed``: the image has a backing file.
+def discard(
+    metadata: Metadata, offset: int, length: int, *, backed: bool, keep: bool = False
+) -> None:
+    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host
+    clusters stay allocated, as zero clusters, and are discarded in the file below
+    (``discard-no-unref``).
 
     Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
     In a version 2 image with a backing file nothing is done: its old data would show again.
     """
     if metadata.geometry.version < 3 and backed:
         return
+    zero_data_file(metadata, offset, length, unmap=True)
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
     if metadata.geometry.extended_l2:
         nothing = _ALL_ZEROES
+    own = 0 if metadata.data_file is None else layout.COPIED  # allocated at offset 0
+    kept: list[int] = []
 
     def replace(entry: int) -> int:
-        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED:
+        if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:
+            kept.append((entry & layout.OFFSET_MASK) >> metadata.cluster_bits)
+            return entry & _LOW | _ALL_ZEROES if metadata.geometry.extended_l2 else entry | nothing
+        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED and not entry & own:
             return entry
         return nothing
 
-    _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
+    def discard_kept() -> None:
+        # Before the clusters become zero clusters, which another request may fill again.
+        if kept and metadata.discards[DiscardKind.REQUEST]:
+            metadata.discard_in_file(merge_runs(kept))
+        kept.clear()
+
+    _replace_entries(
+        metadata, offset, length, replace, skip_unallocated=not backed, before=discard_kept
+    )
 
 
 def _replace_entries(
@@ -85,10 +111,12 @@ def _replace_entries(
     replace: Callable[[int], int],
     *,
     skip_unallocated: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Put ``replace(entry)`` in place of every L2 entry of the range.
 
-    ``skip_unallocated``: where there is no L2 table nothing needs to change.
+    ``skip_unallocated``: where there is no L2 table nothing needs to change. ``before()`` is called
+    each time the replacements are known and not yet made (lock held).
     """
     metadata.health.check()
     cluster = offset >> metadata.cluster_bits
@@ -96,15 +124,19 @@ def _replace_entries(
     try:
         with metadata.lock:
             metadata.gate.enter()
+            if metadata.encryption is not None:
+                metadata.gate.claim(offset, offset + length)
         while cluster < end:
             try:
                 with metadata.lock:
                     cluster += _replace_in_slice(
-                        metadata, cluster, end - cluster, replace, skip_unallocated
+                        metadata, cluster, end - cluster, replace, skip_unallocated, before
                     )
             except CacheFull:
                 metadata.flush_inside()
     finally:
+        if metadata.encryption is not None:
+            metadata.gate.end_claim()
         metadata.gate.leave()
 
 
@@ -114,6 +146,7 @@ def _replace_in_slice(
     count: int,
     replace: Callable[[int], int],
     skip_unallocated: bool,
+    announce: Callable[[], None],
 ) -> int:
     """The part of the range in the first slice (lock held); how many clusters that was."""
     tables = metadata.tables
@@ -130,6 +163,7 @@ def _replace_in_slice(
         for i, entry in enumerate(old):
             tables.check_entry(entry, cluster + i)
         new = [replace(entry) for entry in old]
+        announce()
         with metadata.health.step("Changing the mapping"):
             tables.set_entries(position, new)
             for before, after in zip(old, new, strict=True):
