@@ -574,3 +574,50 @@ def test_an_image_in_a_file_is_the_same(tmp_path: Path) -> None:
         disk.write(12345, b"x" * 100_000)
     with pyvirtio.open_disk(path) as disk:
         assert disk.read(12345, 100_000) == b"x" * 100_000
+
+
+def test_a_gap_that_is_too_small_is_not_used_for_a_table() -> None:
+    file, disk = new_image(1 << 16)
+    disk.write(0, b"x" * 32 * CLUSTER)
+    for cluster in range(0, 32, 2):
+        disk.discard(cluster * CLUSTER, CLUSTER)
+    disk.flush()
+    disk.truncate(16 << 20)  # an L1 table of 8 clusters
+    assert disk.read(0, 32 * CLUSTER) == (bytes(CLUSTER) + b"x" * CLUSTER) * 16
+    disk.close()
+    assert_clean(file)
+
+
+def test_allocated_zero_clusters_that_do_not_follow() -> None:
+    _, disk = new_image()
+    for cluster in (0, 2, 1, 3):
+        disk.write(cluster * CLUSTER, b"x" * CLUSTER)
+    disk.write_zeroes(0, 4 * CLUSTER)
+    disk.write(0, bytes(range(256)) * 8)
+    assert disk.read(0, 4 * CLUSTER) == bytes(range(256)) * 8
+    assert disk.check().clean
+
+
+def test_a_zeroed_subcluster_is_written_again() -> None:
+    file, disk = sub_image()
+    disk.write(0, b"x" * 16384)
+    disk.write_zeroes(1024, 1024)
+    disk.write(1024, b"y" * 512)
+    disk.flush()
+    assert states(file) == 0b1000 << 32 | (0xFFFF_FFFF & ~0b1000)
+    assert disk.read(0, 4096) == b"x" * 1024 + b"y" * 512 + bytes(512) + b"x" * 2048
+
+
+def test_many_zeroes_with_a_small_cache() -> None:
+    file, disk = new_image(4 << 20)
+    disk.close()
+    with reopen(file, l2_cache_size=1) as found:
+        for region in range(40):
+            found.write_zeroes(region * 65536, 512)
+        assert found.read(0, 512) == bytes(512)
+
+
+def test_the_depth_of_a_raw_backing_file() -> None:
+    _, disk = over(b"b" * 8192)
+    disk.write(0, b"x" * 512)
+    assert [extent.depth for extent in disk.extents(0, 4096)] == [0, 1]

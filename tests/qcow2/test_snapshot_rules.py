@@ -7,7 +7,16 @@ import pytest
 from pyvirtio import BackendError, ImageError, MemoryDisk
 from pyvirtio.qcow2.header import read_header
 from pyvirtio.qcow2.snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
-from support.images import assert_clean, copy_of, new_image, number_at, poke, reopen, with_compressed
+from support.images import (
+    assert_clean,
+    copy_of,
+    l2_entry_at,
+    new_image,
+    number_at,
+    poke,
+    reopen,
+    with_compressed,
+)
 
 CLUSTER = 512
 
@@ -102,6 +111,47 @@ def test_snapshots_of_compressed_clusters_count_every_host_cluster() -> None:
     assert disk.check().clean
     disk.snapshots.apply("s")
     assert disk.read(0, 1024) == data * 2
+    disk.snapshots.delete("s")
+    assert disk.check().clean
+
+
+def test_compressed_data_that_crosses_into_another_cluster_is_counted_there() -> None:
+    file, disk = new_image()
+    disk.write(0, b"?" * 2 * CLUSTER)
+    disk.close()
+    first = number_at(file, l2_entry_at(file)) & ~(1 << 63)
+    # 1 KiB from the middle of the first host cluster on: two sectors more than the one it is in.
+    poke(file, l2_entry_at(file), 1 << 62 | 1 << 61 | (first + 256))
+    poke(file, l2_entry_at(file, 1), 0)
+    disk = reopen(file)
+    assert disk.check().clean
+    disk.snapshots.create("s")
+    assert disk.check().clean
+    disk.snapshots.delete("s")
+    disk.discard(0, CLUSTER)
+    disk.flush()
+    assert disk.check().clean
+
+
+def test_tables_that_are_named_twice_count_twice() -> None:
+    """Not made by anybody, but a refcount that is raised must be lowered as often."""
+    file, disk = new_image(1 << 16)
+    disk.write(0, b"x" * CLUSTER)
+    disk.close()
+    l1 = number_at(file, 40)
+    table = number_at(file, l1) & ~(1 << 63)
+    poke(file, l1, table)
+    poke(file, l1 + 8, table)
+    entry = number_at(file, table) & ~(1 << 63)
+    poke(file, table, entry)
+    poke(file, table + 8, entry)  # and two entries of it name one cluster
+    block = number_at(file, number_at(file, 48))
+    poke(file, block + 2 * (table // CLUSTER), 2, 2)
+    poke(file, block + 2 * (entry // CLUSTER), 4, 2)
+    disk = reopen(file)
+    assert disk.check().clean
+    disk.snapshots.create("s")
+    assert disk.check().clean
     disk.snapshots.delete("s")
     assert disk.check().clean
 

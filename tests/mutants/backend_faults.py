@@ -1,0 +1,1 @@
+BACKEND: list[tuple[str, ...]] = []
