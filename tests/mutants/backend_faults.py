@@ -1,5 +1,7 @@
 """Faults in ``backend/``: (file, what goes wrong, old, new, test, …)."""
+# One line each: a table.
 # ruff: noqa: E501
+# fmt: off
 
 DISK = "backend/test_disk.py::test_"
 FILE = "backend/test_file.py::test_"
@@ -57,7 +59,7 @@ BACKEND: list[tuple[str, ...]] = [
     ("backend/file.py", "failed preallocation leaves a longer file", "            os.ftruncate(self._fd, old)\n            raise\n", "            raise\n", FILE + "failed_preallocation_leaves_the_old_size"),
     ("backend/file.py", "preallocation cuts a file", 'if preallocation != "off" and size < old:', "if False:", FILE + "preallocation_when_shrinking_is_refused"),
     ("backend/file.py", "a failed creation leaves a file", "                    os.unlink(name)\n", "                    pass\n", FILE + "create_that_fails_leaves_no_file"),
-    ("backend/file.py", "pipes and sockets are opened", "    if stat.S_ISBLK(status.st_mode):\n", "    if True:\n", FILE + "pipes_sockets_and_character_devices_are_refused"),
+    ("backend/file.py", "pipes and sockets are opened", "        return True\n    number = errno.EISDIR", "        return True\n    return False\n    number = errno.EISDIR", FILE + "pipes_sockets_and_character_devices_are_refused"),
     ("backend/file.py", "a failed open leaves a descriptor", "            self._fd = -1\n            os.close(fd)\n            raise\n", "            raise\n", FILE + "a_failed_open_leaves_no_descriptor"),
     ("backend/file.py", "descriptors are inherited", "_BASE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY", "_BASE_FLAGS = os.O_NOCTTY", FILE + "a_descriptor_is_not_inherited_and_is_closed"),
     ("backend/file.py", "a size that others changed is not seen", "        self._set_size(os.lseek(self._fd, 0, os.SEEK_END))\n", "        pass\n", FILE + "invalidate_sees_a_size_that_others_changed"),

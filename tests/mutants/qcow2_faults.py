@@ -1,5 +1,7 @@
 """Faults in ``qcow2/``: (file, what goes wrong, old, new, test, …)."""
+# One line each: a table.
 # ruff: noqa: E501
+# fmt: off
 
 PARTS = "qcow2/test_parts.py::test_"
 HEADER = "qcow2/test_header.py::test_"
@@ -60,8 +62,8 @@ QCOW2: list[tuple[str, ...]] = [
     ("qcow2/cache.py", "a slot keeps its generation", "self.generations[slot] += 1", "self.generations[slot] += 0", PARTS + "another_slice_in_a_slot_is_another_generation"),
     ("qcow2/cache.py", "dirty slots are written when they must not be", "if dirty is None or not self._write_back:", "if dirty is None:", PARTS + "without_write_back_a_cache_full_of_dirty_slices_is_full"),
     ("qcow2/cache.py", "evicted dirty slots are not written", "        self._file.writev(self._offsets[dirty], [self.slice(dirty)])\n", "", PARTS + "an_evicted_slice_is_written_back_and_read_again"),
-    ("qcow2/cache.py", "an evicted dirty slice is still in the index", "        del self.index[self._offsets[dirty]]\n", "", PARTS + "an_evicted_slice_is_written_back_and_read_again", MAPPING + "a_grown_refcount_table_leaks_nothing"),
-    ("qcow2/cache.py", "an evicted clean slice is still in the index", "                del self.index[self._offsets[slot]]\n", "", PARTS + "an_evicted_slice_is_written_back_and_read_again"),
+    ("qcow2/cache.py", "an evicted dirty slice is still in the index", "        del self.index[self._offsets[dirty]]\n", "", PARTS + "an_evicted_slice_is_written_back_and_read_again"),
+    ("qcow2/cache.py", "an evicted clean slice is still in the index", "                del self.index[self._offsets[slot]]\n", "", PARTS + "a_slice_is_found_in_its_own_slot_only"),
     ("qcow2/cache.py", "written slots stay dirty", "            self._file.writev(self._offsets[slot], [self.slice(slot)])\n            self._dirty.discard(slot)\n", "            self._file.writev(self._offsets[slot], [self.slice(slot)])\n", PARTS + "what_is_written_is_clean"),
     ("qcow2/cache.py", "forgotten slots are written", "                self._dirty.discard(slot)\n                if self._pins", "                if self._pins", PARTS + "forgotten_slices_are_not_written"),
     ("qcow2/cache.py", "forgotten slices are still there", "slot = self.index.pop(place, None)", "slot = self.index.get(place)", PARTS + "a_forgotten_slice_is_read_again"),
@@ -109,7 +111,7 @@ QCOW2: list[tuple[str, ...]] = [
     ("qcow2/tables.py", "changed L1 entries are not written", "        self.dirty_l1.add(index)\n", "", ORDER + "what_is_flushed_is_whole_without_a_close"),
     # -- requests --
     ("qcow2/requests.py", "requests enter while another is alone", "if self._exclusive is not None or me in self._inside:", "if me in self._inside:", GATE + "nobody_enters_while_another_is_alone"),
-    ("qcow2/requests.py", "being alone does not wait for those inside", "                while self._inside:\n                    self._wait()\n", "", GATE + "alone_means_after_those_inside_have_left"),
+    ("qcow2/requests.py", "being alone does not wait for those inside", "                while self._inside:\n", "                while False:\n", GATE + "alone_means_after_those_inside_have_left"),
     ("qcow2/requests.py", "what waits for requests does not", "while self._past and self._past[0][0] < oldest:", "while self._past:", GATE + "what_waits_for_the_requests_inside_is_called_when_they_have_left"),
     ("qcow2/requests.py", "what waits for old requests waits for new ones", "        self._epoch += 1\n", "", GATE + "it_does_not_wait_for_requests_that_came_later"),
     ("qcow2/requests.py", "who leaves does not tell", "        if self._past or self._waiting or self.allocations:\n", "        if self._waiting:\n", GATE + "what_waits_for_the_requests_inside_is_called_when_they_have_left"),
@@ -165,7 +167,7 @@ QCOW2: list[tuple[str, ...]] = [
     ("qcow2/writing.py", "replaced clusters keep their reference", "                    metadata.drop_entry(entry, DiscardKind.OTHER)\n", "                    pass\n", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/writing.py", "the clusters of a failed write leak", "                metadata.refcounts.add(first, new.allocation.count, -1)\n", "                pass\n", MAPPING + "a_write_that_fails_gives_its_clusters_back"),
     ("qcow2/writing.py", "what is ours is moved", "count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)", "pass", MAPPING + "what_is_ours_is_written_in_place"),
-    ("qcow2/writing.py", "zero clusters that do not follow are used as a run", "            if entry != first + i * self._metadata.cluster_size:\n                return i\n", "", MAPPING + "allocated_zero_clusters_that_do_not_follow"),
+    ("qcow2/writing.py", "zero clusters that do not follow are used as a run", "            if entry != first + i * self._metadata.cluster_size:\n", "            if False:\n", MAPPING + "allocated_zero_clusters_that_do_not_follow"),
     ("qcow2/writing.py", "compressed clusters may be ours", "if entry & layout.COMPRESSED or not entry & layout.COPIED:", "if not entry & layout.COPIED and not entry & layout.COMPRESSED:", MAPPING + "a_small_write_keeps_compressed_data_around_it"),
     ("qcow2/writing.py", "a cluster that was copied misses stored subclusters", "            if stored:\n                filled_start = min(", "            if False:\n                filled_start = min(", MAPPING + "a_shared_cluster_is_copied_with_its_stored_subclusters"),
     ("qcow2/writing.py", "written subclusters stay zero", "states = states & ~zero_mask(first, end) | allocated_mask(first, end)", "states = states | allocated_mask(first, end)", MAPPING + "a_zeroed_subcluster_is_written_again"),
@@ -202,7 +204,7 @@ QCOW2: list[tuple[str, ...]] = [
     ("qcow2/snapshots.py", "any size is applied", "if 8 * needed > layout.MAX_L1_SIZE:", "if needed > 1 << 62:", SNAPSHOTS + "a_snapshot_of_an_impossible_size_is_not_applied"),
     ("qcow2/snapshots.py", "a short table is not filled up", "            target.frombytes(bytes(8 * max(0, needed - len(target))))\n", "", SNAPSHOTS + "a_short_table_of_a_larger_disk_is_filled_up"),
     ("qcow2/snapshots.py", "what was active keeps its references", "                self._lower(*previous)\n", "", SNAPSHOTS + "applying_brings_the_size_back"),
-    ("qcow2/snapshots.py", "a deleted snapshot keeps its references", "                self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)\n", "", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
+    ("qcow2/snapshots.py", "a deleted snapshot keeps its references", "                self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)\n", "                pass\n", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/snapshots.py", "a snapshot's table leaks", "            metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)\n\n    def _replace_list", "            pass\n\n    def _replace_list", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/snapshots.py", "the old snapshot table leaks", "                metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)", "                pass", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/snapshots.py", "the new snapshot table is not stable when it is named", "            offset = self._write_table(table)\n        metadata.flush_alone()\n", "            offset = self._write_table(table)\n", ORDER + "a_snapshot_is_whole_before_the_header_names_it"),

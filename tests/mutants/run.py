@@ -91,7 +91,10 @@ class Copy:
         if count != 1:
             return Outcome(fault, False, f"what it replaces is there {count} times")
         changed = original.replace(fault.old, fault.new)
-        compile(changed, fault.file, "exec")
+        try:
+            compile(changed, fault.file, "exec")
+        except SyntaxError as error:
+            return Outcome(fault, False, f"it does not compile: {error}")
         self.write(fault.file, changed)
         try:
             done = self.tests(*fault.tests)
@@ -149,14 +152,16 @@ def _check_tests_pass(copy: Copy, faults: list[Fault]) -> None:
 
 def main() -> int:
     """0 if all faults were caught."""
-    chosen = [f for f in FAULTS if not sys.argv[1:] or any(a in f.file for a in sys.argv[1:])]
+    words = sys.argv[1:]
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.file for word in words)]
     bad: list[Outcome] = []
+    number = 0
     for number, outcome in enumerate(run_all(chosen), 1):
         fault = outcome.fault
         print(f"{number}/{len(chosen)} {fault.file}: {outcome.text}: {fault.what}", flush=True)
         if not outcome.caught:
             bad.append(outcome)
-    if len({outcome.fault for outcome in bad}) or number != len(chosen):
+    if bad or number != len(chosen):
         print(f"\n{len(bad)} of {len(chosen)} faults were not caught:")
         for outcome in bad:
             print(f"  {outcome.fault.file}: {outcome.fault.old!r} -> {outcome.fault.new!r}")

@@ -71,8 +71,9 @@ def test_refcounts_are_stored_as_specified(order: int) -> None:
     codec.store(memoryview(block), start, values)
     before[start : start + length] = values
     assert [naive(block, order, i) for i in range(count)] == before
-    assert list(codec.load(memoryview(block), start - 1, length + 1)) == (
-        before[start - 1 : start + length]
+    assert (
+        list(codec.load(memoryview(block), start - 1, length + 1))
+        == (before[start - 1 : start + length])
     )
 
 
@@ -179,8 +180,14 @@ def test_an_evicted_slice_is_written_back_and_read_again() -> None:
     cache.mark_dirty(slot)
     cache.slice(slot)[0] = 0x55
     for i in range(10, 20):
-        first_byte(cache, i)
+        cache.mark_dirty(cache.get(i * SLICE))
     assert first_byte(cache, 5) == 0x55
+
+
+def test_a_slice_is_found_in_its_own_slot_only() -> None:
+    _, cache = cache_of(3)
+    for i in (0, 1, 2, 3, 0, 1, 4, 2, 0, 5, 3):
+        assert first_byte(cache, i) == i
 
 
 def test_without_write_back_a_cache_full_of_dirty_slices_is_full() -> None:
