@@ -22,6 +22,7 @@ _HOMES = {
     "GuestError": "errors",
     "ImageError": "errors",
     "InUseError": "errors",
+    "PassphraseError": "errors",
     "PyvirtioError": "errors",
     "UnsupportedError": "errors",
     "Disk": "backend.disk",
@@ -32,7 +33,17 @@ _HOMES = {
     "MemoryDisk": "backend.memory",
     "NullDisk": "backend.null",
     "RawDisk": "backend.raw",
+    "Comparison": "backend.compare",
     "FileReference": "backend.open",
+    "MapEntry": "backend.map",
+    "Measurement": "backend.registry",
+    "commit": "backend.commit",
+    "compare": "backend.compare",
+    "convert": "backend.convert",
+    "map_extents": "backend.map",
+    "measure": "backend.measure",
+    "rebase": "backend.rebase",
+    "stream": "backend.stream",
     "create_disk": "backend.open",
     "open_disk": "backend.open",
     "GuestMemory": "virtio.memory",
@@ -65,17 +76,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .backend.commit import commit
+    from .backend.compare import Comparison, compare
+    from .backend.convert import convert
     from .backend.disk import Disk, DiskInfo, Extent, Limits
     from .backend.file import FileDisk
+    from .backend.map import MapEntry, map_extents
+    from .backend.measure import measure
     from .backend.memory import MemoryDisk
     from .backend.null import NullDisk
     from .backend.open import FileReference, create_disk, open_disk
     from .backend.raw import RawDisk
+    from .backend.rebase import rebase
+    from .backend.registry import Measurement
+    from .backend.stream import stream
     from .errors import (
         BackendError,
         GuestError,
         ImageError,
         InUseError,
+        PassphraseError,
         PyvirtioError,
         UnsupportedError,
     )

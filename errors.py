@@ -7,6 +7,7 @@ error                meaning                                                   a
 ``UnsupportedError`` the image or request needs a feature that is not there    ``ValueError``
 ``BackendError``     the host refused an operation (carries its ``errno``)     ``OSError``
 ``InUseError``       the file is locked by another process                     ``OSError``
+``PassphraseError``  the passphrase of encrypted data is missing or wrong      ``ValueError``
 ``GuestError``       the *driver* broke the protocol                           --
 ===================  ========================================================  ===============
 
@@ -25,6 +26,7 @@ __all__ = [
     "GuestError",
     "ImageError",
     "InUseError",
+    "PassphraseError",
     "PyvirtioError",
     "UnsupportedError",
 ]
@@ -79,6 +81,10 @@ class InUseError(PyvirtioError, OSError):
 
     def __init__(self, message: str, filename: str | None = None) -> None:
         super().__init__(_errno.EAGAIN, message, filename)
+
+
+class PassphraseError(PyvirtioError, ValueError):
+    """Encrypted data cannot be had without the right passphrase."""
 
 
 class GuestError(PyvirtioError):

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
 from .buffers import as_views, clear, split
@@ -20,7 +20,7 @@ from .buffers import as_views, clear, split
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-__all__ = ["Disk", "DiskInfo", "Extent", "Limits"]
+__all__ = ["Disk", "DiskInfo", "Extent", "Limits", "Run"]
 
 _MAX_SIZE = (1 << 63) - 1
 """No host file is longer (``off_t``), so no disk grows beyond it."""
@@ -65,6 +65,10 @@ class Extent:
     file: Disk | None = None
 
 
+Run: TypeAlias = "tuple[int, bool, bool, bool, bool, int, int | None, Disk | None]"
+"""The fields of an Extent, in their order."""
+
+
 @dataclass(frozen=True, slots=True)
 class DiskInfo:
     """What a disk says of itself (``qemu-img info``)."""
@@ -78,6 +82,16 @@ class DiskInfo:
     cluster_size: int | None = None
     specific: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the format's own, under QEMU's names (``ImageInfoSpecific``)."""
+    dirty: bool = False
+    """The image was not closed, and must be repaired before it is written."""
+    encrypted: bool = False
+    backing_filename: str | None = None
+    """As it stands in the image."""
+    backing_format: str | None = None
+    vm_state_offset: int | None = None
+    """Guest byte at which VM state would begin."""
+    snapshots: tuple[Mapping[str, Any], ...] = ()
+    """Of each internal snapshot, facts under QEMU's names (``SnapshotInfo``)."""
 
 
 class Disk(ABC):
@@ -202,11 +216,15 @@ class Disk(ABC):
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Every run from ``offset`` on, one after the other, without a gap."""
+        for run in self.runs(offset, length):
+            yield Extent(*run)
+
+    def runs(self, offset: int = 0, length: int | None = None) -> Iterator[Run]:
+        """:meth:`extents` as plain tuples, for walks through millions of them."""
         end = self.size if length is None else offset + length
-        while offset < end:
-            extent = self.block_status(offset, end - offset)
-            yield extent
-            offset += extent.length
+        if self.closed or offset < 0 or end > self.size:
+            self._refuse(offset, end - offset)
+        return self._runs(offset, end)
 
     @property
     def has_zero_init(self) -> bool:
@@ -329,6 +347,21 @@ class Disk(ABC):
 
     def _block_status(self, offset: int, length: int) -> Extent:
         return Extent(length, data=True, zero=False, allocated=True)
+
+    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+        while offset < end:
+            extent = self.block_status(offset, end - offset)
+            yield (
+                extent.length,
+                extent.data,
+                extent.zero,
+                extent.allocated,
+                extent.compressed,
+                extent.depth,
+                extent.host_offset,
+                extent.file,
+            )
+            offset += extent.length
 
     def _truncate(self, size: int, preallocation: str) -> None:
         raise UnsupportedError(f"{self.format_name}: cannot be resized", feature="truncate")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Iterable
@@ -32,6 +34,9 @@ DiscardMode = Literal["unmap", "ignore"]
 
 _BASE_FLAGS = os.O_CLOEXEC | os.O_NOCTTY
 _NO_STRAIGHT = -1
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
 
 
 class FileDisk(Disk):
@@ -81,7 +86,8 @@ class FileDisk(Disk):
         self._is_device = _kind_checked(os.fstat(fd), self._path)
         self._cache: CacheMode = cache
         self._locking = locking
-        self._discard_mode: DiscardMode = discard
+        self.discard_mode: DiscardMode = discard
+        """Whether the host hears of discards."""
         self.growable = growable and not self._is_device
         self._grow_lock = threading.Lock()
         self._cache_lost: BackendError | None = None
@@ -219,7 +225,7 @@ class FileDisk(Disk):
     # -- space ---------------------------------------------------------------------------------
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        unmap = unmap and self._discard_mode == "unmap"
+        unmap = unmap and self.discard_mode == "unmap"
         old = self.size
         inside = max(0, min(length, old - offset))
         try:
@@ -237,7 +243,7 @@ class FileDisk(Disk):
             self._writev(offset + length - 1, [memoryview(b"\0")], 1)
 
     def _discard(self, offset: int, length: int) -> None:
-        if self._discard_mode == "ignore":
+        if self.discard_mode == "ignore":
             return
         try:
             if self._direct is not None:
@@ -292,6 +298,17 @@ class FileDisk(Disk):
             actual_size=None if self._is_device else blocks * 512,
             filename=self._path,
         )
+
+    def set_nocow(self) -> None:
+        """Ask the file system to write this empty file in place (btrfs's ``chattr +C``).
+
+        One that cannot is left as it is, as QEMU does.
+        """
+        with suppress(OSError):
+            flags = bytearray(8)
+            fcntl.ioctl(self._fd, _FS_IOC_GETFLAGS, flags)
+            value = int.from_bytes(flags[:4], sys.byteorder) | _FS_NOCOW_FL
+            fcntl.ioctl(self._fd, _FS_IOC_SETFLAGS, value.to_bytes(8, sys.byteorder))
 
     # -- life ----------------------------------------------------------------------------------
 

@@ -13,7 +13,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import BackendError, ImageError, InUseError, PyvirtioError, UnsupportedError
+from ..errors import (
+    BackendError,
+    ImageError,
+    InUseError,
+    PassphraseError,
+    PyvirtioError,
+    UnsupportedError,
+)
 from .disk import Disk
 from .file import CacheMode, DiscardMode, FileDisk, file_identity
 from .registry import PROBE_SIZE, Format, find_format, format_names, formats
@@ -219,6 +226,8 @@ def _raise_prefixed(prefix: str, error: PyvirtioError) -> NoReturn:
         ) from error
     if isinstance(error, UnsupportedError):
         raise UnsupportedError(prefix + str(error), feature=error.feature) from error
+    if isinstance(error, PassphraseError):
+        raise PassphraseError(prefix + str(error)) from error
     raise error
 
 
@@ -232,7 +241,7 @@ def _as_qemu(reference: FileReference) -> str:
         raise ImageError(
             f"Invalid {reference.role} file name", field=f"{reference.role} file", value=name
         )
-    if _PROTOCOL.match(name):
+    if _PROTOCOL.match(name) or reference.role == "data-file":
         return _strip_protocol(name)  # not relative to the image, in QEMU
     if os.path.isabs(name):
         return name
@@ -285,9 +294,10 @@ def create_disk(
     if kind.create is None:
         raise UnsupportedError(f"Format driver '{format}' does not support image creation")
     opener = _Opener(backing or _as_qemu, cache, locking, discard, read_only=False)
+    shared = {name: options[name] for name in kind.shared_options if name in options}
     if isinstance(target, Disk):
         kind.create(target, size, **options)
-        return opener.open_image(target, format, {})
+        return opener.open_image(target, format, shared)
     path = _path_of(target)
 
     def make(name: str) -> FileDisk:
@@ -308,7 +318,7 @@ def create_disk(
         cleanup.callback(file.close)
         file.filename = path  # what it names itself is relative to this
         kind.create(file, size, **options)
-        disk = opener.open_image(file, format, {})
+        disk = opener.open_image(file, format, shared)
         if old is not None:
             cleanup.callback(disk.close)
             disk.flush()

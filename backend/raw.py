@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BackendError, ImageError, UnsupportedError
 from .buffers import gather, split
 from .disk import Disk, DiskInfo, Extent
-from .registry import PROBE_SIZE, Format, formats
+from .registry import PROBE_SIZE, Format, Measurement, formats
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -269,4 +269,9 @@ def _create(file: Disk, size: int, *, preallocation: str = "off", **options: Any
     file.truncate(rounded, preallocation=preallocation, shrink=True)
 
 
-FORMAT = Format("raw", _probe, _open, _create)
+def _measure(size: int, source: Disk | None, *, preallocation: str = "off") -> Measurement:
+    size = -(-size // _SECTOR) * _SECTOR
+    return Measurement(size, size)
+
+
+FORMAT = Format("raw", _probe, _open, _create, _measure)

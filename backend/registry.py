@@ -14,10 +14,30 @@ from importlib import import_module
 
 from .disk import Disk
 
-__all__ = ["PROBE_SIZE", "Format", "find_format", "format_names", "formats", "register_format"]
+__all__ = [
+    "PROBE_SIZE",
+    "Format",
+    "Measurement",
+    "find_format",
+    "format_names",
+    "formats",
+    "register_format",
+]
 
 PROBE_SIZE = 2048
 """Bytes at the start of a file that a probe may look at (QEMU's ``BLOCK_PROBE_BUF_SIZE``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """How large a file an image needs (``qemu-img measure``); bytes."""
+
+    required: int
+    """To hold the source's data, or to be empty."""
+    fully_allocated: int
+    """To hold data everywhere."""
+    bitmaps: int | None = None
+    """More of it for the source's persistent bitmaps; None where there can be none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +52,11 @@ class Format:
     """``open(file, *, read_only, policy, **options) -> Disk``: owns ``file`` once it succeeded."""
     create: Callable[..., None] | None = None
     """``create(file, size, **options)``: write an empty image into the disk ``file``."""
+    measure: Callable[..., Measurement] | None = None
+    """``measure(size, source, **options) -> Measurement``: what an image of ``size`` bytes made so
+    takes, to hold what the disk ``source`` holds unless that is None."""
+    shared_options: tuple[str, ...] = ()
+    """Options of creating an image that opening it needs, too (its passphrase)."""
 
 
 _loaders: dict[str, Callable[[], Format]] = {}

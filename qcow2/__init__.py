@@ -6,19 +6,35 @@ from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.registry import Format
+from .bitmaps import Bitmap, Bitmaps
 from .check import CheckResult
+from .corruption import CorruptionEvent
 from .create import CreateOptions
 from .create import create as _create
 from .driver import Qcow2Disk
 from .header import probe
+from .measure import measure
 from .snapshots import Snapshot, Snapshots
 
-__all__ = ["FORMAT", "CheckResult", "CreateOptions", "Qcow2Disk", "Snapshot", "Snapshots"]
+__all__ = [
+    "FORMAT",
+    "Bitmap",
+    "Bitmaps",
+    "CheckResult",
+    "CorruptionEvent",
+    "CreateOptions",
+    "Qcow2Disk",
+    "Snapshot",
+    "Snapshots",
+]
 
 
-def create(file: Disk, size: int, **options: Any) -> None:
-    """Write an empty image into ``file``; the options are those of CreateOptions."""
-    _create(file, size, CreateOptions(**options))
+def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: Any) -> None:
+    """Write an empty image into ``file``; the options are those of CreateOptions.
+
+    ``data_disk`` is to be the external data file, if one is named, which is made otherwise.
+    """
+    _create(file, size, CreateOptions(**options), data_disk)
 
 
-FORMAT = Format("qcow2", probe, Qcow2Disk.open, create)
+FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, measure, shared_options=("passphrase",))

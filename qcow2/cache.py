@@ -9,9 +9,9 @@ another slice its generation changes. The caller holds the image's metadata lock
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from mmap import mmap
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 
 from ..backend.disk import Disk
 
@@ -36,10 +36,10 @@ class TableCache:
         self.slots = slots
         self._file = file
         self._write_back = write_back
-        self._slab = mmap(-1, slot_size * slots)
+        self._slab = mmap(-1, slot_size * slots, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self.view = memoryview(self._slab)
         """The slab: slot n at byte n * slot_size."""
-        self.index: dict[int, int] = {}
+        self.index = SlotIndex()
         """Host offset of a slice -> slot. Always this one dict: others hold on to it."""
         self._offsets = array("Q", bytes(8 * slots))
         self.generations = array("Q", bytes(8 * slots))
@@ -49,6 +49,8 @@ class TableCache:
         self._dirty: set[int] = set()
         self._orphans: set[int] = set()
         """Pinned slots whose slice was forgotten."""
+        self.guard: Callable[[int, int], None] | None = None
+        """Called with the host offset and length before a slice is written; may refuse."""
         self._unused = slots
         """Slots below this one have never been filled (taken from the top down)."""
         self._free: list[int] = []
@@ -109,8 +111,7 @@ class TableCache:
                 dirty = slot
         if dirty is None or not self._write_back:
             raise CacheFull
-        self._file.writev(self._offsets[dirty], [self.slice(dirty)])
-        self._dirty.discard(dirty)
+        self._write(dirty)
         del self.index[self._offsets[dirty]]
         return dirty
 
@@ -132,7 +133,10 @@ class TableCache:
 
     def forget(self, offset: int, length: int) -> None:
         """Drop, unwritten, every slice inside these bytes of the file: no longer a table's."""
-        for place in range(offset, offset + length, self.slot_size):
+        places: Sequence[int] = range(offset, offset + length, self.slot_size)
+        if len(places) > len(self.index):
+            places = [place for place in self.index if offset <= place < offset + length]
+        for place in places:
             slot = self.index.pop(place, None)
             if slot is not None:
                 self._dirty.discard(slot)
@@ -148,6 +152,34 @@ class TableCache:
         self._free.clear()
         self._unused = self.slots
 
+    def drop_unused(self) -> int:
+        """Drop what was not used since the last call, and give its memory back to the host.
+
+        Returns how many slices that were. What is dirty or pinned stays.
+        """
+        dropped = []
+        for offset, slot in list(self.index.items()):
+            if self.referenced[slot]:
+                self.referenced[slot] = 0
+            elif not self._pins[slot] and slot not in self._dirty:
+                del self.index[offset]
+                dropped.append(slot)
+        self._free += dropped
+        if dropped:
+            self._give_back(set(self._free))
+        return len(dropped)
+
+    def _give_back(self, free: set[int]) -> None:
+        """Tell the host that free slots need no memory, where they fill whole pages."""
+        per_page = max(1, PAGESIZE >> self.slot_bits)
+        for slot in free:
+            if slot % per_page:
+                continue
+            if per_page == 1 or free.issuperset(range(slot, min(slot + per_page, self.slots))):
+                start = slot << self.slot_bits
+                length = min(per_page << self.slot_bits, len(self._slab) - start)
+                self._slab.madvise(MADV_DONTNEED, start, length)
+
     # -- dirty slots -----------------------------------------------------------------------------
 
     @property
@@ -162,8 +194,13 @@ class TableCache:
     def write_dirty(self) -> None:
         """Write every dirty slot to the file, in the order of the file."""
         for slot in sorted(self._dirty, key=self._offsets.__getitem__):
-            self._file.writev(self._offsets[slot], [self.slice(slot)])
-            self._dirty.discard(slot)
+            self._write(slot)
+
+    def _write(self, slot: int) -> None:
+        if self.guard is not None:
+            self.guard(self._offsets[slot], self.slot_size)
+        self._file.writev(self._offsets[slot], [self.slice(slot)])
+        self._dirty.discard(slot)
 
     def take_dirty(self) -> StagedSlices:
         """A copy of every dirty slot, to be written later; they count as clean from now on.
@@ -175,7 +212,7 @@ class TableCache:
             self._pins[slot] += 1
             staged.append((slot, self._offsets[slot], bytes(self.slice(slot))))
         self._dirty.clear()
-        return StagedSlices(staged, self._release)
+        return StagedSlices(staged, self._release, self.guard)
 
     def _release(self, slots: list[int], written: bool) -> None:
         for slot in slots:
@@ -184,12 +221,48 @@ class TableCache:
             self.unpin(slot)
 
 
+class SlotIndex(dict[int, int]):
+    """Host offsets of slices -> slots."""
+
+    def __init__(self) -> None:
+        self.when_removed: Callable[[], object] = _nothing
+        """Called when a slice is about to leave its slot: for who remembers where they were.
+
+        What is still remembered need not be marked as referenced when it is used: the clock hand
+        moves to remove a slice, and all is forgotten then.
+        """
+
+    def __delitem__(self, offset: int) -> None:
+        self.when_removed()
+        super().__delitem__(offset)
+
+    def pop(self, offset: int, default: int | None = None) -> int | None:  # type: ignore[override]
+        """The slot, which the slice has left; ``default`` if it is in none."""
+        slot = self.get(offset, default)
+        if slot is not None:
+            del self[offset]
+        return slot
+
+    def clear(self) -> None:
+        """All slices have left their slots."""
+        self.when_removed()
+        super().clear()
+
+
+def _nothing() -> None:
+    pass
+
+
 class StagedSlices:
     """Copies of slices as they were at one moment, on their way to the file."""
 
     def __init__(
-        self, staged: list[tuple[int, int, bytes]], release: Callable[[list[int], bool], None]
+        self,
+        staged: list[tuple[int, int, bytes]],
+        release: Callable[[list[int], bool], None],
+        guard: Callable[[int, int], None] | None,
     ) -> None:
+        self._guard = guard
         self._staged = staged
         self._release = release
 
@@ -199,6 +272,8 @@ class StagedSlices:
     def write(self, file: Disk) -> None:
         """Write the copies. Needs no lock."""
         for _, offset, data in self._staged:
+            if self._guard is not None:
+                self._guard(offset, len(data))
             file.writev(offset, [data])
 
     def done(self, *, written: bool) -> None:

@@ -1,376 +1,151 @@
-"""Check: are the refcounts what the references say, and the COPIED flags what the refcounts say?
+"""Check and repair: are the refcounts what the references say, and the COPIED flags what the
+refcounts say?
 
-Counts errors as ``qemu-img check`` does: a refcount that is too high is a leak, one that is too low
-or an entry that cannot be right is a corruption.
+Counts as ``qemu-img check`` does: a refcount that is too high is a leak, one that is too low or an
+entry that cannot be right is a corruption. A repair changes, in this order, entries that cannot be
+followed, refcounts, COPIED flags, the snapshot table, and at last the bits in the header that say
+that the image is damaged.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import closing
+from typing import Literal
 
 from ..errors import BackendError, ImageError
-from . import layout
-from .layout import ClusterKind
+from .copied import check_copied
 from .metadata import Metadata
-from .refcounts import load_table
-from .sharing import clusters_of, read_entries
-from .snapshot_table import Snapshot, check_l1
-from .tables import entry_kind
+from .references import CheckFailed
+from .repair import adjust_refcounts, rebuild_refcounts
+from .result import CheckResult
+from .snapshot_check import SnapshotTable, read_table
+from .snapshot_table import Snapshot
+from .state import mark_clean, mark_consistent
+from .survey import Survey
 
-__all__ = ["CheckResult", "check"]
+__all__ = ["CheckResult", "Fix", "check"]
 
-_MAX_MESSAGES = 1000
-_CHUNK_BITS = 16
+Fix = Literal["leaks", "all"]
+"""What is repaired (``qemu-img check -r``)."""
 
+_MAX_ROUNDS = 4
+"""A repair can bring to light what could not be seen before; then it is repaired, too."""
 
-@dataclass(slots=True)
-class CheckResult:
-    """What a check found; numbers as in ``qemu-img check --output=json``."""
-
-    corruptions: int = 0
-    leaks: int = 0
-    """Clusters with a refcount that is too high."""
-    check_errors: int = 0
-    """Parts that could not be checked."""
-    allocated_clusters: int = 0
-    """Guest clusters of the active disk that are stored."""
-    total_clusters: int = 0
-    """Guest clusters of the disk."""
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    """Stored guest clusters that do not follow the one before them in the host file."""
-    image_end_offset: int = 0
-    """Host byte after the last cluster in use."""
-    messages: list[str] = field(default_factory=list)
-    """One line for each finding, in QEMU's words; the first thousand."""
-
-    @property
-    def clean(self) -> bool:
-        """True if nothing was found."""
-        return not (self.corruptions or self.leaks or self.check_errors)
-
-    def say(self, message: str) -> None:
-        """Add a line."""
-        if len(self.messages) < _MAX_MESSAGES:
-            self.messages.append(message)
-
-    def corrupt(self, message: str) -> None:
-        """Count a corruption."""
-        self.corruptions += 1
-        self.say(f"ERROR {message}")
+RewriteTable = Callable[[list[Snapshot], int], None]
+"""Write a new snapshot table in place of the old one, of so many bytes."""
 
 
-class References:
-    """How often each host cluster is referred to. Memory grows with what is referred to only."""
+def check(metadata: Metadata, fix: Fix | None, rewrite: RewriteTable) -> CheckResult:
+    """Check everything, in an exclusive operation with settled metadata, and repair what ``fix``
+    says.
 
-    def __init__(self) -> None:
-        self._chunks: dict[int, array[int]] = {}
-        self._empty = array("I", bytes(4 << _CHUNK_BITS))
-
-    def add(self, clusters: Iterable[int]) -> None:
-        """One reference more to each."""
-        chunks, mask = self._chunks, (1 << _CHUNK_BITS) - 1
-        for cluster in clusters:
-            number = cluster >> _CHUNK_BITS
-            chunk = chunks.get(number)
-            if chunk is None:
-                chunk = chunks[number] = self._empty[:]
-            chunk[cluster & mask] += 1
-
-    def counts(self, first: int, count: int) -> array[int]:
-        """References to each of a range of clusters."""
-        counts = array("I")
-        while count > 0:
-            within = first & ((1 << _CHUNK_BITS) - 1)
-            part = min(count, (1 << _CHUNK_BITS) - within)
-            chunk = self._chunks.get(first >> _CHUNK_BITS, self._empty)
-            counts += chunk[within : within + part]
-            first += part
-            count -= part
-        return counts
-
-    def used(self) -> Iterator[tuple[int, array[int]]]:
-        """(first cluster, counts) of every stretch that has references, in order."""
-        for number in sorted(self._chunks):
-            yield number << _CHUNK_BITS, self._chunks[number]
-
-    @property
-    def end(self) -> int:
-        """The cluster after the last one referred to."""
-        for number in sorted(self._chunks, reverse=True):
-            chunk = self._chunks[number]
-            for i in range(len(chunk) - 1, -1, -1):
-                if chunk[i]:
-                    return (number << _CHUNK_BITS) + i + 1
-        return 0
-
-
-def check(metadata: Metadata, snapshots: Iterable[Snapshot], snapshot_table: int) -> CheckResult:
-    """Check everything (in an exclusive operation, metadata settled).
-
-    ``snapshot_table`` is the length of the snapshot table in bytes.
+    After a repair the numbers are those of a second look: what is left.
     """
-    return _Check(metadata).run(list(snapshots), snapshot_table)
-
-
-class _Check:
-    def __init__(self, metadata: Metadata) -> None:
-        self.metadata = metadata
-        self.header = metadata.header
-        self.bits = metadata.cluster_bits
-        self.file_clusters = metadata.geometry.clusters(metadata.file.size)
-        self.result = CheckResult()
-        self.references = References()
-
-    def run(self, snapshots: list[Snapshot], snapshot_table: int) -> CheckResult:
-        result, header, metadata = self.result, self.header, self.metadata
-        result.total_clusters = metadata.geometry.clusters(header.size)
-        self.refer(0, metadata.cluster_size)
-        self.refer(header.l1_table_offset, 8 * header.l1_size)
-        self.check_l1(metadata.tables.l1, active=True)
-        for snapshot in snapshots:
-            self.check_snapshot(snapshot)
-        self.refer(header.snapshots_offset, snapshot_table)
-        self.refer(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
-        self.check_blocks()
-        self.compare()
-        self.check_copied()
-        result.image_end_offset = self.references.end << self.bits
+    result = _look(metadata, fix, rewrite)
+    if fix is None:
         return result
-
-    # -- references ------------------------------------------------------------------------------
-
-    def refer(self, offset: int, length: int) -> None:
-        """Count references to every cluster of a stretch of the file."""
-        if length <= 0:
-            return
-        first, last = offset >> self.bits, (offset + length - 1) >> self.bits
-        if offset < 0 or last > self.file_clusters:
-            self.result.corrupt(
-                f"counting reference for region exceeding the end of the file by one cluster or "
-                f"more: offset {offset:#x} size {length:#x}"
-            )
-            last = min(last, self.file_clusters)
-        self.references.add(range(first, last + 1))
-
-    def check_l1(self, l1: Sequence[int], *, active: bool) -> None:
-        """All that an L1 table refers to."""
-        result, metadata = self.result, self.metadata
-        previous = -1
-        for index, entry in enumerate(l1):
-            offset = entry & layout.OFFSET_MASK
-            if entry & layout.L1_RESERVED_MASK:
-                result.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
-            if not offset:
+    for _ in range(_MAX_ROUNDS):
+        fixed = result.corruptions_fixed + result.leaks_fixed
+        if not fixed:
+            break
+        again = _look(metadata, None, rewrite)
+        if again.corruptions or again.leaks:
+            more = _look(metadata, fix, rewrite)
+            if more.corruptions_fixed + more.leaks_fixed:
+                _add(more, result)
+                result = more
                 continue
-            self.refer(offset, metadata.cluster_size)
-            if offset % metadata.cluster_size:
-                result.corrupt(
-                    f"l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
-                )
-                continue
-            try:
-                entries = read_entries(metadata, offset)
-            except BackendError as error:
-                result.check_errors += 1
-                result.say(f"ERROR: I/O error in check_refcounts_l2: {error}")
-                continue
-            self.check_entries(entries, offset)
-            if active and index < metadata.geometry.l1_entries(self.header.size):
-                previous = self.count_allocated(entries, previous)
+        _add(again, result)
+        result = again
+        break
+    if not result.corruptions and not result.check_errors:
+        metadata.file.flush()
+        mark_clean(metadata.file, metadata.header)
+        mark_consistent(metadata.file, metadata.header)
+    return result
 
-    def check_entries(self, entries: Sequence[int], table: int) -> None:
-        """The entries of one L2 table."""
-        limit = self.file_clusters
-        if not any(entries):
-            return
-        mask = self.metadata.cluster_size - 1
-        plain = []
-        for entry in entries:
-            if entry & layout.COMPRESSED:
-                self.check_compressed(entry)
-            elif entry & layout.OFFSET_MASK:
-                offset = entry & layout.OFFSET_MASK
-                if offset & mask:
-                    self.result.corrupt(
-                        f"offset={offset:x}: Cluster is not properly aligned; L2 entry corrupted."
-                    )
-                if entry & layout.L2_RESERVED_MASK:
-                    self.reserved(entry, table)
-                if offset >> self.bits > limit:
-                    self.refer(offset, mask + 1)
-                else:
-                    plain.append(offset >> self.bits)
-            elif entry & layout.L2_RESERVED_MASK:
-                self.reserved(entry, table)
-        self.references.add(plain)
 
-    def reserved(self, entry: int, table: int) -> None:
-        self.result.corrupt(
-            f"found l2 entry with reserved bits set: {entry:x} in the L2 table at {table:#x}"
-        )
+def _add(result: CheckResult, earlier: CheckResult) -> None:
+    """What was done earlier was done in all."""
+    result.corruptions_fixed += earlier.corruptions_fixed
+    result.leaks_fixed += earlier.leaks_fixed
+    messages = earlier.messages + result.messages
+    result.messages = []
+    for message in messages:
+        result.say(message)
 
-    def check_compressed(self, entry: int) -> None:
-        if entry & layout.COPIED:
-            offset, _ = self.metadata.geometry.compressed_extent(entry)
-            self.result.corrupt(
-                f"coffset={offset:#x}: copied flag must never be set for compressed clusters"
-            )
-        offset, length = self.metadata.geometry.compressed_extent(entry)
-        for cluster in clusters_of(self.metadata, [entry]):
-            if cluster > self.file_clusters:
-                self.refer(offset, length)
-                return
-        self.references.add(clusters_of(self.metadata, [entry]))
 
-    def count_allocated(self, entries: Sequence[int], previous: int) -> int:
-        """Statistics of the active disk; the host offset where the next cluster would follow."""
-        result = self.result
-        size = self.metadata.cluster_size
-        for entry in entries:
-            if not entry:
-                continue
-            kind = entry_kind(entry)
-            if kind is ClusterKind.COMPRESSED:
-                result.allocated_clusters += 1
-                result.compressed_clusters += 1
-                result.fragmented_clusters += 1
-            elif kind is ClusterKind.NORMAL or kind is ClusterKind.ZERO_ALLOCATED:
-                result.allocated_clusters += 1
-                offset = entry & layout.OFFSET_MASK
-                if previous >= 0 and offset != previous:
-                    result.fragmented_clusters += 1
-                previous = offset + size
-        return previous
+def _look(metadata: Metadata, fix: Fix | None, rewrite: RewriteTable) -> CheckResult:
+    result = CheckResult(total_clusters=metadata.geometry.clusters(metadata.header.size))
+    try:
+        _look_at_all(metadata, result, fix, rewrite)
+    except CheckFailed:
+        pass  # the result says why
+    except BackendError as error:
+        if fix is None:
+            raise
+        result.unreadable(f"The repair failed: {error.strerror}")
+    finally:
+        if fix is not None:
+            metadata.reload()
+    return result
 
-    def check_snapshot(self, snapshot: Snapshot) -> None:
-        """A snapshot's L1 table and what it refers to."""
-        try:
-            check_l1(self.header, snapshot)
-            l1 = load_table(self.metadata.file, snapshot.l1_table_offset, snapshot.l1_size)
-        except ImageError as error:
-            self.result.corrupt(f"snapshot {snapshot.id} ({snapshot.name}): {error}")
-            return
-        except BackendError as error:
-            self.result.check_errors += 1
-            self.result.say(f"ERROR: I/O error in check_refcounts_l1: {error}")
-            return
-        self.refer(snapshot.l1_table_offset, 8 * snapshot.l1_size)
-        self.check_l1(l1, active=False)
 
-    def check_blocks(self) -> None:
-        """The refcount table's entries."""
-        size = self.metadata.cluster_size
-        for index, entry in enumerate(self.metadata.refcounts.table):
-            offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
-            if entry & ~layout.REFCOUNT_TABLE_OFFSET_MASK:
-                self.result.corrupt(f"refcount table entry {index} has reserved bits set")
-            if not offset:
-                continue
-            if offset % size:
-                self.result.corrupt(
-                    f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
-                )
-            elif offset >> self.bits >= self.file_clusters:
-                self.result.corrupt(f"refcount block {index} is outside image")
-            else:
-                self.references.add([offset >> self.bits])
-                if self.references.counts(offset >> self.bits, 1)[0] != 1:
-                    self.result.corrupt(
-                        f"refcount block {index} refcount="
-                        f"{self.references.counts(offset >> self.bits, 1)[0]}"
-                    )
+def _look_at_all(
+    metadata: Metadata, result: CheckResult, fix: Fix | None, rewrite: RewriteTable
+) -> None:
+    everything = fix == "all"
+    table = read_table(metadata.file, metadata.header, result, repair=everything)
+    with closing(Survey(metadata, result, repair=everything)) as survey:
+        survey.count_references(table)
+        survey.check_structure()
+        survey.load_refcounts()
+        if everything:
+            metadata.file.flush()  # repaired entries, before a refcount falls
+        _compare(survey, fix)
+        good = not (result.corruptions or result.leaks or result.check_errors)
+        check_copied(survey, repair=everything or (fix == "leaks" and good))
+        result.image_end_offset = survey.end << survey.bits
+    _repair_snapshots(metadata, table, result, rewrite if everything else None)
 
-    # -- comparing -------------------------------------------------------------------------------
 
-    def compare(self) -> None:
-        """Refcounts against references, for every cluster in the file or referred to."""
-        end = max(self.file_clusters, self.references.end)
-        per_block = 1 << self.metadata.geometry.refcount_block_bits
-        table = self.metadata.refcounts.table
-        size = self.metadata.cluster_size
-        for block in range(min(len(table), -(-end // per_block))):
-            offset = table[block] & layout.REFCOUNT_TABLE_OFFSET_MASK
-            usable = offset and not offset % size and offset >> self.bits < self.file_clusters
-            first = block * per_block
-            if usable:
-                self.compare_range(first, min(per_block, end - first))
-            else:
-                self.compare_missing(first, min(per_block, end - first))
-        covered = len(table) * per_block
-        if covered < end:
-            self.compare_missing(covered, end - covered)
+def _compare(survey: Survey, fix: Fix | None) -> None:
+    """Compare, and repair."""
+    result = survey.result
+    corruptions = result.corruptions
+    survey.compare()
+    if fix is None:
+        return
+    if survey.rebuild and fix == "all":
+        old_corruptions, old_leaks = result.corruptions, result.leaks
+        result.say("Rebuilding refcount structure")
+        rebuild_refcounts(survey)
+        result.corruptions, result.leaks = survey.entry_corruptions, 0
+        result.corruptions_fixed += old_corruptions - result.corruptions
+        result.leaks_fixed += old_leaks
+        survey.load_refcounts()
+    elif survey.rebuild:
+        result.unreadable("need to rebuild refcount structures")
+        raise CheckFailed
+    elif result.leaks or result.corruptions:
+        result.corruptions, result.leaks = corruptions, 0
+        adjust_refcounts(survey, raising=fix == "all")
 
-    def compare_range(self, first: int, count: int) -> None:
-        try:
-            for values in self.metadata.refcounts.counts(first, count):
-                wanted = self.references.counts(first, len(values))
-                if any(map(int.__ne__, values, wanted)):
-                    for i, (value, want) in enumerate(zip(values, wanted, strict=True)):
-                        self.compare_one(first + i, value, want)
-                first += len(values)
-        except BackendError as error:
-            self.result.check_errors += 1
-            self.result.say(f"ERROR: I/O error reading refcounts: {error}")
 
-    def compare_missing(self, first: int, count: int) -> None:
-        """A stretch without refcounts: nothing may refer to it."""
-        for start, counts in self.references.used():
-            if start + len(counts) <= first or start >= first + count:
-                continue
-            for i, want in enumerate(counts):
-                if want and first <= start + i < first + count:
-                    self.compare_one(start + i, 0, want)
-
-    def compare_one(self, cluster: int, value: int, want: int) -> None:
-        if value > want:
-            self.result.leaks += 1
-            self.result.say(f"Leaked cluster {cluster} refcount={value} reference={want}")
-        elif value < want:
-            self.result.corrupt(f"cluster {cluster} refcount={value} reference={want}")
-
-    # -- COPIED ----------------------------------------------------------------------------------
-
-    def check_copied(self) -> None:
-        """COPIED may stand only where the refcount is exactly 1; clear there it costs a copy."""
-        metadata = self.metadata
-        for index, entry in enumerate(metadata.tables.l1):
-            offset = entry & layout.OFFSET_MASK
-            if not offset or offset % metadata.cluster_size:
-                continue
-            try:
-                refcount = metadata.refcounts.get(offset >> self.bits)
-                if (refcount == 1) != bool(entry & layout.COPIED):
-                    self.result.corrupt(
-                        f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} "
-                        f"refcount={refcount}"
-                    )
-                self.check_copied_entries(read_entries(metadata, offset))
-            except (BackendError, ImageError):
-                continue  # counted before
-
-    def check_copied_entries(self, entries: Sequence[int]) -> None:
-        mask, bits = layout.OFFSET_MASK, self.bits
-        known: dict[int, int] = {}
-        for entry in entries:
-            if entry & layout.COMPRESSED or not entry & mask:
-                continue
-            cluster = (entry & mask) >> bits
-            refcount = known.get(cluster)
-            if refcount is None:
-                known = self.around(cluster)
-                refcount = known[cluster]
-            if (refcount == 1) != bool(entry & layout.COPIED):
-                self.result.corrupt(
-                    f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
-                )
-
-    def around(self, cluster: int) -> dict[int, int]:
-        """The refcounts of ``cluster`` and of the clusters after it."""
-        first = cluster & ~63
-        values: list[int] = []
-        for part in self.metadata.refcounts.counts(first, 64):
-            values += part
-        return dict(zip(range(first, first + 64), values, strict=True))
+def _repair_snapshots(
+    metadata: Metadata, table: SnapshotTable, result: CheckResult, rewrite: RewriteTable | None
+) -> None:
+    if not table.wrong_entries:
+        return
+    if rewrite is None:
+        result.corruptions += table.wrong_entries
+        return
+    metadata.reload()
+    try:
+        rewrite(table.snapshots, table.length)
+    except ImageError as error:
+        result.corruptions += table.wrong_entries
+        result.unreadable(f"failed to update snapshot table: {error}")
+    else:
+        result.corruptions_fixed += table.wrong_entries

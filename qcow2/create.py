@@ -6,10 +6,22 @@ import os
 from dataclasses import dataclass
 
 from ..backend.disk import Disk
+from ..backend.file import FileDisk
 from . import layout
+from .data_file import MissingDataFile, create_data_file, map_everything
+from .encryption_options import EncryptionOptions
 from .geometry import Geometry
-from .header import Header
-from .layout import Compatible, Incompatible
+from .header import Header, read_header
+from .layout import (
+    COMPRESSION_NAMES,
+    Autoclear,
+    Compatible,
+    CompressionType,
+    CryptMethod,
+    Incompatible,
+)
+from .metadata import CacheSizes, Metadata
+from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
 from .refcounts import pack_table
 
@@ -19,7 +31,7 @@ _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class CreateOptions:
+class CreateOptions(EncryptionOptions):
     """How an image shall be; the names are those of ``qemu-img create -o``."""
 
     compat: str = "1.1"
@@ -28,11 +40,21 @@ class CreateOptions:
     refcount_bits: int = 16
     """Width of a refcount: 1, 2, 4, 8, 16, 32 or 64."""
     lazy_refcounts: bool = False
+    compression_type: str = "zlib"
+    """For clusters that are written compressed: ``zlib`` or ``zstd``."""
     extended_l2: bool = False
     """L2 entries with 32 subclusters each; needs clusters of 16 KiB or more."""
     backing_file: str | os.PathLike[str] | None = None
     """The name to be stored; it is not opened here."""
     backing_fmt: str | None = None
+    preallocation: str = "off"
+    """``off``, ``metadata``, ``falloc`` or ``full``."""
+    nocow: bool = False
+    """Ask a copy-on-write file system (btrfs) to write in place. It may decline."""
+    data_file: str | os.PathLike[str] | None = None
+    """The name of an external data file to be stored."""
+    data_file_raw: bool = False
+    """The data file shall be usable as a raw disk."""
 
     def header(self, size: int) -> Header:
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
@@ -59,6 +81,18 @@ class CreateOptions:
                 "Lazy refcounts only supported with compatibility level 1.1 and above "
                 "(use version=v3 or greater)"
             )
+        compression = next(
+            (n for n, t in COMPRESSION_NAMES.items() if t == self.compression_type), None
+        )
+        if compression is None:
+            raise ValueError(
+                f"Parameter 'compression_type' does not accept value '{self.compression_type}'"
+            )
+        if version < 3 and compression is not CompressionType.DEFLATE:
+            raise ValueError(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and "
+                "above (use version=v3 or greater)"
+            )
         if self.extended_l2 and version < 3:
             raise ValueError(
                 "Extended L2 entries are only supported with compatibility level 1.1 and above "
@@ -69,6 +103,13 @@ class CreateOptions:
                 "Extended L2 entries are only supported with cluster sizes of at least "
                 f"{1 << layout.MIN_EXTENDED_CLUSTER_BITS} bytes"
             )
+        check_mode(self.preallocation)
+        backed = self.backing_file is not None
+        if backed and self.preallocation != "off" and not self.extended_l2:
+            raise ValueError(
+                "Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is enabled"
+            )
         if self.backing_fmt is not None and self.backing_file is None:
             raise ValueError("Backing format cannot be used without backing file")
         name = None if self.backing_file is None else os.fspath(self.backing_file)
@@ -76,22 +117,48 @@ class CreateOptions:
             raise ValueError("Backing file name too long")
         if self.backing_fmt and len(self.backing_fmt) > layout.MAX_BACKING_FORMAT_NAME:
             raise ValueError("Backing format name too long")
+        data_file = self._data_file(version)
         return Header(
             version=version,
             cluster_bits=bits,
             size=size,
+            crypt_method=self.crypt_method,
             refcount_order=width.bit_length() - 1,
-            incompatible_features=Incompatible.EXTENDED_L2 if self.extended_l2 else 0,
+            compression_type=compression,
+            incompatible_features=(Incompatible.COMPRESSION if compression else 0)
+            | (Incompatible.EXTENDED_L2 if self.extended_l2 else 0)
+            | (Incompatible.DATA_FILE if data_file is not None else 0),
             compatible_features=Compatible.LAZY_REFCOUNTS if self.lazy_refcounts else 0,
             backing_file=name,
             backing_format=self.backing_fmt,
+            data_file=data_file,
+            autoclear_features=Autoclear.RAW_DATA if self.data_file_raw else 0,
         )
 
+    def _data_file(self, version: int) -> str | None:
+        """The name of the data file. Raises ValueError where it is not to be had."""
+        if self.data_file is None:
+            if self.data_file_raw:
+                raise ValueError("data-file-raw requires data-file")
+            return None
+        if self.backing_file is not None and self.data_file_raw:
+            raise ValueError("Backing file and data-file-raw cannot be used at the same time")
+        if version < 3:
+            raise ValueError(
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use version=v3 or greater)"
+            )
+        name = os.fspath(self.data_file)
+        if not name or "\0" in name:
+            raise ValueError("Invalid data file name")
+        return name
 
-def create(file: Disk, size: int, options: CreateOptions) -> None:
+
+def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None = None) -> None:
     """Write an image of ``size`` bytes (a multiple of 512) into the empty disk ``file``.
 
-    The header is written last: until then the file is no image.
+    The header is written last: until then the file is no image. A data file is made as well, beside
+    the image, unless ``data_disk`` is to be it (whoever opens the image has to give it again).
     """
     if size % layout.SECTOR:
         raise ValueError("The image size must be a multiple of 512 bytes")
@@ -102,23 +169,74 @@ def create(file: Disk, size: int, options: CreateOptions) -> None:
         raise ValueError(
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
         )
-    # Header, refcount table, refcount blocks, L1 table, in this order, from cluster 0 on.
+    luks = _luks_area(header, options)
+    # Header, refcount table, refcount blocks, L1 table, LUKS area: in this order from cluster 0.
     l1_clusters = geometry.clusters(8 * header.l1_size)
-    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters)
+    luks_clusters = geometry.clusters(len(luks))
+    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)
     header.refcount_table_offset = geometry.cluster_size
     header.refcount_table_clusters = table_clusters
     blocks_at = 1 + table_clusters
     header.l1_table_offset = (blocks_at + blocks) << geometry.cluster_bits if l1_clusters else 0
-    packed = header.pack()
+    if data_disk is not None:
+        data_disk.truncate(size, shrink=True)
+    elif header.data_file is not None:
+        reserve = options.preallocation if options.preallocation in ("falloc", "full") else "off"
+        create_data_file(file, header.data_file, size, reserve)
     used = blocks_at + blocks + l1_clusters
+    luks_offset = used << geometry.cluster_bits
+    if luks:
+        header.crypto_header = luks_offset, len(luks)
+        used += luks_clusters
+    packed = header.pack()
     file.truncate(0, shrink=True)
+    if options.nocow and isinstance(file, FileDisk):
+        file.set_nocow()
     file.truncate(used << geometry.cluster_bits)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
     file.write(header.refcount_table_offset, pack_table(entries))
+    if luks:
+        file.write(luks_offset, luks)
     file.flush()
     file.write(0, packed)
     file.flush()
+    if header.data_file is not None:
+        if options.data_file_raw or options.preallocation != "off":
+            _map_data_file(file, header)
+    elif options.preallocation != "off":
+        _preallocate(file, size, options.preallocation)
+
+
+def _preallocate(file: Disk, size: int, mode: str) -> None:
+    metadata = Metadata(file, read_header(file), CacheSizes(), read_only=False)
+    try:
+        preallocate(metadata, 0, size, mode)
+        with metadata.gate.exclusive():
+            metadata.settle()
+    finally:
+        metadata.close()
+
+
+def _map_data_file(file: Disk, header: Header) -> None:
+    """Map every cluster: a raw data file has to read the same through the tables."""
+    absent = MissingDataFile(header.data_file)
+    metadata = Metadata(file, header, CacheSizes(), read_only=False, data_file=absent)
+    try:
+        map_everything(metadata, 0, header.size)
+        with metadata.gate.exclusive():
+            metadata.settle()
+    finally:
+        metadata.close()
+
+
+def _luks_area(header: Header, options: CreateOptions) -> bytes:
+    """What LUKS stores for itself; empty if the image is not encrypted that way."""
+    if header.crypt_method is CryptMethod.NONE:
+        return b""
+    from .encryption import new_luks_area  # cryptography takes long to load
+
+    return new_luks_area(options)
 
 
 def _refcount_clusters(geometry: Geometry, others: int) -> tuple[int, int]:

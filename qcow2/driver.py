@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..backend.disk import Disk, DiskInfo, Extent, Limits
+from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.open import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
-from . import layout, resize, zeroing
-from .check import CheckResult, check
+from . import amend, emptying, header_update, info, layout, resize, zeroing
+from .bitmaps import Bitmaps
+from .check import CheckResult, Fix, check
+from .cleaner import CacheCleaner
+from .compressed_writing import CompressedWriter
+from .corruption import CorruptionError, CorruptionListener
+from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
 from .header import Header, read_header
-from .layout import ClusterKind, Compatible, CryptMethod, Incompatible
-from .metadata import CacheSizes, Metadata
+from .layout import Autoclear, Compatible, CryptMethod, Incompatible
+from .metadata import Metadata
+from .options import RuntimeOptions
+from .quarantine import DiscardKind
 from .reading import Reader
+from .reload import reload
+from .runs import runs
 from .snapshots import Snapshots
+from .state import is_corrupt, is_dirty
+from .status import block_status
+from .vmstate import VmState
 from .writing import Writer
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
+
+    from ..backend.luks1 import Passphrase
+    from .encryption import Encryption
 
 __all__ = ["Qcow2Disk"]
 
-_SUPPORTED = int(Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.EXTENDED_L2)
-_LATER = {
-    Incompatible.DATA_FILE: "external data file",
-    Incompatible.COMPRESSION: "compression type",
-}
+_SUPPORTED = int(
+    Incompatible.DIRTY
+    | Incompatible.CORRUPT
+    | Incompatible.DATA_FILE
+    | Incompatible.COMPRESSION
+    | Incompatible.EXTENDED_L2
+)
+_LATER: dict[Incompatible, str] = {}
 
 
 class Qcow2Disk(Disk):
@@ -45,13 +62,18 @@ class Qcow2Disk(Disk):
         backing: Disk | None,
         *,
         read_only: bool,
+        options: RuntimeOptions,
+        for_check: bool = False,
     ) -> None:
         cluster_size = metadata.cluster_size
         super().__init__(
             header.size // layout.SECTOR * layout.SECTOR,
-            read_only=read_only,
+            read_only=read_only or for_check,
             limits=Limits(
-                request_alignment=file.limits.request_alignment,
+                request_alignment=max(
+                    metadata.data.limits.request_alignment,
+                    layout.SECTOR if metadata.encryption else 1,
+                ),
                 write_zeroes_alignment=metadata.geometry.subcluster_size,
                 discard_alignment=cluster_size,
                 optimal_io_size=cluster_size,
@@ -60,12 +82,24 @@ class Qcow2Disk(Disk):
         self._file = file
         self._header = header
         self._metadata = metadata
+        self._options = options
+        metadata.repair_only = for_check
+        self._cleaner = CacheCleaner(metadata, options.cache_clean_interval)
         missing = header.backing_file if backing is None else None
         self.reader = Reader(metadata, backing, missing)
         """For an image that has this one as its backing file."""
         self._writer = Writer(metadata, self.reader)
-        self.snapshots = Snapshots(metadata, self._set_size)
+        self._compressed_writer = CompressedWriter(metadata, self._writer)
+        self.bitmaps = Bitmaps(metadata)
+        """The persistent dirty bitmaps."""
+        self.snapshots = Snapshots(
+            metadata, self._set_size, self._make_reader, self.bitmaps.__len__
+        )
         """The internal snapshots."""
+        self.vmstate = VmState(metadata, self.reader, self._writer)
+        """The VM state past the disk's end, until a snapshot takes it."""
+        if not for_check:
+            self.snapshots.load()
 
     @classmethod
     def open(
@@ -74,48 +108,99 @@ class Qcow2Disk(Disk):
         *,
         read_only: bool = False,
         policy: Callable[[FileReference], Disk | None] | None = None,
-        l2_cache_size: int = 32 << 20,
-        refcount_cache_size: int = 4 << 20,
+        data_file: Disk | StrPath | None = None,
+        passphrase: Passphrase | None = None,
+        encrypt_format: str | None = None,
+        no_io: bool = False,
+        for_check: bool = False,
+        **options: Any,
     ) -> Qcow2Disk:
-        """Open the image in ``file``. ``policy`` opens the backing file, or declines.
+        """Open the image in ``file``. ``policy`` opens the backing file and the data file, or
+        declines; ``data_file`` is used instead of the data file that the image names.
 
-        Cache sizes are in bytes. Raises ImageError naming the field that is wrong, or
-        UnsupportedError naming the feature that is missing.
+        An encrypted image needs its ``passphrase`` (or what asks for it), unless with ``no_io`` no
+        encrypted data is read or written: for info and check. With ``encrypt_format`` (``aes``,
+        ``luks``) it must be encrypted like that. ``for_check`` opens an image, be it corrupt, dirty
+        or without a refcount table, for nothing but :meth:`check` (and reading). ``options`` are
+        those of RuntimeOptions.
+
+        Raises ImageError naming the field that is wrong, UnsupportedError naming the feature that
+        is missing, PassphraseError if the passphrase is missing or wrong, or ValueError for an
+        option.
         """
-        header = read_header(file)
+        header = read_header(file, for_check=for_check)
         _refuse_what_is_missing(header)
-        if header.incompatible_features & Incompatible.CORRUPT and not read_only:
-            raise ImageError(
-                "qcow2: Image is corrupt; cannot be opened read/write",
-                field="incompatible_features",
-                value=header.incompatible_features,
-            )
-        if header.incompatible_features & Incompatible.DIRTY and not read_only:
-            raise UnsupportedError(
-                "The image is dirty: its refcounts must be repaired before it can be written",
-                feature="repair",
-            )
-        metadata = _load(file, header, CacheSizes(l2_cache_size, refcount_cache_size), read_only)
-        backing = None
+        runtime = RuntimeOptions.parse(
+            options,
+            header.geometry,
+            size=header.size,
+            lazy_refcounts=bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
+            discards=getattr(file, "discard_mode", "unmap") == "unmap",
+        )
+        if not read_only and not for_check:
+            _refuse_to_write(header)
+        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io or for_check)
+        data = open_data_file(header, policy, data_file, read_only)
+        metadata = backing = None
         try:
+            metadata = _load(file, header, runtime, read_only, data)
+            if encryption is not None:
+                metadata.encryption = encryption
+                encryption.before_changes(metadata.check_writable)
             if header.backing_file is not None and policy is not None:
                 backing = policy(_backing_reference(header))
-            disk = cls(file, header, metadata, backing, read_only=read_only)
-            if not read_only:
+            disk = cls(
+                file,
+                header,
+                metadata,
+                backing,
+                read_only=read_only,
+                options=runtime,
+                for_check=for_check,
+            )
+            if not read_only and not for_check:
                 disk._clear_unknown_autoclear()
+                disk._repair_if_dirty()
+                metadata.lazy = runtime.lazy_refcounts
             return disk
         except BaseException:
-            metadata.close()
+            if metadata is not None:
+                metadata.close()
+            if data is not None and data is not data_file:
+                data.close()
             if backing is not None:
                 backing.close()
             raise
 
     def _clear_unknown_autoclear(self) -> None:
-        """Autoclear bits say that something follows every write; nothing here does."""
-        if self._header.autoclear_features:
-            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(0))
+        """Autoclear bits say that something follows every write; what we do not know does not."""
+        known = self._header.autoclear_features & Autoclear.RAW_DATA
+        if self._header.bitmaps is not None:
+            known |= Autoclear.BITMAPS
+        if self._header.stale_bitmaps:
+            header_update.update_header(
+                self._metadata, stale_bitmaps=False, autoclear_features=known
+            )
+        elif known != self._header.autoclear_features:
+            self._file.write(layout.AUTOCLEAR_FEATURES_OFFSET, layout.U64.pack(known))
             self._file.flush()
-            self._header.autoclear_features = 0
+            self._header.autoclear_features = known
+
+    def _make_reader(self, metadata: Metadata) -> Reader:
+        """A reader of other tables of this image: a snapshot's."""
+        backing = self.reader.backing
+        return Reader(metadata, backing, None if backing else self._header.backing_file)
+
+    def _repair_if_dirty(self) -> None:
+        """Refcounts of a dirty image may be wrong: they are put right before anything is
+        written."""
+        if not is_dirty(self._header):
+            return
+        result = self.check(fix="all")
+        if result.check_errors:
+            raise BackendError(
+                errno.EIO, f"Could not repair dirty image: {'; '.join(result.messages[-3:])}"
+            )
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -123,35 +208,58 @@ class Qcow2Disk(Disk):
 
     def readv(self, offset: int, buffers: Iterable[WriteableBuffer]) -> None:
         """See :meth:`Disk.readv`."""
-        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
-            length = buffers[0].nbytes
-            if (
-                0 <= offset <= self.size - length
-                and not self.closed
-                and self.reader.read_stored(offset, buffers, length)
-            ):
-                return
-        super().readv(offset, buffers)
+        try:
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                if (
+                    0 <= offset <= self.size - length
+                    and not self.closed
+                    and self.reader.read_stored(offset, buffers, length)
+                ):
+                    return
+            super().readv(offset, buffers)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
         """See :meth:`Disk.writev`."""
-        if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
-            length = buffers[0].nbytes
-            if (
-                0 <= offset <= self.size - length
-                and not (fua or self.read_only or self.closed)
-                and self._writer.write_in_place(offset, buffers, length)
-            ):
-                return
-        super().writev(offset, buffers, fua=fua)
+        try:
+            if type(buffers) is list and len(buffers) == 1 and type(buffers[0]) is memoryview:
+                length = buffers[0].nbytes
+                bitmaps = self.bitmaps
+                if (
+                    0 <= offset <= self.size - length
+                    and not (fua or self.read_only or self.closed or bitmaps.tracking)
+                    and self._writer.write_in_place(offset, buffers, length)
+                ):
+                    if bitmaps.tracking:  # since a moment ago
+                        bitmaps.record(offset, length)
+                    return
+            super().writev(offset, buffers, fua=fua)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self.reader.read(offset, views, length)
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._writer.write(offset, views, length)
+        with self.bitmaps.recording(offset, length):
+            self._writer.write(offset, views, length)
+
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        with self.bitmaps.recording(offset, length):
+            self._compressed_writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        try:
+            self._write_zero_clusters(offset, length, unmap)
+        except CorruptionError as error:
+            _report(error)
+            raise
+
+    def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
         size, end = self._metadata.cluster_size, offset + length
         while offset < end:
@@ -159,7 +267,8 @@ class Qcow2Disk(Disk):
             if offset % size or stop == offset:
                 stop = min(end, (offset // size + 1) * size)
             try:
-                zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+                with self.bitmaps.recording(offset, stop - offset):
+                    zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
             except UnsupportedError:
                 if self._header.version < 3:
                     raise
@@ -167,41 +276,49 @@ class Qcow2Disk(Disk):
             offset = stop
 
     def _discard(self, offset: int, length: int) -> None:
-        zeroing.discard(
-            self._metadata, offset, length, backed=self._header.backing_file is not None
-        )
+        backed = self._header.backing_file is not None
+        keep = self._options.discard_no_unref
+        try:
+            with self.bitmaps.recording(offset, length):
+                zeroing.discard(self._metadata, offset, length, backed=backed, keep=keep)
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _flush(self) -> None:
-        self._metadata.flush()
+        try:
+            self._metadata.flush()
+        except CorruptionError as error:
+            _report(error)
+            raise
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        reader, depth, kind, host, run = self.reader.map_chain(offset, length)
-        file = reader.file
-        if kind is ClusterKind.NORMAL:
-            return Extent(run, True, False, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_ALLOCATED:
-            return Extent(run, False, True, True, depth=depth, host_offset=host, file=file)
-        if kind is ClusterKind.ZERO_PLAIN:
-            return Extent(run, False, True, True, depth=depth)
-        if kind is ClusterKind.COMPRESSED:
-            return Extent(run, True, False, True, compressed=True, depth=depth)
-        backing = reader.backing
-        if backing is None or offset >= backing.size:
-            return Extent(run, False, reader.backing_known, False, depth=depth)
-        below = backing.block_status(offset, min(run, backing.size - offset))
-        return replace(below, depth=depth + 1 + below.depth)
+        try:
+            return block_status(self.reader, offset, length)
+        except CorruptionError as error:
+            _report(error)
+            raise
+
+    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+        metadata = self._metadata
+        plain = metadata.data_file is None and metadata.encryption is None
+        if metadata.geometry.extended_l2 or not plain or offset >= end:
+            return super()._runs(offset, end)
+        return runs(self.reader, offset, end - offset)
 
     # -- the image -----------------------------------------------------------------------------
 
     @property
     def has_zero_init(self) -> bool:
-        return True
+        return not is_raw(self._header) or self._metadata.data.has_zero_init
 
     @property
     def children(self) -> Mapping[str, Disk]:
         children = {"file": self._file}
         if self.reader.backing is not None:
             children["backing"] = self.reader.backing
+        if self._metadata.data_file is not None:
+            children["data-file"] = self._metadata.data_file
         return children
 
     @property
@@ -209,60 +326,116 @@ class Qcow2Disk(Disk):
         """The backing file's name as it stands in the image."""
         return self._header.backing_file
 
+    def change_backing_file(self, name: str | None, format: str | None = None) -> None:
+        """Have the image name another backing file (None: none), as ``qemu-img rebase -u`` does.
+
+        Only what is written in the image changes: the backing file that is open stays in use
+        until :meth:`replace_backing`, and nobody compares the two.
+        """
+        with self._metadata.exclusive():
+            header_update.change_backing_file(self._metadata, name, format)
+
+    def replace_backing(self, backing: Disk | None) -> Disk | None:
+        """Read from another backing file, which the image then owns, from now on.
+
+        Returns the former one, which is the caller's then. What is written in the image does not
+        change.
+        """
+        with self._metadata.gate.exclusive():
+            return self.reader.replace_backing(backing, self._header.backing_file)
+
+    def make_empty(self) -> None:
+        """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""
+        with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
+            emptying.make_empty(self._metadata)
+
+    @property
+    def encryption(self) -> Encryption | None:
+        """How the image is encrypted, and the passphrases that open it; None if it is not."""
+        return self._metadata.encryption
+
     def info(self) -> DiskInfo:
-        header, metadata = self._header, self._metadata
-        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        if header.version >= 3:
-            specific |= {
-                "compression-type": "zlib",
-                "lazy-refcounts": bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
-                "refcount-bits": 1 << header.refcount_order,
-                "corrupt": bool(header.incompatible_features & Incompatible.CORRUPT),
-                "extended-l2": metadata.geometry.extended_l2,
-            }
+        header = self._header
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
             filename=self.filename,
-            cluster_size=metadata.cluster_size,
-            specific=specific,
+            cluster_size=self._metadata.cluster_size,
+            specific={
+                **info.specific_facts(header),
+                **data_file_info(header),
+                **({"bitmaps": self.bitmaps.info()} if len(self.bitmaps) else {}),
+                **({"encrypt": self.encryption.info()} if self.encryption is not None else {}),
+            },
+            dirty=bool(header.incompatible_features & Incompatible.DIRTY),
+            encrypted=header.crypt_method is not CryptMethod.NONE,
+            backing_filename=header.backing_file,
+            backing_format=header.backing_format,
+            vm_state_offset=self.vmstate.offset,
+            snapshots=info.snapshot_facts(self.snapshots),
         )
 
-    def check(self) -> CheckResult:
+    def amend(
+        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+    ) -> None:
+        """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
+
+        ``progress(done, total)`` is called for each long step.
+        """
+        amend.amend(
+            self._metadata,
+            self.snapshots,
+            amend.AmendOptions.of(**options),
+            resize=lambda size: self.truncate(size, shrink=True),
+            progress=progress,
+        )
+
+    def check(self, fix: Fix | None = None) -> CheckResult:
         """Compare every refcount and flag with what refers to it, as ``qemu-img check`` does.
 
-        Nothing is changed.
+        ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always
+        safe; ``"all"``, corruptions, too. Without it nothing is changed.
         """
         metadata = self._metadata
+        if fix not in (None, "leaks", "all"):
+            raise ValueError("what is fixed is 'leaks' or 'all'")
+        if fix is not None:
+            metadata.check_writable(repair=True)
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()
-            with metadata.lock:
-                return check(metadata, self.snapshots, self.snapshots.table_length)
+                metadata.make_accurate()
+            return check(metadata, fix, self.snapshots.rewrite)
+
+    def on_corruption(self, listener: CorruptionListener) -> None:
+        """Have ``listener(event)`` called when the image turns out to be corrupt while in use.
+
+        It is called once, in the thread of the request that found it, outside every lock. An image
+        that may be written is marked corrupt then, and refuses everything.
+        """
+        self._metadata.corruption.add_listener(listener)
 
     # -- life ----------------------------------------------------------------------------------
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        if size < self.size:
-            raise UnsupportedError("qcow2 images cannot be shrunk yet", feature="shrink")
-        if preallocation != "off":
-            raise UnsupportedError(
-                f"Unsupported preallocation mode '{preallocation}'", feature="preallocation"
-            )
-        self._metadata.check_writable()
-        metadata, old_size = self._metadata, self._header.size
-        if size == old_size:
-            return
-        with metadata.exclusive():
-            resize.make_room(metadata, size)
         backing = self.reader.backing
-        if backing is not None and backing.size > old_size:
-            # What the backing file has there must not show.
-            hidden = min(size, backing.size) - old_size
-            self._zero_past_end(old_size, hidden)
+        metadata, old_size = self._metadata, self._header.size
+        self.bitmaps.begin_resize(size)
+        reserve = preallocation if preallocation in ("falloc", "full") else "off"
+        if size > old_size:
+            resize_data_file(metadata, old_size, size, reserve)
+        resize.truncate(
+            metadata,
+            size,
+            preallocation,
+            backing_size=0 if backing is None else backing.size,
+            hide=self._zero_past_end,
+        )
+        if size < old_size:
+            resize_data_file(metadata, old_size, size, "off")
         with metadata.exclusive():
-            resize.set_size(metadata, size)
+            self.bitmaps.end_resize()
         self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:
@@ -273,6 +446,67 @@ class Qcow2Disk(Disk):
             zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
+
+    def reopen(self, *, read_only: bool) -> None:
+        """Change between read-only and read-write, the file below included.
+
+        What was written is brought to the file before; on the way to read-write the image is read
+        anew, so that one which refused to write can be used again. If it fails, the disk is what
+        it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        if read_only == self.read_only:
+            return
+        metadata = self._metadata
+        with metadata.gate.exclusive():
+            if not self.read_only and metadata.health.reason is None:
+                metadata.settle()
+                self.bitmaps.store()
+                metadata.make_accurate()
+            self._file.reopen(read_only=read_only)
+            try:
+                if not read_only:
+                    reload(metadata, self.snapshots, _refuse_to_write)
+            except BaseException:
+                self._file.reopen(read_only=True)
+                raise
+            self.read_only = metadata.read_only = read_only
+            if not read_only:
+                self._clear_unknown_autoclear()
+            self.bitmaps.reload()
+        if not read_only:
+            self._repair_if_dirty()
+            metadata.lazy = self._options.lazy_refcounts
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def invalidate(self) -> None:
+        """Forget everything cached, written or not, and read the header and the tables again.
+
+        A backing file that is named otherwise now is not opened. Raises where the image cannot be
+        used any more; the disk then is what it was.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        accept = _refuse_what_is_missing if self.read_only else _refuse_to_write
+        with self._metadata.gate.exclusive():
+            self._file.invalidate()
+            reload(self._metadata, self.snapshots, accept)
+            self.bitmaps.reload()
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
+
+    def flush_to_os(self) -> None:
+        """Bring what is cached to the file, where other programs see it; what is not cached is
+        there already.
+
+        The order in which metadata may reach the disk is made by syncs, so this costs them if
+        metadata has changed, and nothing if only data was written.
+        """
+        if self.closed:
+            self._refuse(0, 0)
+        for _ in range(2):  # the first lowers refcounts of references that were dropped
+            if self._metadata.dirty:
+                self._metadata.flush()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -289,20 +523,37 @@ class Qcow2Disk(Disk):
             while isinstance(disk, Qcow2Disk) and not disk.closed:
                 stack.callback(disk._close_alone)
                 disk = disk.reader.backing
-            if disk is not None:
+            if disk is not None and not disk.closed:
                 stack.callback(disk.close)
 
     def _close_alone(self) -> None:
         """Close the image and its file, but not its backing file."""
         with ExitStack() as stack:
             stack.callback(self._file.close)
+            if self._metadata.data_file is not None:
+                stack.callback(self._metadata.data_file.close)
             stack.callback(self._metadata.close)
+            stack.callback(self.snapshots.close_views)
+            self._cleaner.stop()
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
                         self._metadata.settle()
+                        self.bitmaps.store()
+                        self._metadata.settle()
+                        self._metadata.make_accurate()
             finally:
                 self.closed = True
+
+
+def _refuse_to_write(header: Header) -> None:
+    _refuse_what_is_missing(header)
+    if is_corrupt(header):
+        raise ImageError(
+            "qcow2: Image is corrupt; cannot be opened read/write",
+            field="incompatible_features",
+            value=header.incompatible_features,
+        )
 
 
 def _refuse_what_is_missing(header: Header) -> None:
@@ -310,16 +561,57 @@ def _refuse_what_is_missing(header: Header) -> None:
     if missing:
         names = ", ".join(name for bit, name in _LATER.items() if missing & bit)
         raise UnsupportedError(f"Unsupported qcow2 feature(s): {names}", feature=names)
-    if header.crypt_method is not CryptMethod.NONE:
-        raise UnsupportedError("Encrypted images are not supported yet", feature="encryption")
 
 
-def _load(file: Disk, header: Header, sizes: CacheSizes, read_only: bool) -> Metadata:
+def _open_encryption(
+    file: Disk,
+    header: Header,
+    passphrase: Passphrase | None,
+    encrypt_format: str | None,
+    no_io: bool,
+) -> Encryption | None:
+    if header.crypt_method is CryptMethod.NONE:
+        if encrypt_format is not None:
+            raise ValueError(
+                f"No encryption in image header, but options specified format '{encrypt_format}'"
+            )
+        return None
+    from .encryption import open_encryption  # cryptography takes long to load
+
+    return open_encryption(file, header, passphrase, encrypt_format=encrypt_format, no_io=no_io)
+
+
+def _report(error: CorruptionError) -> None:
+    """Tell whoever listens, now that no lock is held."""
+    if error.source is not None:
+        error.source.deliver()
+
+
+def _load(
+    file: Disk,
+    header: Header,
+    options: RuntimeOptions,
+    read_only: bool,
+    data_file: Disk | None,
+) -> Metadata:
     try:
-        return Metadata(file, header, sizes, read_only=read_only)
+        metadata = Metadata(
+            file,
+            header,
+            options.caches,
+            read_only=read_only,
+            data_file=data_file,
+            overlap_check=options.overlap_check,
+        )
     except BackendError as error:
         number = error.errno or errno.EIO
         raise BackendError(number, f"Could not read the tables: {error.strerror}") from error
+    metadata.discards |= {
+        DiscardKind.REQUEST: options.pass_discard_request,
+        DiscardKind.SNAPSHOT: options.pass_discard_snapshot,
+        DiscardKind.OTHER: options.pass_discard_other,
+    }
+    return metadata
 
 
 def _backing_reference(header: Header) -> FileReference:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .bitmap_directory import BitmapsExtension, check_extension_length
 from .geometry import Geometry
-from .layout import CompressionType, CryptMethod, ExtensionType, Incompatible
+from .layout import Autoclear, CompressionType, CryptMethod, ExtensionType, Incompatible
 
-__all__ = ["Header", "probe", "read_header"]
+__all__ = ["Header", "packed_extensions", "probe", "read_header"]
 
 
 @dataclass(slots=True)
@@ -39,6 +41,14 @@ class Header:
     """Header bytes past those that we know; kept when the header is rewritten."""
     backing_file: str | None = None
     backing_format: str | None = None
+    bitmaps: BitmapsExtension | None = None
+    """Where the bitmap directory is, if what it says is to be believed."""
+    stale_bitmaps: bool = False
+    """There is a bitmaps extension that somebody who knows no bitmaps left out of date."""
+    data_file: str | None = None
+    """The name of the external data file, as it stands in the image."""
+    crypto_header: tuple[int, int] | None = None
+    """Offset and length of the area with the LUKS header."""
     unknown_extensions: list[tuple[int, bytes]] = field(default_factory=list)
     """(type, data) of header extensions that we do not know; kept when rewritten."""
 
@@ -69,6 +79,13 @@ class Header:
         extensions = bytearray()
         if self.backing_format:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
+        if self.data_file is not None:
+            extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
+        if self.bitmaps is not None:
+            extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
+        if self.crypto_header is not None:
+            area = layout.ENCRYPTION_HEADER.pack(*self.crypto_header)
+            extensions += _extension(ExtensionType.ENCRYPTION, area)
         if feature_names:
             table = b"".join(
                 layout.FEATURE_NAME.pack(kind, bit, name.encode())
@@ -128,7 +145,7 @@ def probe(start: bytes) -> int:
 def read_header(file: Disk, *, for_check: bool = False) -> Header:
     """The header of the image in ``file``, with every check that concerns it alone.
 
-    ``for_check`` lets pass what a check can still look at (no refcount table).
+    ``for_check`` lets pass what a check can still look at (no refcount table, too many snapshots).
     Raises ImageError naming the field, or UnsupportedError naming the feature.
     """
     data = _read(file, layout.HEADER_V2_LENGTH, "Could not read qcow2 header")
@@ -306,7 +323,7 @@ def _check_encryption(header: Header, crypt_method: int) -> None:
         header.crypt_method = CryptMethod(crypt_method)
     except ValueError:
         raise ImageError(
-            f"Unsupported encryption method: {crypt_method}",
+            f"Unsupported encryption method {crypt_method}",
             field="crypt_method",
             value=crypt_method,
             limit=max(CryptMethod),
@@ -345,14 +362,15 @@ def _check_tables(header: Header, for_check: bool) -> None:
         cluster_size,
         layout.MAX_REFCOUNT_TABLE_SIZE,
     )
-    check(
-        "Snapshot table",
-        "nb_snapshots",
-        "snapshots_offset",
-        header.nb_snapshots,
-        layout.SNAPSHOT_HEADER.size,
-        layout.SNAPSHOT_HEADER.size * layout.MAX_SNAPSHOTS,
-    )
+    if not for_check:  # it is looked at, and repaired, later
+        check(
+            "Snapshot table",
+            "nb_snapshots",
+            "snapshots_offset",
+            header.nb_snapshots,
+            layout.SNAPSHOT_HEADER.size,
+            layout.SNAPSHOT_HEADER.size * layout.MAX_SNAPSHOTS,
+        )
     check("Active L1 table", "l1_size", "l1_table_offset", header.l1_size, 8, layout.MAX_L1_SIZE)
     needed = header.geometry.l1_entries(header.size)
     if needed > 0x7FFF_FFFF:
@@ -363,9 +381,14 @@ def _check_tables(header: Header, for_check: bool) -> None:
         )
 
 
-def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
+def _extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Type and data of every header extension, in order."""
-    found = []
+    for kind, offset, length in packed_extensions(cluster, start, end):
+        yield kind, cluster[offset : offset + length]
+
+
+def packed_extensions(cluster: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Type of every header extension and where its data stands: offset and length, in order."""
     offset = start
     padded = cluster + bytes(layout.EXTENSION.size)
     while offset < end:
@@ -380,9 +403,8 @@ def _extensions(cluster: bytes, start: int, end: int) -> list[tuple[int, bytes]]
             )
         if kind == ExtensionType.END:
             break
-        found.append((kind, cluster[offset : offset + length]))
+        yield kind, offset, length
         offset += length + -length % 8
-    return found
 
 
 def _take_extension(header: Header, kind: int, data: bytes) -> None:
@@ -396,8 +418,61 @@ def _take_extension(header: Header, kind: int, data: bytes) -> None:
                 limit=layout.MAX_BACKING_FORMAT_NAME,
             )
         header.backing_format = data.split(b"\0")[0].decode(errors="replace") or None
+    elif kind == ExtensionType.BITMAPS:
+        check_extension_length(data)
+        if header.autoclear_features & Autoclear.BITMAPS:
+            header.bitmaps = BitmapsExtension.unpack(data, 1 << header.cluster_bits)
+        else:
+            header.stale_bitmaps = True
+    elif kind == ExtensionType.DATA_FILE:
+        header.data_file = os.fsdecode(data.split(b"\0")[0])
+    elif kind == ExtensionType.ENCRYPTION:
+        header.crypto_header = _crypto_header(header, data)
     elif kind != ExtensionType.FEATURE_NAMES:
         header.unknown_extensions.append((kind, data))
+
+
+def _crypto_header(header: Header, data: bytes) -> tuple[int, int]:
+    if header.crypt_method is not CryptMethod.LUKS:
+        raise ImageError(
+            "CRYPTO header extension only expected with LUKS encryption method",
+            field="crypt_method",
+            value=int(header.crypt_method),
+            limit=int(CryptMethod.LUKS),
+        )
+    expected = layout.ENCRYPTION_HEADER.size
+    if len(data) != expected:
+        raise ImageError(
+            f"CRYPTO header extension size {len(data)}, but expected size {expected}",
+            field="encryption header extension length",
+            value=len(data),
+            limit=expected,
+        )
+    offset, length = layout.ENCRYPTION_HEADER.unpack(data)
+    cluster_size = 1 << header.cluster_bits
+    if offset % cluster_size:
+        raise ImageError(
+            f"Encryption header offset '{offset}' is not a multiple of cluster size "
+            f"'{cluster_size}'",
+            field="encryption header offset",
+            value=offset,
+            limit=cluster_size,
+        )
+    if length > layout.MAX_ENCRYPTION_HEADER:
+        raise ImageError(
+            "Encryption header too large",
+            field="encryption header length",
+            value=length,
+            limit=layout.MAX_ENCRYPTION_HEADER,
+        )
+    if offset + length > layout.INT64_MAX:
+        raise ImageError(
+            "Encryption header offset invalid",
+            field="encryption header offset",
+            value=offset,
+            limit=layout.INT64_MAX - length,
+        )
+    return offset, length
 
 
 def _backing_file(cluster: bytes, offset: int, length: int) -> str | None:

@@ -36,6 +36,7 @@ NB_SNAPSHOTS_OFFSET = 60
 INCOMPATIBLE_FEATURES_OFFSET = 72
 AUTOCLEAR_FEATURES_OFFSET = 88
 
+U32 = Struct(">I")
 U64 = Struct(">Q")
 SIZE_AND_L1 = Struct(">QIIQ")
 """size, crypt_method, l1_size, l1_table_offset: header bytes 24 to 47"""
@@ -83,6 +84,10 @@ class CompressionType(IntEnum):
     ZSTD = 1
 
 
+COMPRESSION_NAMES = {CompressionType.DEFLATE: "zlib", CompressionType.ZSTD: "zstd"}
+"""QEMU's names for them."""
+
+
 # -- header extensions (spec, "Header extensions") -----------------------------------------------
 
 EXTENSION = Struct(">II")
@@ -112,6 +117,9 @@ FEATURE_NAMES = (
     (2, 1, "raw external data"),
 )
 """The feature name table as QEMU writes it."""
+
+ENCRYPTION_HEADER = Struct(">QQ")
+"""offset, length: where the LUKS header and its key material stand"""
 
 # -- refcounts (spec, "Host cluster management") -------------------------------------------------
 
@@ -174,7 +182,40 @@ MAX_REFCOUNT_TABLE_SIZE = 8 << 20  # QEMU; bytes
 MAX_SNAPSHOTS = 65536  # QEMU
 MAX_SNAPSHOT_EXTRA_DATA = 1024  # QEMU; bytes per snapshot
 MAX_SNAPSHOT_TABLE_SIZE = 1024 * MAX_SNAPSHOTS  # QEMU; bytes
+MAX_ENCRYPTION_HEADER = 64 << 20  # bytes; ours: QEMU writes 2 MiB at most, and sets no limit
 MAX_BACKING_NAME = 1023
 MAX_BACKING_FORMAT_NAME = 15  # QEMU
 MAX_HOST_OFFSET = 1 << 56
 INT64_MAX = (1 << 63) - 1
+
+# -- bitmaps (spec, "Bitmaps") -------------------------------------------------------------------
+
+BITMAPS_EXTENSION = Struct(">IIQQ")
+"""nb_bitmaps, reserved, bitmap_directory_size, bitmap_directory_offset"""
+BITMAP_ENTRY = Struct(">QIIBBHI")
+"""bitmap_table_offset, bitmap_table_size, flags, type, granularity_bits, name_size,
+extra_data_size; extra data and name follow, padded to a multiple of 8"""
+BITMAP_FLAGS_OFFSET = 12
+
+
+class BitmapFlags(IntFlag):
+    """``flags`` of a bitmap directory entry."""
+
+    IN_USE = 1 << 0
+    AUTO = 1 << 1
+
+
+BITMAP_FLAGS_RESERVED = 0xFFFF_FFFC  # QEMU: "extra_data_compatible" too, it knows no extra data
+DIRTY_TRACKING = 1
+"""The one type of bitmap."""
+BITMAP_TABLE_RESERVED_MASK = 0xFF00_0000_0000_01FE
+BITMAP_ALL_ONES = 1 << 0
+"""In a bitmap table entry without an offset."""
+
+MAX_BITMAPS = 65535  # QEMU
+MAX_BITMAP_DIRECTORY_SIZE = 1024 * MAX_BITMAPS  # QEMU; bytes
+MAX_BITMAP_TABLE_SIZE = 0x800_0000  # QEMU; entries
+MAX_BITMAP_SIZE = 0x2000_0000  # QEMU; bytes of one bitmap's data
+MIN_GRANULARITY_BITS = 9  # QEMU
+MAX_GRANULARITY_BITS = 31  # QEMU
+MAX_BITMAP_NAME = 1023  # QEMU; bytes

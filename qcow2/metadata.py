@@ -15,44 +15,57 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
+from .compression import DecompressedClusters
+from .corruption import Corruption
+from .data_file_tables import make_tables
 from .header import Header
 from .health import Health
 from .layout import ClusterKind
+from .options import CacheSizes
+from .overlap import TEMPLATES, Overlap, Section
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
+from .refcount_codec import uniform
 from .refcounts import Refcounts, load_table, pack_table
 from .requests import RequestGate
-from .subclusters import SubclusterTables
-from .tables import Tables, entry_kind
+from .state import mark_clean, mark_dirty
+from .tables import entry_kind
+
+if TYPE_CHECKING:
+    from .encryption import Encryption
 
 __all__ = ["CacheSizes", "Metadata"]
 
 _SLICE_SIZE = 4096
-"""Bytes of a table that are read and written at once (QEMU's default l2-cache-entry-size)."""
-
-
-class CacheSizes:
-    """How much memory the caches may take, in bytes; it is used only as far as it fills."""
-
-    __slots__ = ("l2", "refcount")
-
-    def __init__(self, l2: int = 32 << 20, refcount: int = 4 << 20) -> None:
-        self.l2 = l2
-        self.refcount = refcount
+"""Bytes of a refcount block that are read and written at once."""
 
 
 class Metadata:
     """Everything of an open image that is neither data nor policy."""
 
-    def __init__(self, file: Disk, header: Header, sizes: CacheSizes, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        file: Disk,
+        header: Header,
+        sizes: CacheSizes,
+        *,
+        read_only: bool,
+        data_file: Disk | None = None,
+        overlap_check: Section = TEMPLATES["cached"],
+    ) -> None:
         self.file = file
+        self.data_file = data_file
+        """The external data file, if the image has one."""
+        self.data = file if data_file is None else data_file
+        """Where guest clusters that are not compressed lie."""
         self.event = None if type(file).debug_event is Disk.debug_event else file.debug_event
         """Where the named points of the driver are announced, if anybody listens."""
         self.header = header
@@ -60,16 +73,31 @@ class Metadata:
         self.cluster_bits = self.geometry.cluster_bits
         self.cluster_size = self.geometry.cluster_size
         self.read_only = read_only
+        self.encryption: Encryption | None = None
+        """How guest data is encrypted, if it is."""
         self.health = Health()
         self.gate = RequestGate()
         self.lock = self.gate.lock
-        slot = min(self.cluster_size, _SLICE_SIZE)
+        self.corruption = Corruption(file, header, self.health, self.gate, writable=not read_only)
+        self.repair_only = False
+        """The image may be damaged: nothing but a repair changes it."""
+        self.lazy = False
+        """Refcounts need not be right in the file: it is marked dirty instead."""
+        slot = min(self.cluster_size, sizes.l2_entry)
         l2_cache = TableCache(file, slot, max(8, sizes.l2 // slot), write_back=False)
         l1 = load_table(file, header.l1_table_offset, header.l1_size)
-        kind = SubclusterTables if self.geometry.extended_l2 else Tables
-        self.tables = kind(l1, self.geometry, l2_cache)
+        self.tables = make_tables(l1, self.geometry, l2_cache, data_file=data_file is not None)
+        slot = min(self.cluster_size, _SLICE_SIZE)
         refcount_cache = TableCache(file, slot, max(8, sizes.refcount // slot), write_back=True)
-        self.refcounts = Refcounts(file, header, refcount_cache, self.health)
+        self.refcounts = self._make_refcounts(refcount_cache)
+        self.overlap = Overlap(self, overlap_check)
+        self.check_data_write = self.overlap.check if data_file is None else _nothing_in_the_way
+        """Raises CorruptionError for a write of guest data to (host offset, length) that would hit
+        metadata."""
+        l2_cache.guard = self.overlap.check_l2_slice
+        refcount_cache.guard = self.overlap.check_block
+        self.refcounts.overlap = self.overlap
+        self.tables.damaged = self.corruption.found
         self.dropped = DroppedReferences()
         """References dropped since the last flush began."""
         self.discards = {
@@ -80,12 +108,40 @@ class Metadata:
             DiscardKind.ALWAYS: True,
         }
         """Whether clusters freed for that reason are discarded in the file below."""
+        self.decompressed = DecompressedClusters(self.geometry)
+        self._before_freeing: list[Callable[[int, int, int], None]] = [self.decompressed.forget]
+        self.vm_state_end: int | None = None
+        """Bytes of VM state past the disk's end, as far as is known."""
         self._flushing = Lock()
 
     def close(self) -> None:
         """Give the caches' memory back. Nothing is written."""
         self.tables.cache.close()
         self.refcounts.cache.close()
+
+    def _make_refcounts(self, cache: TableCache) -> Refcounts:
+        refcounts = Refcounts(self.file, self.header, cache, self.health)
+        refcounts.damaged = self.corruption.found
+        return refcounts
+
+    def renew_refcounts(self) -> None:
+        """Load the refcounts the header names; nothing cached is kept (lock held)."""
+        cache = self.refcounts.cache
+        cache.clear()
+        self.refcounts = self._make_refcounts(cache)
+        self.refcounts.overlap = self.overlap
+        self.overlap.forget()
+
+    def reload(self) -> None:
+        """Forget all that is in memory, and load the tables that the header names (exclusively)."""
+        with self.lock:
+            self.tables.cache.clear()
+            self.tables.dirty_l1.clear()
+            self.tables.l1 = load_table(self.file, self.header.l1_table_offset, self.header.l1_size)
+            self.forget_contents()
+            self.renew_refcounts()
+            self.dropped = DroppedReferences()
+            self.overlap.forget()
 
     # -- L2 tables to write to -------------------------------------------------------------------
 
@@ -112,11 +168,18 @@ class Metadata:
         contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
         new, _, _ = self.refcounts.allocate(1)
         try:
+            self.overlap.check(new << self.cluster_bits, self.cluster_size)
+            self.overlap.add(new, Section.ACTIVE_L2)
             self.file.write(new << self.cluster_bits, contents)
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
-        self.tables.set_l1(l1_index, new << self.cluster_bits | layout.COPIED)
+        self.replace_l2_table(l1_index, new)
+
+    def replace_l2_table(self, l1_index: int, cluster: int) -> None:
+        """Name another L2 table, our own, written to a host cluster already, in the L1 table."""
+        old = self.tables.l2_offset(l1_index)
+        self.tables.set_l1(l1_index, cluster << self.cluster_bits | layout.COPIED)
         if old:
             self.forget_l2_table(old)
             self.dropped.add(old >> self.cluster_bits, 1, DiscardKind.OTHER)
@@ -137,6 +200,7 @@ class Metadata:
         For changes that are right at any moment, in an exclusive operation.
         """
         cache = self.tables.cache
+        self.overlap.check_l2(offset, self.cluster_size)
         self.file.write(offset, contents)
         for start in range(0, self.cluster_size, cache.slot_size):
             slot = cache.index.get(offset + start)
@@ -151,6 +215,8 @@ class Metadata:
 
     def drop_entry(self, entry: int, kind: DiscardKind) -> None:
         """The L2 entry ``entry`` is gone: what it referred to has one reference less."""
+        if self.data_file is not None:
+            return  # no references are counted there
         what = entry_kind(entry)
         if what is ClusterKind.COMPRESSED:
             offset, length = self.geometry.compressed_extent(entry)
@@ -176,27 +242,67 @@ class Metadata:
                     self.health.poison(str(error))
                     return
 
+    def before_freeing(self, listener: Callable[[int, int, int], None]) -> None:
+        """Have ``listener(first cluster, count, times)`` called (lock held) before refcounts of
+        clusters that were referred to fall by ``times``, and others may get them."""
+        self._before_freeing.append(listener)
+
     def lower(self, first: int, count: int, kind: DiscardKind, times: int = 1) -> None:
         """Lower refcounts by ``times`` now (lock held); what becomes free is discarded if the
         policy says so.
 
         The dropped references must be off the disk.
         """
-        for start, length in merge_runs(self.refcounts.add(first, count, -times)):
-            offset, size = start << self.cluster_bits, length << self.cluster_bits
-            self.tables.cache.forget(offset, size)
-            end = min(offset + size, self.file.size)
-            if self.discards[kind] and offset < end:
+        self._announce(first, count, times)
+        self._freed(self.refcounts.add(first, count, -times), kind)
+
+    def lower_each(self, first: int, times: Sequence[int], kind: DiscardKind) -> None:
+        """:meth:`lower` the refcount of ``first + i`` by ``times[i]``."""
+        if uniform(times):
+            self.lower(first, len(times), kind, times[0])
+        else:
+            self._announce(first, len(times), max(times))
+            self._freed(self.refcounts.add_each(first, [-value for value in times]), kind)
+
+    def forget_contents(self) -> None:
+        """Whatever the host clusters hold may be something else now (lock held)."""
+        self._announce(0, layout.MAX_HOST_OFFSET >> self.cluster_bits, self.geometry.refcount_max)
+
+    def _announce(self, first: int, count: int, times: int) -> None:
+        for listener in self._before_freeing:
+            listener(first, count, times)
+
+    def _freed(self, clusters: list[int], kind: DiscardKind) -> None:
+        freed = merge_runs(clusters)
+        for start, length in freed:
+            self.tables.cache.forget(start << self.cluster_bits, length << self.cluster_bits)
+        if self.discards[kind]:
+            self.discard_in_file(freed)
+
+    def discard_in_file(self, runs: list[tuple[int, int]]) -> None:
+        """Tell the file below that runs of clusters hold nothing."""
+        for first, count in runs:
+            offset = first << self.cluster_bits
+            end = min(offset + (count << self.cluster_bits), self.file.size)
+            if offset < end:
                 with suppress(BackendError):  # a hint, and nothing depends on it
                     self.file.discard(offset, end - offset)
 
     # -- the header --------------------------------------------------------------------------------
 
-    def check_writable(self) -> None:
-        """Raise BackendError if the image is open read-only or must not be written any more."""
+    def check_writable(self, *, repair: bool = False) -> None:
+        """Raise BackendError if the image is open read-only, or for a ``repair`` only and this is
+        none, or must not be written any more."""
+        if self.repair_only and not repair:
+            raise BackendError(errno.EPERM, "the image is open for a check", self.file.filename)
         if self.read_only:
             raise BackendError(errno.EPERM, "the image is open read-only", self.file.filename)
         self.health.check()
+
+    def adopt_geometry(self) -> None:
+        """The header has another version or refcount width: go by it from now on."""
+        self.geometry = self.header.geometry
+        self.tables.adopt(self.geometry)
 
     def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
         """Make another L1 table, stable at host byte ``offset``, the active one (lock held).
@@ -211,6 +317,18 @@ class Metadata:
         self.file.flush()
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
+        self.overlap.forget()
+
+    def make_accurate(self) -> None:
+        """Bring postponed refcounts to the file, which is clean then (in an exclusive
+        operation)."""
+        if self.lazy:
+            self.lazy = False
+            try:
+                self.settle()
+                mark_clean(self.file, self.header)
+            finally:
+                self.lazy = True
 
     # -- to stable storage -------------------------------------------------------------------------
 
@@ -245,11 +363,18 @@ class Metadata:
         with self.lock:
             if not self.dirty:
                 staged = None
+            elif self.lazy:
+                # In the file before anything that the counts there do not know of.
+                mark_dirty(self.file, self.header)
+                with self.health.step("Gathering what to flush"):
+                    staged = _Staged(self)
             else:
                 self.refcounts.cache.write_dirty()
                 with self.health.step("Gathering what to flush"):
                     staged = _Staged(self)
         if staged is None:
+            if self.data_file is not None:
+                self.data_file.flush()
             self.file.flush()
             return
         try:
@@ -275,10 +400,18 @@ class Metadata:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Be alone with an image whose metadata is settled, and leave it so."""
-        with self.gate.exclusive():
-            self.settle()
-            yield
-            self.settle()
+        try:
+            with self.gate.exclusive():
+                self.settle()
+                yield
+                self.settle()
+        finally:
+            self.overlap.forget()
+            self.corruption.deliver()
+
+
+def _nothing_in_the_way(offset: int, length: int) -> None:
+    """No metadata lie in an external data file."""
 
 
 class _Staged:
@@ -288,7 +421,7 @@ class _Staged:
 
     def __init__(self, metadata: Metadata) -> None:
         tables = metadata.tables
-        self.blocks = metadata.refcounts.take_new_blocks()
+        self.blocks = set() if metadata.lazy else metadata.refcounts.take_new_blocks()
         self.slices = tables.cache.take_dirty()
         self.l1 = [(index, tables.l1[index]) for index in sorted(tables.dirty_l1)]
         tables.dirty_l1.clear()
@@ -298,6 +431,8 @@ class _Staged:
     def write(self, metadata: Metadata) -> None:
         """Write each kind, with a sync before whatever relies on it."""
         file = metadata.file
+        if metadata.data_file is not None:
+            metadata.data_file.flush()
         file.flush()
         if self.blocks:
             with metadata.lock:
@@ -308,7 +443,9 @@ class _Staged:
             file.flush()
         if self.l1:
             for first, entries in _runs(self.l1):
-                file.write(metadata.header.l1_table_offset + 8 * first, pack_table(entries))
+                place = metadata.header.l1_table_offset + 8 * first
+                metadata.overlap.check_l1(place, 8 * len(entries))
+                file.write(place, pack_table(entries))
             file.flush()
 
     def give_back(self, metadata: Metadata) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
-from threading import Lock
+from threading import get_ident
 
 from ..backend.buffers import clear, copy_in, split
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from .cache import CacheFull
+from .compression import CompressedDataError, decompress
+from .holes import HostHoles
 from .layout import ClusterKind
 from .metadata import Metadata
 
@@ -24,26 +25,26 @@ class Reader:
     def __init__(
         self, metadata: Metadata, backing: Disk | None, missing_backing: str | None
     ) -> None:
-        self._metadata = metadata
-        self._file = metadata.file
+        self._metadata = self.metadata = metadata
+        self._file = metadata.data
         self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._map = metadata.tables.map
+        self.holes = HostHoles(metadata)
+        self.encryption = metadata.encryption
+        """How stored data is encrypted, if it is."""
+        self._map_stored = metadata.tables.map_stored
         self.backing = backing
-        below = getattr(backing, "reader", None)
-        self.below: Reader | None = below if isinstance(below, Reader) else None
+        self.below = _reader_of(backing)
         """The reader of a backing file that is a qcow2 image, too: a chain of them is walked in a
         loop, whatever its length."""
         self._missing = missing_backing
         """The name of a backing file that was not opened."""
-        self._decompressed: tuple[int, bytes] = (0, b"")
-        """The last compressed cluster read: its L2 entry, its contents."""
-        self._decompressing = Lock()
 
     @property
     def file(self) -> Disk:
-        """The file of the image."""
+        """The file that has the guest's data: the image's, or its data file."""
         return self._file
 
     @property
@@ -56,14 +57,26 @@ class Reader:
         """False if there is a backing file that was not opened."""
         return self._missing is None
 
+    def replace_backing(self, backing: Disk | None, name: str | None) -> Disk | None:
+        """Read from another backing file (in an exclusive operation); returns the former one.
+
+        ``name`` is that of the backing file in the image, missing now if ``backing`` is None.
+        """
+        former, self.backing = self.backing, backing
+        self.below = _reader_of(backing)
+        self._missing = name if backing is None else None
+        return former
+
     def read_stored(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Read guest bytes if they are one run of stored data; False if not, with nothing done."""
-        gate, lock = self._gate, self._lock
+        if self.encryption is not None:
+            return False
+        gate, me = self._gate, get_ident()
         try:
-            with lock:
-                gate.enter()
-                kind, host, run = self._map(offset, length)
-            if run == length and kind is _NORMAL:
+            with self._lock:
+                gate.enter(me)
+                host = self._map_stored(offset, length)
+            if host >= 0:
                 if self._event is not None:
                     self._event("read_aio")
                 self._file.readv(host, views)
@@ -71,7 +84,7 @@ class Reader:
         except CacheFull:
             pass
         finally:
-            gate.leave()
+            gate.leave(me)
         return False
 
     def read(self, offset: int, views: list[memoryview], length: int) -> None:
@@ -144,13 +157,54 @@ class Reader:
         finally:
             self._gate.leave()
 
+    # Of this layer alone: for VM state, of which a backing file has no part.
+
+    def map_own_run(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
+        """:meth:`Tables.map` of the run that starts at ``offset``."""
+        return self._map_first_run(offset, length)
+
+    def read_own_run(self, offset: int, views: list[memoryview], length: int) -> int:
+        """Read the run that starts at ``offset``, zeroes if it is unallocated; its length."""
+        try:
+            with self._lock:
+                self._gate.enter()
+            while True:
+                try:
+                    with self._lock:
+                        kind, host, run = self._map(offset, length)
+                    break
+                except CacheFull:
+                    self._metadata.flush_inside()
+            part = split(views, 0, run)
+            if kind is _UNALLOCATED:
+                clear(part)
+            else:
+                self.read_run(kind, host, offset, part, run)
+            return run
+        finally:
+            self._gate.leave()
+
+    def read_inside(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Read a part of one cluster (of one subcluster), for a request that is inside the gate."""
+        while True:
+            try:
+                with self._lock:
+                    kind, host, _ = self._map(offset, length)
+                break
+            except CacheFull:
+                self._metadata.flush_inside()
+        self.read_run(kind, host, offset, views, length)
+
     def read_run(
         self, kind: ClusterKind, host: int, offset: int, views: list[memoryview], length: int
     ) -> None:
         """Read a run as :meth:`Tables.map` describes it (its kind and host)."""
         if kind is _NORMAL:
             self._file.debug_event("read_aio")
-            self._file.readv(host, views)
+            if self.encryption is not None:
+                self.encryption.readv(self._file, host, offset, views, length)
+            else:
+                self._file.readv(host, views)
         elif kind is ClusterKind.UNALLOCATED:
             self._read_backing(offset, views, length)
         elif kind is ClusterKind.COMPRESSED:
@@ -179,29 +233,20 @@ class Reader:
             clear(split(views, there, length - there))
 
     def decompress(self, entry: int) -> bytes:
-        """The whole guest cluster that a compressed L2 entry stands for."""
-        with self._decompressing:
-            known, contents = self._decompressed
-            if known == entry:
-                return contents
-            metadata = self._metadata
-            size = metadata.cluster_size
-            offset, length = metadata.geometry.compressed_extent(entry)
-            metadata.file.debug_event("read_compressed")
-            data = metadata.file.read(offset, length)
-            try:
-                contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
-            except zlib.error as error:
-                raise _damaged(metadata, entry, str(error)) from error
-            if len(contents) != size:
-                raise _damaged(metadata, entry, f"{len(contents)} bytes instead of {size}")
-            self._decompressed = (entry, contents)
+        """The whole guest cluster that a compressed L2 entry stands for (inside the gate)."""
+        metadata = self._metadata
+        contents = metadata.decompressed.get(entry)
+        if contents is not None:
             return contents
-
-    def forget(self) -> None:
-        """Forget decompressed data: host clusters may have changed."""
-        with self._decompressing:
-            self._decompressed = (0, b"")
+        offset, length = metadata.geometry.compressed_extent(entry)
+        metadata.file.debug_event("read_compressed")
+        data = metadata.file.read(offset, length)
+        try:
+            contents = decompress(metadata.header.compression_type, data, metadata.cluster_size)
+        except CompressedDataError as error:
+            raise _damaged(metadata, entry, str(error)) from error
+        metadata.decompressed.put(entry, contents)
+        return contents
 
     def is_zero(self, kind: ClusterKind, offset: int, length: int) -> bool:
         """True if it costs nothing to know that these guest bytes, of this kind, are zeroes."""
@@ -217,6 +262,11 @@ class Reader:
         except BackendError:
             return False
         return extent.zero and extent.length == there
+
+
+def _reader_of(disk: Disk | None) -> Reader | None:
+    reader = getattr(disk, "reader", None)
+    return reader if isinstance(reader, Reader) else None
 
 
 def _damaged(metadata: Metadata, entry: int, reason: str) -> ImageError:

@@ -10,8 +10,14 @@ import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["RefcountCodec", "codec_for"]
+__all__ = ["RefcountCodec", "codec_for", "uniform"]
+
+
+def uniform(values: Any) -> bool:
+    """True if all values of an array, list or bytes are the same: found out as fast as it goes."""
+    return bool(values == values[:1] * len(values))
 
 
 class RefcountCodec(ABC):
@@ -55,19 +61,23 @@ class WideCodec(RefcountCodec):
         return values
 
     def store(self, view: memoryview, start: int, values: Sequence[int]) -> None:
-        width = self._width
-        entries = array(self._typecode, values)
-        if self._swap:
-            entries.byteswap()
-        view[start * width : (start + len(entries)) * width] = entries.tobytes()
+        width, count = self._width, len(values)
+        if uniform(values):
+            data = values[0].to_bytes(width) * count if count else b""
+        else:
+            entries = array(self._typecode, values)
+            if self._swap:
+                entries.byteswap()
+            data = entries.tobytes()
+        view[start * width : (start + count) * width] = data
 
     def find_zero(self, view: memoryview, start: int, end: int) -> int:
         width = self._width
-        entries = array(self._typecode, bytes(view[start * width : end * width]))
-        try:
-            return start + entries.index(0)
-        except ValueError:
-            return -1
+        data, zero = bytes(view[start * width : end * width]), bytes(width)
+        place = data.find(zero)
+        while place >= 0 and place % width:
+            place = data.find(zero, place + 1)
+        return -1 if place < 0 else start + place // width
 
     def zero_run(self, view: memoryview, start: int, end: int) -> int:
         width = self._width

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -18,7 +19,10 @@ from . import layout
 from .cache import TableCache
 from .header import Header
 from .health import Health
-from .refcount_codec import codec_for
+from .refcount_codec import codec_for, uniform
+
+if TYPE_CHECKING:
+    from .overlap import Overlap
 
 __all__ = ["Refcounts", "load_table", "pack_table"]
 
@@ -45,6 +49,10 @@ class Refcounts:
     def __init__(self, file: Disk, header: Header, cache: TableCache, health: Health) -> None:
         geometry = header.geometry
         self._file = file
+        self.damaged: Callable[..., ImageError] = ImageError
+        """Makes the error for an entry that cannot be followed."""
+        self.overlap: Overlap | None = None
+        """Asked before new blocks and tables are written."""
         self._health = health
         self._header = header
         self._geometry = geometry
@@ -53,11 +61,8 @@ class Refcounts:
         self._block_bits = geometry.refcount_block_bits
         slice_bits = cache.slot_bits + 3 - geometry.refcount_order
         self._slice_entries = 1 << slice_bits
-        self.table = load_table(
-            file,
-            header.refcount_table_offset,
-            header.refcount_table_clusters << (geometry.cluster_bits - 3),
-        )
+        entries = header.refcount_table_clusters << (geometry.cluster_bits - 3)
+        self.table = load_table(file, header.refcount_table_offset, entries)
         """The refcount table; entries are as in the file."""
         self._dirty_entries: set[int] = set()
         """Indices of refcount table entries that the file does not have yet."""
@@ -92,7 +97,7 @@ class Refcounts:
         entry = self.table[block]
         offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
         if offset % self._geometry.cluster_size or offset >= layout.INT64_MAX:
-            raise ImageError(
+            raise self.damaged(
                 f"Refblock offset {offset:#x} unaligned (reftable index: {block:#x})",
                 field="refcount table entry",
                 value=entry,
@@ -126,10 +131,19 @@ class Refcounts:
 
     # -- changing counts -----------------------------------------------------------------------
 
-    def check_raise(self, cluster: int, count: int, times: int) -> None:
-        """Raise ImageError unless every count in the range can be raised by ``times``."""
-        for values in self.counts(cluster, count):
-            if max(values) + times > self._codec.max:
+    def check_raise(self, cluster: int, times: Sequence[int]) -> None:
+        """Raise ImageError unless the count of ``cluster + i`` can be raised by ``times[i]``."""
+        at = 0
+        for values in self.counts(cluster, len(times)):
+            part = times[at : at + len(values)]
+            at += len(part)
+            if _highest(values) + _highest(part) <= self._codec.max:
+                continue
+            if any(
+                value + more > self._codec.max
+                for value, more in zip(values, part, strict=True)
+                if more
+            ):
                 raise ImageError(
                     "Reference count limit reached: a cluster cannot be shared more often",
                     field="refcount",
@@ -137,27 +151,61 @@ class Refcounts:
                     limit=self._codec.max,
                 )
 
+    def add_each(self, cluster: int, deltas: Sequence[int]) -> list[int]:
+        """Add ``deltas[i]`` to the count of ``cluster + i``; returns the clusters that became free.
+
+        As :meth:`add` does, slice by slice.
+        """
+        freed: list[int] = []
+        at = 0
+        for slot, index, values in self._load(cluster, len(deltas)):
+            part = deltas[at : at + len(values)]
+            if uniform(part):
+                if part[0]:
+                    freed += self.add(cluster + at, len(part), part[0])
+            elif any(part):
+                changed = list(map(int.__add__, values, part))
+                if slot < 0 or min(changed) < 0 or max(changed) > self._codec.max:
+                    raise _out_of_range(cluster + at, len(values))
+                self.cache.mark_dirty(slot)
+                self._codec.store(self.cache.slice(slot), index, changed)
+                if not min(changed):
+                    pairs = zip(changed, values, strict=True)
+                    start = cluster + at
+                    freed += [start + i for i, (new, old) in enumerate(pairs) if old and not new]
+            at += len(part)
+        if freed and freed[0] < self._hint:
+            self._hint = freed[0]
+        return freed
+
     def add(self, cluster: int, count: int, delta: int) -> list[int]:
         """Add ``delta`` to each count in the range; returns the clusters that became free.
 
         Raises ImageError where a count would leave its range, BackendError where it cannot be had;
         what was changed before stays so, but a slice of the cache is changed whole or not at all.
         """
-        freed = []
+        freed: list[int] = []
         for slot, index, values in self._load(cluster, count):
-            if slot < 0 or min(values) + delta < 0 or max(values) + delta > self._codec.max:
-                raise ImageError(
-                    f"Refcount of a cluster in {cluster:#x} to {cluster + count - 1:#x} "
-                    f"cannot be changed by {delta}",
-                    field="refcount",
-                    value=cluster,
-                )
-            changed = [value + delta for value in values]
+            part, value = len(values), values[0]
+            changed: Sequence[int]
+            if slot < 0:
+                raise _out_of_range(cluster, part)
+            if uniform(values):  # compared and filled as arrays
+                if not 0 <= value + delta <= self._codec.max:
+                    raise _out_of_range(cluster, part)
+                changed = array("Q", [value + delta]) * part
+                if delta < 0 and value + delta == 0:
+                    freed += range(cluster, cluster + part)
+            else:
+                changed = [value + delta for value in values]
+                lowest = min(changed)
+                if lowest < 0 or max(changed) > self._codec.max:
+                    raise _out_of_range(cluster, part)
+                if delta < 0 and not lowest:
+                    freed += [cluster + i for i, value in enumerate(changed) if not value]
             self.cache.mark_dirty(slot)
             self._codec.store(self.cache.slice(slot), index, changed)
-            if delta < 0:
-                freed += [cluster + i for i, value in enumerate(changed) if not value]
-            cluster += len(values)
+            cluster += part
         if freed and freed[0] < self._hint:
             self._hint = freed[0]
         return freed
@@ -181,11 +229,61 @@ class Refcounts:
         while True:
             first = self._find_contiguous(count)
             last = (first + count - 1) >> self._block_bits
-            ready = True
-            for block in range(first >> self._block_bits, last + 1):
-                ready = self._ensure_block(block << self._block_bits) and ready
-            if ready:
+            blocks = range(first >> self._block_bits, last + 1)
+            if last < len(self.table) and all(self.table[block] for block in blocks):
                 return self._take(first, count)[0]
+            if count >= 1 << self._block_bits - 1:
+                # The refcount blocks that come to lie in between would never leave so much room.
+                return self.allocate_area(count)
+            for block in blocks:
+                self._ensure_block(block << self._block_bits)
+
+    def allocate_area(self, count: int, extend: Callable[[int], None] | None = None) -> int:
+        """Take ``count`` fresh clusters in a row, any number, behind everything ever used.
+
+        They read as zeroes once the file is that long; ``extend`` is called with the length that it
+        needs before anything changes. The refcount blocks that they need are made behind them,
+        counted already. Returns the first cluster.
+        """
+        bits = self._block_bits
+        while True:
+            first = self._find_contiguous(count, self.fresh)
+            missing: list[int] = []
+            while True:
+                end = first + count + len(missing)
+                blocks = range(first >> bits, (end - 1 >> bits) + 1)
+                needed = [b for b in blocks if b >= len(self.table) or not self.table[b]]
+                if len(needed) == len(missing):
+                    break
+                missing = needed
+            if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
+                raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+            if blocks[-1] < len(self.table):
+                break
+            self._grow_table(blocks[-1] + 1)
+        self._refuse_invalid(first, end - first)
+        if extend is not None:
+            extend(end << self._geometry.cluster_bits)
+        for i, block in enumerate(missing):
+            start, stop = max(first, block << bits), min(end, block + 1 << bits)
+            self._write_block(first + count + i, stop - start, start - (block << bits))
+        raised: list[tuple[int, int]] = []
+        try:
+            for block in blocks:
+                if self.table[block]:
+                    start, stop = max(first, block << bits), min(end, block + 1 << bits)
+                    for part in self.slices(start, stop - start):
+                        self.add(*part, 1)
+                        raised.append(part)
+        except BaseException:
+            for part in raised:
+                self.add(*part, -1)
+            raise
+        for i, block in enumerate(missing):
+            self.table[block] = (first + count + i) << self._geometry.cluster_bits
+            self._dirty_entries.add(block)
+        self.fresh = max(self.fresh, end)
+        return first
 
     def _take(self, first: int, count: int) -> tuple[int, int, bool]:
         end = first + count
@@ -203,7 +301,7 @@ class Refcounts:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
         what every image has: then the refcounts are wrong (QEMU's "Preventing invalid ...")."""
         header, bits = self._header, self._geometry.cluster_bits
-        taken = (
+        taken: tuple[tuple[str, int, int], ...] = (
             ("the header", 0, 1),
             ("the active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
             (
@@ -212,11 +310,14 @@ class Refcounts:
                 header.refcount_table_clusters << bits,
             ),
         )
+        if header.crypto_header is not None:
+            offset, length = header.crypto_header
+            taken += (("the encryption header", offset >> bits, length),)
         for what, start, length in taken:
             if first < start + self._geometry.clusters(length) and start < first + count:
                 message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"
                 self._health.poison(message)
-                raise ImageError(message, field="refcount", value=first)
+                raise self.damaged(message, field="refcount", value=first)
 
     def _find_free(self, start: int, want: int) -> tuple[int, int]:
         """The first free cluster from ``start`` on, and how many up to ``want`` are free there
@@ -233,8 +334,8 @@ class Refcounts:
                 return cluster + free - index, self._codec.zero_run(view, free, end)
             cluster += left
 
-    def _find_contiguous(self, count: int) -> int:
-        first, found = self._find_free(self._hint, count)
+    def _find_contiguous(self, count: int, start: int = 0) -> int:
+        first, found = self._find_free(max(self._hint, start), count)
         end = first + found
         while end - first < count:
             start, found = self._find_free(end, count - (end - first))
@@ -264,11 +365,15 @@ class Refcounts:
         self.table[block] = first << self._geometry.cluster_bits
         return False
 
-    def _write_block(self, cluster: int, used: int) -> None:
-        """Write a refcount block into ``cluster`` that counts its first ``used`` entries as 1."""
+    def _write_block(self, cluster: int, used: int, start: int = 0) -> None:
+        """Write a refcount block into ``cluster`` that counts ``used`` entries from ``start`` on
+        as 1, the others as 0."""
         contents = bytearray(self._geometry.cluster_size)
-        self._codec.store(memoryview(contents), 0, [1] * used)
+        self._codec.store(memoryview(contents), start, [1] * used)
         offset = cluster << self._geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, len(contents))
+            self.overlap.add_block(cluster)
         self._file.write(offset, contents)
 
     def _grow_table(self, blocks: int) -> None:
@@ -299,6 +404,8 @@ class Refcounts:
             self._write_block(first + i, min(per_block, used - i * per_block))
             table[first_block + i] = (first + i) << geometry.cluster_bits
         offset = (first + new_blocks) << geometry.cluster_bits
+        if self.overlap is not None:
+            self.overlap.check(offset, clusters << geometry.cluster_bits)
         self._file.write(offset, pack_table(table))
         self.cache.write_dirty()
         self._file.flush()
@@ -314,7 +421,55 @@ class Refcounts:
             self._header.refcount_table_clusters = clusters
             self.table = table
             self._dirty_entries.clear()
+            if self.overlap is not None:
+                self.overlap.forget()
         self.add(old, old_clusters, -1)
+
+    def drop_empty_blocks(self) -> None:
+        """Give up the refcount blocks that count nothing but, at most, themselves.
+
+        The counts must be on stable storage (``qcow2_shrink_reftable``).
+        """
+        cluster_bits = self._geometry.cluster_bits
+        empty = [block for block, entry in enumerate(self.table) if entry and self._is_empty(block)]
+        if not empty:
+            return
+        for block in empty:
+            self._file.write(self._header.refcount_table_offset + 8 * block, bytes(8))
+        self._file.flush()
+        for block in empty:
+            offset = self.block_offset(block)
+            self.table[block] = 0
+            self._dirty_entries.discard(block)
+            self.cache.forget(offset, self._geometry.cluster_size)
+            if offset >> cluster_bits >> self._block_bits != block:
+                self.add(offset >> cluster_bits, 1, -1)
+            else:
+                self._hint = min(self._hint, offset >> cluster_bits)
+
+    def _is_empty(self, block: int) -> bool:
+        own = self.block_offset(block) >> self._geometry.cluster_bits
+        cluster = block << self._block_bits
+        for values in self.counts(cluster, 1 << self._block_bits):
+            for i, value in enumerate(values) if any(values) else ():
+                if value and cluster + i != own:
+                    return False
+            cluster += len(values)
+        return True
+
+    def end_of_use(self) -> int:
+        """The cluster after the last one in use."""
+        for block in range(len(self.table) - 1, -1, -1):
+            if not self.table[block]:
+                continue
+            first = block << self._block_bits
+            pieces = list(self.slices(first, 1 << self._block_bits))
+            for start, count in reversed(pieces):
+                values = next(iter(self.counts(start, count)))
+                for i in range(count - 1, -1, -1) if any(values) else ():
+                    if values[i]:
+                        return start + i + 1
+        return 0
 
     # -- to the file -----------------------------------------------------------------------------
 
@@ -336,4 +491,19 @@ class Refcounts:
         """Name new blocks in the file's table. The blocks must be on stable storage already."""
         table = self._header.refcount_table_offset
         for entry in sorted(entries):
+            if self.overlap is not None:
+                self.overlap.check_table(table + 8 * entry, 8)
             self._file.write(table + 8 * entry, layout.U64.pack(self.table[entry]))
+
+
+def _highest(values: Sequence[int]) -> int:
+    """The largest of some refcounts, which are usually all the same."""
+    return values[0] if uniform(values) else max(values)
+
+
+def _out_of_range(cluster: int, count: int) -> ImageError:
+    return ImageError(
+        f"A refcount in clusters {cluster:#x} to {cluster + count - 1:#x} would leave its range",
+        field="refcount",
+        value=cluster,
+    )

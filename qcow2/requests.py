@@ -5,6 +5,7 @@ Everything here is protected by the image's metadata lock, which :class:`Request
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import deque
@@ -13,10 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Condition, Lock, get_ident
 
+from ..errors import BackendError
+
 __all__ = ["Allocation", "RequestGate"]
 
 
 _HERE = os.path.dirname(__file__)
+_NOBODY = -1
+"""No thread has this identifier."""
 _PATIENCE = 1.0
 """Seconds after which a waiting thread looks again by itself."""
 
@@ -30,6 +35,16 @@ class Allocation:
     count: int
     owner: int
     """The thread that does it."""
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Guest bytes of an encrypted image, whole sectors, that are being changed."""
+
+    start: int
+    end: int
+    alone: bool
+    """No other change of them may come in between."""
 
 
 class RequestGate:
@@ -53,24 +68,28 @@ class RequestGate:
         """Who is inside, by thread, and since which epoch. Each thread takes itself out, without
         the lock: that is one atomic operation of the dict."""
         self._exclusive: int | None = None
-        """The thread that is, or wants to be, alone."""
+        """The thread that is, or wants to be, alone; no thread's once the gate is shut."""
+        self._shut: str | None = None
         self._waiting = 0
         self._past: deque[tuple[int, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when nobody is inside since then."""
         self.allocations: list[Allocation] = []
+        self._claims: dict[int, Claim] = {}
+        """By thread, in the order in which they were asked for."""
 
     # -- requests ------------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Come in (lock held); waits while an exclusive operation runs."""
-        me = get_ident()
+    def enter(self, me: int = 0) -> None:
+        """Come in (lock held); waits while an exclusive operation runs. ``me`` is the calling
+        thread, for those who know it already."""
+        me = me or get_ident()
         if self._exclusive is not None or me in self._inside:
             self._enter_slowly(me)
         self._inside[me] = self._epoch
 
-    def leave(self) -> None:
+    def leave(self, me: int = 0) -> None:
         """Go out (lock not held); nothing happens where :meth:`enter` was not finished."""
-        me = get_ident()
+        me = me or get_ident()
         self._inside.pop(me, None)
         if self._past or self._waiting or self.allocations:
             with self.lock:
@@ -88,12 +107,22 @@ class RequestGate:
     def _enter_slowly(self, me: int) -> None:
         self._tidy_up(me)
         while self._exclusive is not None:
+            if self._shut is not None:
+                raise BackendError(
+                    errno.EIO, f"The image is corrupt and refuses everything: {self._shut}"
+                )
             self._wait()
+
+    def shut(self, reason: str) -> None:
+        """Let nobody in any more; who is inside may finish. Needs no lock, may hold it."""
+        self._shut = reason
+        self._exclusive = _NOBODY
 
     def _tidy_up(self, me: int) -> None:
         """Undo what an interrupted request or operation of this thread left standing."""
         if self._exclusive == me:
             self._exclusive = None
+        self._claims.pop(me, None)
         self._inside.pop(me, None)
         self._left(me)
 
@@ -129,7 +158,8 @@ class RequestGate:
                 while self._inside:
                     self._wait()
             except BaseException:
-                self._exclusive = None
+                if self._exclusive == me:
+                    self._exclusive = None
                 raise
 
     def open(self) -> None:
@@ -137,7 +167,7 @@ class RequestGate:
         with self.lock:
             if self._exclusive == get_ident():
                 self._exclusive = None
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _wait(self) -> None:
         self._waiting += 1
@@ -150,7 +180,7 @@ class RequestGate:
     def _bury(self) -> None:
         """Tidy up after threads that were interrupted, or ended, and did not come back."""
         threads = {*list(self._inside), *(allocation.owner for allocation in self.allocations)}
-        if self._exclusive is not None:
+        if self._exclusive is not None and self._exclusive != _NOBODY:
             threads.add(self._exclusive)
         for thread in threads:
             if not _at_work(thread):
@@ -180,6 +210,34 @@ class RequestGate:
         self.allocations.remove(allocation)
         if self._waiting:
             self._changed.notify_all()
+
+    # -- sectors of encrypted images -------------------------------------------------------------
+    # A part of a sector is written by reading the sector, and writing all of it back. No other
+    # change of it may come in between, so such a request has its sectors alone (QEMU's
+    # serialising requests). Requests for whole sectors share. A request has one claim at most.
+
+    def claim(self, start: int, end: int, *, alone: bool = False) -> None:
+        """Change guest bytes ``start`` to ``end`` (lock held, inside); waits for earlier requests
+        that overlap, if one of the two has to be alone."""
+        me = get_ident()
+        self._claims.pop(me, None)
+        mine = self._claims[me] = Claim(start, end, alone)
+        while self._is_blocked(mine):
+            self._wait()
+
+    def end_claim(self) -> None:
+        """The change is done, or given up (lock not held, before :meth:`leave`)."""
+        with self.lock:
+            if self._claims.pop(get_ident(), None) is not None and self._waiting:
+                self._changed.notify_all()
+
+    def _is_blocked(self, mine: Claim) -> bool:
+        for other in self._claims.values():
+            if other is mine:
+                return False
+            if other.start < mine.end and mine.start < other.end and (mine.alone or other.alone):
+                return True
+        return False
 
 
 class _Exclusive:

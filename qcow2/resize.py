@@ -1,44 +1,115 @@
-"""Changing the size of the disk."""
+"""Changing the size of the disk.
+
+Growing: what lies past the end is dropped | a larger L1 table is made beside the old one and
+switched to | what the backing file has there is hidden | preallocation | the size, by one header
+write. Shrinking: the size first, then what lies past the end is dropped, the refcount table and the
+file cut. So a cut leaves the old size or the new one, and never shows what was not there.
+"""
 
 from __future__ import annotations
 
+import errno
 from array import array
+from collections.abc import Callable
+from contextlib import suppress
 
-from ..errors import UnsupportedError
+from ..errors import BackendError, UnsupportedError
 from . import layout
+from .data_file import is_raw, map_everything
+from .layout import ClusterKind
 from .metadata import Metadata
+from .past_end import drop_past_end
+from .preallocate import check_mode, preallocate
 from .quarantine import DiscardKind
 from .refcounts import pack_table
 
-__all__ = ["make_room", "set_size"]
+__all__ = ["grow_l1", "set_size", "truncate"]
 
 
-def make_room(metadata: Metadata, size: int) -> None:
-    """Have an L1 table that can map ``size`` bytes (in an exclusive operation).
+def truncate(
+    metadata: Metadata,
+    size: int,
+    preallocation: str,
+    *,
+    backing_size: int,
+    hide: Callable[[int, int], None],
+) -> None:
+    """Make ``size`` bytes the disk's size.
 
-    A larger table is made beside the old one; one header write switches to it.
+    ``hide(offset, length)`` makes a part of the disk past its end read as zeroes, by requests.
+    Raises ValueError, UnsupportedError or BackendError with QEMU's texts; the size is the old one
+    then.
     """
-    header, geometry = metadata.header, metadata.geometry
+    metadata.check_writable()
+    check_mode(preallocation)
+    header, old = metadata.header, metadata.header.size
     if size % layout.SECTOR:
         raise ValueError("The new size must be a multiple of 512")
     if header.nb_snapshots and header.version < 3:
         raise UnsupportedError(
             "Can't resize a v2 image which has snapshots", feature="resize with snapshots"
         )
-    needed = geometry.l1_entries(size)
-    if 8 * needed > layout.MAX_L1_SIZE:
-        raise ValueError(
-            "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
-        )
-    if needed <= header.l1_size:
+    if size < old:
+        if preallocation != "off":
+            raise ValueError("Preallocation can't be used for shrinking an image")
+        _shrink(metadata, size)
+    elif size > old:
+        _grow(metadata, size, preallocation, backing_size, hide)
+
+
+def _grow(
+    metadata: Metadata,
+    size: int,
+    preallocation: str,
+    backing_size: int,
+    hide: Callable[[int, int], None],
+) -> None:
+    old = metadata.header.size
+    with metadata.exclusive():
+        drop_past_end(metadata, old)
+        grow_l1(metadata, metadata.geometry.l1_entries(size))
+        partial = min(size, metadata.geometry.clusters(old) << metadata.cluster_bits) - old
+        kind = ClusterKind.UNALLOCATED
+        if partial:
+            with metadata.lock:
+                kind = metadata.tables.map(old, partial)[0]
+    # What the cluster with the old end holds behind it, and what the backing file has there.
+    if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):
+        hide(old, partial)
+    if backing_size > old:
+        hide(old, min(size, backing_size) - old)
+    if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
+        map_everything(metadata, old, size)
+    with metadata.exclusive():
+        if metadata.data_file is None and preallocation != "off":
+            preallocate(metadata, old, size, preallocation)
+        set_size(metadata, size)
+
+
+def grow_l1(metadata: Metadata, entries: int) -> None:
+    """Have an L1 table of at least ``entries`` entries (exclusively).
+
+    It is made beside the old one; one header write switches to it. Raises BackendError (EFBIG)
+    beyond QEMU's limit.
+    """
+    header, geometry = metadata.header, metadata.geometry
+    if entries <= header.l1_size:
         return
+    if 8 * entries > layout.MAX_L1_SIZE:
+        raise BackendError(errno.EFBIG, "Failed to grow the L1 table: File too large")
     l1 = array("Q", metadata.tables.l1)
-    l1.frombytes(bytes(8 * (needed - len(l1))))
-    clusters = geometry.clusters(8 * needed)
+    l1.frombytes(bytes(8 * (entries - len(l1))))
+    clusters = geometry.clusters(8 * entries)
     with metadata.lock:
         first = metadata.refcounts.allocate_contiguous(clusters)
-        contents = pack_table(l1).ljust(clusters << metadata.cluster_bits, b"\0")
-        metadata.file.write(first << metadata.cluster_bits, contents)
+        metadata.overlap.check(first << metadata.cluster_bits, clusters << metadata.cluster_bits)
+        try:
+            contents = pack_table(l1).ljust(clusters << metadata.cluster_bits, b"\0")
+            metadata.file.write(first << metadata.cluster_bits, contents)
+        except BaseException:
+            for part in metadata.refcounts.slices(first, clusters):
+                metadata.refcounts.add(*part, -1)
+            raise
     metadata.flush_alone()
     old_offset, old_size = header.l1_table_offset, header.l1_size
     with metadata.lock, metadata.health.step("Growing the L1 table"):
@@ -53,3 +124,25 @@ def set_size(metadata: Metadata, size: int) -> None:
     header = metadata.header
     with metadata.lock, metadata.health.step("Changing the size"):
         metadata.switch_l1(metadata.tables.l1, header.l1_table_offset, size)
+
+
+def _shrink(metadata: Metadata, size: int) -> None:
+    with metadata.exclusive():
+        set_size(metadata, size)
+        drop_past_end(metadata, size)
+        with metadata.lock, metadata.health.step("Shrinking the refcount table"):
+            metadata.refcounts.drop_empty_blocks()
+        metadata.settle()
+        _cut_file(metadata)
+
+
+def _cut_file(metadata: Metadata) -> None:
+    """Cut the file behind the last cluster in use. Where it cannot be, it stays as long as it is,
+    as QEMU has it."""
+    with metadata.lock:
+        used = metadata.refcounts.end_of_use()
+        end = used << metadata.cluster_bits
+        if end < metadata.file.size and metadata.file.growable:
+            with suppress(BackendError, UnsupportedError):
+                metadata.file.truncate(end, shrink=True)
+                metadata.refcounts.fresh = used

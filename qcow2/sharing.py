@@ -1,12 +1,11 @@
 """Walking all that an L1 table refers to: raising, lowering and inspecting its refcounts.
 
 Snapshots share L2 tables and clusters by reference count: each L1 table that reaches a cluster
-counts once. The work is done table by table on runs of clusters, not cluster by cluster.
+counts once. The work is done table by table in bulk (``tally.py``), not cluster by cluster.
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import BackendError, ImageError
 from . import layout
 from .metadata import Metadata
-from .quarantine import merge_runs
+from .quarantine import DiscardKind
+from .refcount_codec import uniform
 from .refcounts import pack_table
+from .tally import CHUNK_BITS, Tally, decode, progression
 
 __all__ = [
-    "for_each_run",
+    "check_raise",
+    "clusters_of",
     "l2_tables",
+    "lower_references",
     "raise_references",
     "read_entries",
     "strip_copied",
     "update_copied",
+    "walk_references",
 ]
 
-_BATCH = 1 << 17
-"""Cluster numbers that are collected at a time."""
+_MASK = (1 << CHUNK_BITS) - 1
 
 
 def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -46,14 +49,24 @@ def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]
 
 def read_entries(metadata: Metadata, offset: int) -> array[int]:
     """All entries of the L2 table at a host offset, as they are now (without subclusters)."""
-    return _read_words(metadata, offset)[:: metadata.geometry.l2_entry_words]
+    return decode(read_plain(metadata, offset))
 
 
-def _read_words(metadata: Metadata, offset: int) -> array[int]:
-    words = array("Q", metadata.read_l2_table(offset))
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words
+def read_plain(metadata: Metadata, offset: int) -> bytes:
+    """:func:`read_entries` as bytes: a table of standard entries."""
+    table = metadata.read_l2_table(offset)
+    words = metadata.geometry.l2_entry_words
+    return table if words == 1 else pack_table(decode(table)[::words])
+
+
+def write_plain(metadata: Metadata, offset: int, table: bytes) -> None:
+    """Replace what :func:`read_plain` gave; the states of subclusters stay."""
+    words = metadata.geometry.l2_entry_words
+    if words > 1:
+        whole = decode(metadata.read_l2_table(offset))
+        whole[::words] = decode(table)
+        table = pack_table(whole)
+    metadata.write_l2_table(offset, table)
 
 
 def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
@@ -71,35 +84,32 @@ def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
     return clusters
 
 
-def for_each_run(
-    metadata: Metadata, l1: Sequence[int], action: Callable[[int, int, int], object]
+def walk_references(
+    metadata: Metadata, l1: Sequence[int], action: Callable[[int, Sequence[int]], None]
 ) -> None:
-    """Call ``action(first cluster, count, times)`` for all that the L1 table reaches: its L2
-    tables and what they refer to, ``times`` being how often (lock held). A cluster may come up
-    again, where L2 tables far apart refer to it."""
-    pending: Counter[int] = Counter()
-    tables = Counter(offset for _, offset in l2_tables(metadata, l1))
-    for offset, times in tables.items():
-        pending[offset >> metadata.cluster_bits] += times
-        clusters = clusters_of(metadata, read_entries(metadata, offset))
-        if times == 1:
-            pending.update(clusters)
-        else:
-            for cluster, repeated in Counter(clusters).items():
-                pending[cluster] += repeated * times
-        if len(pending) >= _BATCH:
-            _apply(pending, action)
-            pending.clear()
-    _apply(pending, action)
+    """Call ``action(first cluster, counts)`` for all that an L1 table reaches: its L2 tables and
+    what they refer to; ``counts[i]`` is how often ``first + i`` is (lock held).
+
+    The pieces lie within one slice of the refcounts each. A cluster may come up again, and two
+    walks over the same tables give the same pieces.
+    """
+
+    def in_slices(first: int, counts: Sequence[int]) -> None:
+        for start, length in metadata.refcounts.slices(first, len(counts)):
+            part = counts[start - first : start - first + length]
+            if any(part):
+                action(start, part)
+
+    tally = Tally(metadata.geometry, in_slices)
+    for offset, times in Counter(offset for _, offset in l2_tables(metadata, l1)).items():
+        tally.add_run(offset >> metadata.cluster_bits, 1, times)
+        tally.add_table(read_plain(metadata, offset), times)
+    tally.finish()
 
 
-def _apply(clusters: Counter[int], action: Callable[[int, int, int], object]) -> None:
-    by_times: dict[int, list[int]] = {}
-    for cluster, times in clusters.items():
-        by_times.setdefault(times, []).append(cluster)
-    for times, numbers in by_times.items():
-        for first, count in merge_runs(numbers):
-            action(first, count, times)
+def check_raise(metadata: Metadata, l1: Sequence[int]) -> None:
+    """Raise ImageError unless :func:`raise_references` would find room in every refcount."""
+    walk_references(metadata, l1, metadata.refcounts.check_raise)
 
 
 def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
@@ -109,24 +119,31 @@ def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
     """
     done = 0
 
-    def add(first: int, count: int, times: int) -> None:
+    def add(first: int, counts: Sequence[int]) -> None:
         nonlocal done
-        for start, length in metadata.refcounts.slices(first, count):
-            metadata.refcounts.add(start, length, times)
-            done += 1
+        metadata.refcounts.add_each(first, counts)
+        done += 1
 
-    def take_back(first: int, count: int, times: int) -> None:
+    def take_back(first: int, counts: Sequence[int]) -> None:
         nonlocal done
-        for start, length in metadata.refcounts.slices(first, count):
-            if done:
-                metadata.refcounts.add(start, length, -times)
-                done -= 1
+        if done:
+            metadata.refcounts.add_each(first, [-count for count in counts])
+            done -= 1
 
     try:
-        for_each_run(metadata, l1, add)
+        walk_references(metadata, l1, add)
     except (ImageError, BackendError):
-        for_each_run(metadata, l1, take_back)
+        walk_references(metadata, l1, take_back)
         raise
+
+
+def lower_references(metadata: Metadata, l1: Sequence[int], kind: DiscardKind) -> None:
+    """One reference less to all that the L1 table reached (lock held); that must be stable."""
+
+    def lower(first: int, counts: Sequence[int]) -> None:
+        metadata.lower_each(first, counts, kind)
+
+    walk_references(metadata, l1, lower)
 
 
 def strip_copied(metadata: Metadata) -> None:
@@ -151,34 +168,74 @@ def update_copied(metadata: Metadata) -> None:
 
     The refcounts must be on stable storage: a flag may only be set where the count is 1 for sure.
     """
-    tables = metadata.tables
-    copied, bits, mask = layout.COPIED, metadata.cluster_bits, layout.OFFSET_MASK
+    tables, bits = metadata.tables, metadata.cluster_bits
+    singles = _Singles(metadata)
     for index, offset in list(l2_tables(metadata, tables.l1)):
-        entries = read_entries(metadata, offset)
-        plain = [
-            (entry & mask) >> bits if entry & mask and not entry & layout.COMPRESSED else 0
-            for entry in entries
-        ]
-        own = _single(metadata, [cluster for cluster in plain if cluster] + [offset >> bits])
-        changed = array("Q", entries)
-        for i, cluster in enumerate(plain):
-            if cluster:
-                changed[i] = entries[i] | copied if cluster in own else entries[i] & ~copied
-        if changed != entries:
-            words = _read_words(metadata, offset)
-            words[:: metadata.geometry.l2_entry_words] = changed
-            metadata.write_l2_table(offset, pack_table(words))
-        table_entry = offset | (copied if offset >> bits in own else 0)
+        table = read_plain(metadata, offset)
+        changed = _flagged(metadata, table, singles)
+        if changed != table:
+            write_plain(metadata, offset, changed)
+        own = singles.run(offset >> bits, 1) == b"\1"
+        table_entry = offset | (layout.COPIED if own else 0)
         if table_entry != tables.l1[index]:
             tables.set_l1(index, table_entry)
 
 
-def _single(metadata: Metadata, clusters: list[int]) -> set[int]:
-    """Those of the clusters whose refcount is 1."""
-    found: set[int] = set()
-    for first, count in merge_runs(set(clusters)):
-        start = first
-        for values in metadata.refcounts.counts(first, count):
-            found.update(start + i for i, value in enumerate(values) if value == 1)
-            start += len(values)
-    return found
+def _flagged(metadata: Metadata, table: bytes, singles: _Singles) -> bytes:
+    """An L2 table with the right COPIED flags."""
+    copied, bits, mask = layout.COPIED, metadata.cluster_bits, layout.OFFSET_MASK
+    run = progression(table, 1 << bits)
+    if run is not None and not run[0] & ~(mask | copied):
+        found = singles.run((run[0] & mask) >> bits, run[1])
+        if found == (b"\1" if run[0] & copied else b"\0") * run[1]:
+            return table
+        if found == b"\1" * run[1]:
+            flags = int.from_bytes(copied.to_bytes(8) * run[1])
+            return (int.from_bytes(table) | flags).to_bytes(len(table))
+    if not any(table):
+        return table
+    entries = decode(table)
+    changed = entries[:]
+    get, load = singles.chunks.get, singles.chunk
+    for i, entry in enumerate(entries):
+        if entry & mask and not entry & layout.COMPRESSED:
+            cluster = (entry & mask) >> bits
+            chunk = get(cluster >> CHUNK_BITS) or load(cluster >> CHUNK_BITS)
+            changed[i] = entry | copied if chunk[cluster & _MASK] else entry & ~copied
+    return pack_table(changed)
+
+
+class _Singles:
+    """Which clusters have a refcount of exactly 1: a byte for each, in chunks."""
+
+    _MAX_CHUNKS = 4096
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._refcounts = metadata.refcounts
+        self.chunks: dict[int, bytes] = {}
+
+    def chunk(self, number: int) -> bytes:
+        """The bytes of one chunk."""
+        chunk = self.chunks.get(number)
+        if chunk is None:
+            if len(self.chunks) >= self._MAX_CHUNKS:
+                self.chunks.clear()
+            parts = []
+            for values in self._refcounts.counts(number << CHUNK_BITS, 1 << CHUNK_BITS):
+                if uniform(values):
+                    parts.append((b"\1" if values[0] == 1 else b"\0") * len(values))
+                else:
+                    parts.append(bytes(map((1).__eq__, values)))
+            chunk = self.chunks[number] = b"".join(parts)
+        return chunk
+
+    def run(self, first: int, count: int) -> bytes:
+        """The bytes of a run of clusters."""
+        found = b""
+        while count > 0:
+            start = first & _MASK
+            part = min(count, _MASK + 1 - start)
+            found += self.chunk(first >> CHUNK_BITS)[start : start + part]
+            first += part
+            count -= part
+        return found

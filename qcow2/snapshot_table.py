@@ -9,7 +9,7 @@ from ..errors import ImageError
 from . import layout
 from .header import Header
 
-__all__ = ["Snapshot", "pack_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "TableRepair", "pack_snapshots", "read_snapshots"]
 
 
 @dataclass(slots=True)
@@ -36,6 +36,8 @@ class Snapshot:
     """The guest's instruction count, if it was counted."""
     unknown_extra_data: bytes = b""
     """Extra data past what we know; kept."""
+    extra_data_size: int = layout.SNAPSHOT_EXTRA_DATA.size
+    """Bytes of extra data that the entry has in the file."""
 
     def pack(self) -> bytes:
         """The table entry, padded to a multiple of 8 bytes."""
@@ -82,14 +84,38 @@ def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
     return table
 
 
-def read_snapshots(file: Disk, header: Header) -> tuple[list[Snapshot], int]:
-    """The snapshots of an image, and the length of their table in bytes."""
+@dataclass(slots=True)
+class TableRepair:
+    """What was done to a table that a reader without mercy refuses."""
+
+    extra_data_dropped: int = 0
+    """Entries that have lost extra data."""
+
+
+def read_snapshots(
+    file: Disk, header: Header, count: int | None = None, repair: TableRepair | None = None
+) -> tuple[list[Snapshot], int]:
+    """The snapshots of an image, and the length of their table in bytes.
+
+    ``count``: only so many of them. With ``repair`` entries with too much extra data lose what is
+    too much, and a table that is too long ends with the last entry inside the limit.
+    """
     reader = _TableReader(file, header.snapshots_offset)
-    snapshots = [_read_entry(reader, header, number) for number in range(header.nb_snapshots)]
+    snapshots: list[Snapshot] = []
+    for number in range(header.nb_snapshots if count is None else count):
+        start = reader.position
+        try:
+            snapshots.append(_read_entry(reader, header, number, repair))
+        except _TooLong:
+            if repair is None:
+                raise
+            return snapshots, start
     return snapshots, reader.position
 
 
-def _read_entry(reader: _TableReader, header: Header, number: int) -> Snapshot:
+def _read_entry(
+    reader: _TableReader, header: Header, number: int, repair: TableRepair | None
+) -> Snapshot:
     reader.align()
     (
         l1_table_offset,
@@ -102,14 +128,17 @@ def _read_entry(reader: _TableReader, header: Header, number: int) -> Snapshot:
         vm_state_size,
         extra_size,
     ) = layout.SNAPSHOT_HEADER.unpack(reader.take(layout.SNAPSHOT_HEADER.size))
-    if extra_size > layout.MAX_SNAPSHOT_EXTRA_DATA:
+    if extra_size > layout.MAX_SNAPSHOT_EXTRA_DATA and repair is None:
         raise ImageError(
             f"Too much extra metadata in snapshot table entry {number}",
             field="extra_data_size",
             value=extra_size,
             limit=layout.MAX_SNAPSHOT_EXTRA_DATA,
         )
-    extra = reader.take(extra_size)
+    extra = reader.take(min(extra_size, layout.MAX_SNAPSHOT_EXTRA_DATA))
+    if repair is not None and extra_size > len(extra):
+        reader.skip(extra_size - len(extra))
+        repair.extra_data_dropped += 1
     known = layout.SNAPSHOT_EXTRA_DATA
     large, disk_size, icount = known.unpack(extra[: known.size].ljust(known.size, b"\0"))
     snapshot = Snapshot(
@@ -124,6 +153,7 @@ def _read_entry(reader: _TableReader, header: Header, number: int) -> Snapshot:
         vm_clock_nsec=vm_clock_nsec,
         icount=icount if extra_size >= 24 and icount != layout.NO_ICOUNT else None,
         unknown_extra_data=extra[known.size :],
+        extra_data_size=extra_size,
     )
     return snapshot
 
@@ -146,6 +176,10 @@ def check_l1(header: Header, snapshot: Snapshot) -> None:
         )
 
 
+class _TooLong(ImageError):
+    """The table goes on past what it may be long."""
+
+
 class _TableReader:
     """Reads the table from its start on, in pieces, no further than it may be long."""
 
@@ -163,15 +197,22 @@ class _TableReader:
         """Go on at the next multiple of 8."""
         self.position += -self.position % 8
 
-    def take(self, length: int) -> bytes:
-        """The next bytes."""
+    def skip(self, length: int) -> None:
+        """Leave out the next bytes."""
         if self.position + length > layout.MAX_SNAPSHOT_TABLE_SIZE:
-            raise ImageError(
+            raise _TooLong(
                 "Snapshot table is too big",
                 field="snapshot table",
                 value=self.position + length,
                 limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
             )
+        self.position += length
+
+    def take(self, length: int) -> bytes:
+        """The next bytes."""
+        start = self.position
+        self.skip(length)
+        self.position = start
         at = self.position - self._start
         if at < 0 or at + length > len(self._data):
             self._start = self.position

@@ -11,17 +11,31 @@ delete  table without it stable | header | its refcounts down and stable | COPIE
 
 from __future__ import annotations
 
+import errno
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 
-from ..errors import ImageError
+from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .data_file import refuse_with_data_file
+from .header import read_header
 from .metadata import Metadata
+from .past_end import drop_tables
 from .quarantine import DiscardKind
+from .reading import Reader
 from .refcounts import load_table, pack_table
-from .sharing import for_each_run, raise_references, strip_copied, update_copied
+from .sharing import (
+    check_raise,
+    lower_references,
+    raise_references,
+    strip_copied,
+    update_copied,
+)
 from .snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
+from .snapshot_view import SnapshotDisk
 
 __all__ = ["Snapshot", "Snapshots"]
 
@@ -29,10 +43,34 @@ __all__ = ["Snapshot", "Snapshots"]
 class Snapshots:
     """The internal snapshots of one image, in the order of its table. Iterable, with a length."""
 
-    def __init__(self, metadata: Metadata, resized: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        metadata: Metadata,
+        resized: Callable[[int], None],
+        make_reader: Callable[[Metadata], Reader],
+        has_bitmaps: Callable[[], object] = lambda: False,
+    ) -> None:
         self._metadata = metadata
+        self._has_bitmaps = has_bitmaps
+        """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
-        self._list, self._table_length = read_snapshots(metadata.file, metadata.header)
+        self._make_reader = make_reader
+        self._views: list[SnapshotDisk] = []
+        self._list: list[Snapshot] = []
+        self._table_length = 0
+        metadata.overlap.snapshots = lambda: (self._list, self._table_length)
+
+    def load(self) -> None:
+        """Read the table that the header names."""
+        self._list, self._table_length = read_snapshots(self._metadata.file, self._metadata.header)
+        self._metadata.overlap.forget()
+
+    def rewrite(self, snapshots: list[Snapshot], old_length: int) -> None:
+        """Write a table with these snapshots in place of the one there, of ``old_length`` bytes (in
+        an exclusive operation)."""
+        self._table_length = old_length
+        self._replace_list(snapshots)
+        self._metadata.settle()
 
     @property
     def table_length(self) -> int:
@@ -46,14 +84,80 @@ class Snapshots:
         return len(self._list)
 
     def find(self, id_or_name: str) -> Snapshot:
-        """The snapshot with that id, else the first with that name. Raises KeyError."""
+        """The snapshot with that id, else the first with that name. Raises KeyError.
+
+        So QEMU finds the one to apply; the one that ``qemu-img snapshot -d`` deletes it finds by
+        name alone (:meth:`find_by`).
+        """
         for snapshot in self._list:
             if snapshot.id == id_or_name:
                 return snapshot
+        return self.find_by(name=id_or_name)
+
+    def find_by(self, *, id: str | None = None, name: str | None = None) -> Snapshot:
+        """The first snapshot with that id, that name, or both. Raises KeyError."""
+        if id is None and name is None:
+            raise ValueError("a snapshot is found by its id or its name")
         for snapshot in self._list:
-            if snapshot.name == id_or_name:
+            if id in (None, snapshot.id) and name in (None, snapshot.name):
                 return snapshot
-        raise KeyError(f"snapshot {id_or_name!r} does not exist")
+        wanted = name if id is None else id if name is None else f"{id} ({name})"
+        raise KeyError(f"snapshot {wanted!r} does not exist")
+
+    def open(self, snapshot: str | Snapshot) -> SnapshotDisk:
+        """A read-only view of a snapshot, as a disk of its own beside this one.
+
+        As long as it is open the snapshot cannot be deleted; closing the image closes it.
+        """
+        found = self._resolve(snapshot)
+        with self._metadata.exclusive() if not self._metadata.read_only else nullcontext():
+            view = SnapshotDisk(self._metadata, found, self._make_reader, self._views.remove)
+        self._views.append(view)
+        return view
+
+    def close_views(self) -> None:
+        """Close every view that is open."""
+        for view in list(self._views):
+            view.close()
+
+    def refuse_views(self, snapshot: Snapshot | None = None) -> None:
+        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open."""
+        for view in self._views:
+            if snapshot is None or view.snapshot is snapshot:
+                raise BackendError(
+                    errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
+                )
+
+    def reload(self) -> Callable[[], None]:
+        """Read the table again, as the header of the file names it; returns how to adopt it."""
+        found = read_snapshots(self._metadata.file, read_header(self._metadata.file))
+
+        def adopt() -> None:
+            self._list, self._table_length = found
+
+        return adopt
+
+    def write_table(self) -> None:
+        """Write the snapshot table anew, with all its extra data (in an exclusive operation)."""
+        self._replace_list(list(self._list))
+
+    def rename(self, snapshot: str | Snapshot, name: str) -> None:
+        """Give a snapshot another name."""
+        self._check_writable(
+            f"Could not rename snapshot '{snapshot}': -95 (Operation not supported)"
+        )
+        found = self._resolve(snapshot)
+        renamed = replace(found, name=name)
+        with self._metadata.exclusive():
+            self._replace_list([renamed if other is found else other for other in self._list])
+
+    def _resolve(self, snapshot: str | Snapshot) -> Snapshot:
+        if isinstance(snapshot, str):
+            return self.find(snapshot)
+        for other in self._list:
+            if other is snapshot:
+                return other
+        raise KeyError(f"snapshot {snapshot.name!r} does not exist")
 
     def create(
         self,
@@ -67,9 +171,11 @@ class Snapshots:
         """Keep the disk as it is now under ``name`` and a new id.
 
         ``vm_clock`` is the guest's run time in nanoseconds, ``date`` seconds since the epoch (now,
-        if None). Raises ImageError where a limit of the format is reached; nothing is lost then.
+        if None). With ``vm_state_size`` (bytes) the snapshot takes the VM state that was written,
+        and the image has none any more. Raises ImageError where a limit of the format is reached;
+        nothing is lost then.
         """
-        self._check_writable()
+        self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
         nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
         snapshot = Snapshot(
@@ -90,7 +196,7 @@ class Snapshots:
             pack_snapshots([*self._list, snapshot])
             l1 = metadata.tables.l1
             with metadata.lock:
-                for_each_run(metadata, l1, metadata.refcounts.check_raise)
+                check_raise(metadata, l1)
                 strip_copied(metadata)
             metadata.settle()
             with metadata.lock:
@@ -98,15 +204,25 @@ class Snapshots:
                 snapshot.l1_size = len(l1)
                 snapshot.l1_table_offset = self._write_table(pack_table(l1))
             self._replace_list([*self._list, snapshot])
+            if vm_state_size:
+                # The snapshot has it now. As in QEMU, a failure leaves it here as well.
+                with suppress(BackendError):
+                    used = metadata.geometry.l1_entries(metadata.header.size)
+                    drop_tables(metadata, used, DiscardKind.NEVER)
+                    metadata.vm_state_end = 0
         return snapshot
 
-    def apply(self, id_or_name: str) -> None:
+    def apply(self, snapshot: str | Snapshot) -> None:
         """Make the disk what it was when the snapshot was taken, its size included."""
-        self._check_writable()
+        self._check_writable(
+            f"Could not apply snapshot '{snapshot}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
-        snapshot = self.find(id_or_name)
+        if self._has_bitmaps():
+            raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
+        snapshot = self._resolve(snapshot)
         with metadata.exclusive():
-            target = self._load_l1(snapshot)
+            target = self.l1_table(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
             if 8 * needed > layout.MAX_L1_SIZE:
                 raise ImageError(
@@ -127,15 +243,22 @@ class Snapshots:
             metadata.settle()
             with metadata.lock:
                 update_copied(metadata)
-        self._resized(snapshot.disk_size)
+            metadata.vm_state_end = snapshot.vm_state_size
+        self._resized(snapshot.disk_size // layout.SECTOR * layout.SECTOR)
 
-    def delete(self, id_or_name: str) -> None:
-        """Remove a snapshot and free what only it used."""
-        self._check_writable()
+    def delete(self, snapshot: str | Snapshot) -> None:
+        """Remove a snapshot and free what only it used.
+
+        Raises BackendError (EBUSY) while a view of it is open.
+        """
+        self._check_writable(
+            f"Could not delete snapshot '{snapshot}': -95 (Operation not supported)"
+        )
         metadata = self._metadata
-        snapshot = self.find(id_or_name)
+        snapshot = self._resolve(snapshot)
+        self.refuse_views(snapshot)
         with metadata.exclusive():
-            l1 = self._load_l1(snapshot)
+            l1 = self.l1_table(snapshot)
             self._replace_list([other for other in self._list if other is not snapshot])
             with metadata.lock, metadata.health.step("Deleting a snapshot"):
                 self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)
@@ -145,14 +268,15 @@ class Snapshots:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, refusal: str) -> None:
         self._metadata.check_writable()
+        refuse_with_data_file(self._metadata, refusal)
 
     def _new_id(self) -> str:
         numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]
         return str(max(numbers, default=0) + 1)
 
-    def _load_l1(self, snapshot: Snapshot) -> array[int]:
+    def l1_table(self, snapshot: Snapshot) -> array[int]:
         """The L1 table of a snapshot, without the COPIED flags, which mean nothing there."""
         metadata = self._metadata
         check_l1(metadata.header, snapshot)
@@ -167,17 +291,14 @@ class Snapshots:
         count = metadata.geometry.clusters(len(contents))
         first = metadata.refcounts.allocate_contiguous(count)
         offset = first << metadata.cluster_bits
+        metadata.overlap.check(offset, count << metadata.cluster_bits)
         metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
         return offset
 
     def _lower(self, l1: array[int], offset: int, size: int) -> None:
         """Take back the references of an L1 table and the table itself (lock held)."""
         metadata = self._metadata
-
-        def lower(first: int, count: int, times: int) -> None:
-            metadata.lower(first, count, DiscardKind.SNAPSHOT, times)
-
-        for_each_run(metadata, l1, lower)
+        lower_references(metadata, l1, DiscardKind.SNAPSHOT)
         clusters = metadata.geometry.clusters(8 * size)
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)

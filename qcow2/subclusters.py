@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from struct import Struct
 
-from ..errors import ImageError
 from . import layout
 from .layout import ClusterKind
 from .tables import Tables
@@ -97,7 +96,7 @@ class SubclusterTables(Tables):
         if entry & layout.COMPRESSED:
             return ClusterKind.COMPRESSED
         if not valid or entry & layout.ZERO or offset & self._cluster_mask:
-            raise ImageError(
+            raise self.damaged(
                 f"Invalid L2 entry {entry & (1 << 64) - 1:#x} with subclusters {entry >> 64:#x} "
                 f"(guest offset: {cluster << self._cluster_bits:#x})",
                 field="L2 entry",
@@ -109,6 +108,10 @@ class SubclusterTables(Tables):
 
     def map(self, offset: int, length: int) -> tuple[ClusterKind, int, int]:
         return self._map(offset, length, 0)
+
+    def map_stored(self, offset: int, length: int) -> int:
+        kind, host, run = self._map(offset, length, 0)
+        return host if kind is _NORMAL and run == length else -1
 
     def map_own(self, offset: int, length: int) -> tuple[int, int]:
         cluster = offset >> self._cluster_bits

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import ImageError
 from . import layout
@@ -43,11 +43,15 @@ class Tables:
     """The active L1 table, in memory, and the L2 tables it refers to, through their cache."""
 
     def __init__(self, l1: array[int], geometry: Geometry, cache: TableCache) -> None:
+        self._slices: dict[int, int] = {}
+        """Positions in the slab of slices that were looked up, by number in the guest's disk. Empty
+        again when the cache gives one up, or when the L1 table changes."""
         self.l1 = l1
-        """Entries as in the file, in host byte order."""
         self.dirty_l1: set[int] = set()
         """Indices of L1 entries that the file does not have yet."""
         self.cache = cache
+        self.damaged: Callable[..., ImageError] = ImageError
+        """Makes the error for an entry that cannot be followed."""
         self._geometry = geometry
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
@@ -61,6 +65,26 @@ class Tables:
         self._slots = cache.index
         self._referenced = cache.referenced
         self._view = cache.view
+        cache.index.when_removed = self._slices.clear
+        # For map_stored: everything about an entry from the guest offset.
+        self._slice_shift = self._cluster_bits + self._slice_bits
+        self._entry_shift = self._cluster_bits - self._entry_bits
+        self._entry_mask = self._slice_mask << self._entry_bits
+        self._not_stored = _SPECIAL | _OFFSET_MASK & self._cluster_mask
+
+    @property
+    def l1(self) -> array[int]:
+        """Entries as in the file, in host byte order."""
+        return self._l1
+
+    @l1.setter
+    def l1(self, l1: array[int]) -> None:
+        self._slices.clear()
+        self._l1 = l1
+
+    def adopt(self, geometry: Geometry) -> None:
+        """Go by another version from now on; the sizes are the same."""
+        self._geometry = geometry
 
     # -- looking up ----------------------------------------------------------------------------
 
@@ -69,7 +93,7 @@ class Tables:
         entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
         offset = entry & layout.OFFSET_MASK
         if offset & (self._cluster_size - 1):
-            raise ImageError(
+            raise self.damaged(
                 f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})",
                 field="L1 entry",
                 value=entry,
@@ -79,8 +103,11 @@ class Tables:
     def locate(self, cluster: int) -> int:
         """Position in the cache's slab of the entry of guest cluster ``cluster``, or -1 if there
         is no L2 table for it. Raises CacheFull."""
+        start = self._slices.get(cluster >> self._slice_bits)
+        if start is not None:
+            return start + ((cluster & self._slice_mask) << self._entry_bits)
         l1_index = cluster >> self._l2_bits
-        offset = self.l1[l1_index] & _OFFSET_MASK if l1_index < len(self.l1) else 0
+        offset = self._l1[l1_index] & _OFFSET_MASK if l1_index < len(self._l1) else 0
         if not offset:
             return -1
         if offset & self._cluster_mask:
@@ -91,6 +118,9 @@ class Tables:
             slot = self.cache.get(offset)
         else:
             self._referenced[slot] = 1
+        # Only so many, should many L1 entries of a bad image name one table.
+        if len(self._slices) < self.cache.slots:
+            self._slices[cluster >> self._slice_bits] = slot << self._slot_bits
         return (slot << self._slot_bits) + ((cluster & self._slice_mask) << self._entry_bits)
 
     def entry_at(self, position: int) -> int:
@@ -123,14 +153,14 @@ class Tables:
                 what = (
                     "Preallocated zero cluster" if kind is _ZERO_ALLOCATED else "Cluster allocation"
                 )
-                raise ImageError(
+                raise self.damaged(
                     f"{what} offset {offset:#x} unaligned (guest offset: "
                     f"{cluster << self._cluster_bits:#x})",
                     field="L2 entry",
                     value=entry,
                 )
         if entry & layout.ZERO and self._geometry.version < 3 and kind is not _COMPRESSED:
-            raise ImageError(
+            raise self.damaged(
                 "Zero cluster entry found in pre-v3 image (guest offset: "
                 f"{cluster << self._cluster_bits:#x})",
                 field="L2 entry",
@@ -163,6 +193,22 @@ class Tables:
         if kind is _COMPRESSED:
             return kind, entry, self._cluster_size - within
         return kind, host, self._extend(kind, entry, position, offset, length, 0)
+
+    def map_stored(self, offset: int, length: int) -> int:
+        """The host byte where guest bytes are stored as they are, in one run; -1 if they are not.
+
+        As :meth:`map`, with one look at the cache where they lie in one cluster.
+        """
+        at = self._slices.get(offset >> self._slice_shift)
+        if at is not None:
+            at += offset >> self._entry_shift & self._entry_mask
+            entry: int = _unpack(self._view, at)[0]
+            within = offset & self._cluster_mask
+            host = entry & _OFFSET_MASK
+            if host and not entry & self._not_stored and within + length <= self._cluster_size:
+                return host + within
+        kind, host, run = self.map(offset, length)
+        return host if kind is _NORMAL and run == length else -1
 
     def map_own(self, offset: int, length: int) -> tuple[int, int]:
         """Where the run that starts at guest byte ``offset`` may be written in place.
@@ -258,5 +304,6 @@ class Tables:
 
     def set_l1(self, index: int, entry: int) -> None:
         """Replace an L1 entry; the file gets it with the next flush."""
+        self._slices.clear()
         self.dirty_l1.add(index)
-        self.l1[index] = entry
+        self._l1[index] = entry

@@ -24,12 +24,12 @@ from .requests import Allocation
 from .subclusters import allocated_mask, subcluster_runs, zero_mask
 from .tables import entry_kind
 
-__all__ = ["Writer"]
+__all__ = ["MAX_DROPPED", "Writer"]
 
 _MAX_CLUSTERS = 4096
 """Most clusters taken at once, so that one request does not hold everything."""
 
-_MAX_DROPPED = 1 << 12
+MAX_DROPPED = 1 << 12
 """Runs of dropped references that may wait for a flush before a write makes one itself."""
 
 
@@ -50,7 +50,8 @@ class _NewClusters:
     fresh: bool
     """The host clusters read as zeroes."""
     reused: bool
-    """The host clusters are those of preallocated zero clusters, not new ones."""
+    """The host clusters are no new ones: those of preallocated zero clusters, or the place in the
+    data file."""
     allocation: Allocation
 
 
@@ -60,16 +61,20 @@ class Writer:
     def __init__(self, metadata: Metadata, reader: Reader) -> None:
         self._metadata = metadata
         self._reader = reader
-        self._file = metadata.file
+        self._file = metadata.data
         self._event = metadata.event
         self._gate = metadata.gate
         self._lock = metadata.lock
         self._health = metadata.health
         self._map_own = metadata.tables.map_own
+        self._encryption = metadata.encryption
+        self._check_overlap = metadata.check_data_write
 
     def write_in_place(self, offset: int, views: list[memoryview], length: int) -> bool:
         """Write where guest bytes are stored, if they are one run that is ours alone; False if not,
         with nothing done."""
+        if self._encryption is not None:
+            return False
         gate, lock = self._gate, self._lock
         try:
             with lock:
@@ -77,6 +82,7 @@ class Writer:
                 gate.enter()
                 host, run = self._map_own(offset, length)
             if run == length:
+                self._check_overlap(host, length)
                 if self._event is not None:
                     self._event("write_aio")
                 self._file.writev(host, views)
@@ -90,19 +96,26 @@ class Writer:
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
+        if self._encryption is not None:
+            self._write_encrypted(offset, views, length)
+            return
         try:
             with self._lock:
                 self._health.check()
                 self._gate.enter()
-            while length:
-                done = self._write_run(offset, views, length)
-                views = split(views, done, length - done)
-                offset += done
-                length -= done
-            if len(self._metadata.dropped.runs) > _MAX_DROPPED:
-                self._metadata.flush_inside()
+            self._write_runs(offset, views, length)
         finally:
             self._gate.leave()
+
+    def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write what may be several runs, one after the other (inside)."""
+        while length:
+            done = self._write_run(offset, views, length)
+            views = split(views, done, length - done)
+            offset += done
+            length -= done
+        if len(self._metadata.dropped.runs) > MAX_DROPPED:
+            self._metadata.flush_inside()
 
     def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
         """Write as much as goes in one piece; how much that was."""
@@ -116,9 +129,40 @@ class Writer:
         if isinstance(plan, _NewClusters):
             return self._write_new(plan, offset, views, length)
         host, run = plan
-        self._file.debug_event("write_aio")
-        self._file.writev(host, split(views, 0, run))
+        self._store(host, offset, split(views, 0, run), run)
         return run
+
+    def _store(self, host: int, guest: int, views: list[memoryview], length: int) -> None:
+        """Write guest bytes from ``guest`` on to their place in the file."""
+        self._check_overlap(host, length)
+        self._file.debug_event("write_aio")
+        if self._encryption is not None:
+            self._encryption.writev(self._file, host, guest, views, length)
+        else:
+            self._file.writev(host, views)
+
+    # -- whole sectors of encrypted images ---------------------------------------------------------
+
+    def _write_encrypted(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Write any bytes of an encrypted image; sectors written in part are read before."""
+        before, after = offset % layout.SECTOR, -(offset + length) % layout.SECTOR
+        start, end = offset - before, offset + length + after
+        try:
+            with self._lock:
+                self._health.check()
+                self._gate.enter()
+                self._gate.claim(start, end, alone=bool(before or after))
+            if before or after:
+                head, tail = bytearray(before), bytearray(after)
+                if before:
+                    self._reader.read_inside(start, [memoryview(head)], before)
+                if after:
+                    self._reader.read_inside(end - after, [memoryview(tail)], after)
+                views = [memoryview(head), *views, memoryview(tail)]
+            self._write_runs(start, views, end - start)
+        finally:
+            self._gate.end_claim()
+            self._gate.leave()
 
     # -- planning (lock held) --------------------------------------------------------------------
 
@@ -158,8 +202,11 @@ class Writer:
             fresh, count = False, reusable
         else:
             count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)
-            first, count, fresh = metadata.refcounts.allocate(count)
-            host = first << metadata.cluster_bits
+            host, fresh = cluster << metadata.cluster_bits, False
+            if metadata.data_file is None:
+                first, count, fresh = metadata.refcounts.allocate(count)
+                host = first << metadata.cluster_bits
+                fresh = fresh and self._encryption is None  # zeroes are encrypted, too
         start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits
         start, end = self._filled(old[0], old[count - 1], start, end, offset, length, reusable > 0)
         return _NewClusters(
@@ -169,7 +216,7 @@ class Writer:
             start=start,
             end=end,
             fresh=fresh,
-            reused=bool(reusable),
+            reused=bool(reusable) or metadata.data_file is not None,
             allocation=metadata.gate.begin_allocation(cluster, count),
         )
 
@@ -184,6 +231,8 @@ class Writer:
             clusters_start = new.allocation.first << metadata.cluster_bits
             clusters_end = clusters_start + (new.allocation.count << metadata.cluster_bits)
             done = min(length, clusters_end - offset)
+            if metadata.data_file is not None:  # not made longer than the disk
+                new.end = max(offset + done, min(new.end, metadata.header.size))
             parts = views if done == length else split(views, 0, done)
             head = self._surroundings(new, new.old[0], new.start, offset - new.start)
             tail = self._surroundings(new, new.old[-1], offset + done, new.end - offset - done)
@@ -193,8 +242,8 @@ class Writer:
                 parts = [memoryview(head), *parts]
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
-            metadata.file.debug_event("write_aio")
-            metadata.file.writev(place, parts)
+            size = len(head or b"") + done + len(tail or b"")
+            self._store(place, offset - len(head or b""), parts, size)
         except BaseException:
             with metadata.lock:
                 self._give_up(new)
@@ -257,7 +306,7 @@ class Writer:
         """True for a host cluster that only this entry refers to: it is kept."""
         if entry & layout.COMPRESSED or not entry & layout.COPIED:
             return False
-        return bool(entry & layout.OFFSET_MASK)
+        return bool(entry & layout.OFFSET_MASK) or self._metadata.data_file is not None
 
     def _reusable_run(self, entries: Sequence[int]) -> int:
         """How many entries from the first on have host clusters in a row that are ours alone, but

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from ..errors import UnsupportedError
 from . import layout
 from .cache import CacheFull
+from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
-from .quarantine import DiscardKind
+from .quarantine import DiscardKind, merge_runs
 from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
@@ -30,6 +31,7 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
         raise UnsupportedError(
             "Zero clusters need a qcow2 image of compatibility level 1.1", feature="zero clusters"
         )
+    zero_data_file(metadata, offset, length, unmap=unmap)
 
     def replace(entry: int) -> int:
         kind = entry_kind(entry)
@@ -58,24 +60,36 @@ def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -
     _replace_entries(metadata, offset, length, replace)
 
 
-def discard(metadata: Metadata, offset: int, length: int, *, backed: bool) -> None:
-    """Give whole clusters back. ``backed``: the image has a backing file.
+def discard(
+    metadata: Metadata, offset: int, length: int, *, backed: bool, keep: bool = False
+) -> None:
+    """Give whole clusters back. ``backed``: the image has a backing file; ``keep``: the host
+    clusters stay allocated, as zero clusters, and are discarded in the file below
+    (``discard-no-unref``).
 
     Afterwards they read as zeroes in a version 3 image, as they do in one without a backing file.
     In a version 2 image with a backing file nothing is done: its old data would show again.
     """
     if metadata.geometry.version < 3 and backed:
         return
+    zero_data_file(metadata, offset, length, unmap=True)
     nothing = layout.ZERO if metadata.geometry.version >= 3 else 0
     if metadata.geometry.extended_l2:
         nothing = _ALL_ZEROES
+    own = 0 if metadata.data_file is None else layout.COPIED  # allocated at offset 0
+    kept: list[int] = []
 
     def replace(entry: int) -> int:
-        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED:
+        if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:
+            kept.append((entry & layout.OFFSET_MASK) >> metadata.cluster_bits)
+            return entry & _LOW | _ALL_ZEROES if metadata.geometry.extended_l2 else entry | nothing
+        if not backed and entry_kind(entry) is ClusterKind.UNALLOCATED and not entry & own:
             return entry
         return nothing
 
     _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
+    if kept and metadata.discards[DiscardKind.REQUEST]:
+        metadata.discard_in_file(merge_runs(kept))
 
 
 def _replace_entries(
@@ -96,6 +110,8 @@ def _replace_entries(
     try:
         with metadata.lock:
             metadata.gate.enter()
+            if metadata.encryption is not None:
+                metadata.gate.claim(offset, offset + length)
         while cluster < end:
             try:
                 with metadata.lock:
@@ -105,6 +121,8 @@ def _replace_entries(
             except CacheFull:
                 metadata.flush_inside()
     finally:
+        if metadata.encryption is not None:
+            metadata.gate.end_claim()
         metadata.gate.leave()
 
 

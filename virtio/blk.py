@@ -9,7 +9,7 @@ from typing import Final
 from ..backend.disk import Disk
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
-from .device import Queue, VirtioDevice
+from .device import BUDGET, Queue, VirtioDevice
 from .express import make_express
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
@@ -228,11 +228,11 @@ class VirtioBlk(VirtioDevice):
             return at.VIRTIO_BLK_S_IOERR
         raise error
 
-    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
         """See :class:`VirtioDevice`."""
         if not isinstance(ring, SplitRing):
             return None
-        return make_express(self, queue, ring, self._memory)
+        return make_express(self, queue, ring, self._memory, BUDGET)
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""

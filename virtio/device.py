@@ -48,7 +48,7 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
-_BUDGET = 1024
+BUDGET = 1024
 """Chains that one kick serves, to the end of the batch in which that is reached; what is left is
 for :meth:`VirtioDevice.poll` or the next kick. Only a driver that runs at the same time can have
 that many more, or one that has the device write to its own rings."""
@@ -86,11 +86,13 @@ class Queue:
     index: int
     state: QueueState
     ring: Ring | None = field(default=None, repr=False)
-    express: Callable[[], bool] | None = field(default=None, repr=False)
-    """A short way for the next chain, if there is one; see :meth:`VirtioDevice.make_express`."""
+    express: Callable[[], None] | None = field(default=None, repr=False)
+    """A short way to serve it, if there is one; see :meth:`VirtioDevice.make_express`."""
     pending: bool = False
     """Kicked, and not served to the end yet."""
     serving: bool = False
+    interrupt: bool = False
+    """While serving: the driver wants to hear of what was published."""
 
 
 class VirtioDevice(ABC):
@@ -355,48 +357,56 @@ class VirtioDevice(ABC):
     def _serve(self, queue: Queue, ring: Ring) -> None:
         """Do everything that is available on ``queue``, within bounds."""
         queue.serving = True
-        interrupt = False
+        queue.interrupt = False
         failure: Exception | None = None
-        budget = _BUDGET
-        express = queue.express
         try:
             if ring.suppressed:
                 ring.publish()
-            count = ring.ready()
-            while count:
-                budget -= count
-                while count:
-                    count -= 1
-                    if express is None or not express():
-                        chain = ring.pop()
-                        written = self.process(chain)
-                        if queue.ring is ring:
-                            ring.push(chain, written)
-                    if queue.ring is not ring:  # reset from inside
-                        return
-                if ring.publish():
-                    interrupt = True
-                if budget <= 0:
-                    break
-                count = ring.ready()
-            queue.pending = budget <= 0
+            if queue.express is not None:
+                queue.express()
+            else:
+                self._serve_rounds(queue, ring)
+            if queue.ring is not ring:
+                return
         except Exception as error:
             failure = error
-            interrupt |= self._fail(error, queue, ring)
+            self._fail(error, queue, ring)
         finally:
             queue.serving = False
         # Interrupts only now: what they call may come back to this device, or reset it.
-        if interrupt and self._transport is not None:
+        if queue.interrupt and self._transport is not None:
             self._transport.queue_interrupt(queue.index)
         if failure is not None or self._violation is not None:
             self._raise_strict(failure)
 
-    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> bool:
-        """Stop for an error of the driver's or our own; True if an interrupt is wanted before."""
-        interrupt = False
+    def _serve_rounds(self, queue: Queue, ring: Ring) -> None:
+        """Round after round, until nothing is available or the budget is used up.
+
+        Notes in ``queue`` whether the driver wants an interrupt, and whether something may be left.
+        Ends at once where the device is reset from inside.
+        """
+        budget = BUDGET
+        while budget > 0 and (count := ring.ready()):
+            budget -= count
+            for _ in range(count):
+                self.process_next(queue, ring)
+                if queue.ring is not ring:
+                    return
+            queue.interrupt |= ring.publish()
+        queue.pending = budget <= 0
+
+    def process_next(self, queue: Queue, ring: Ring) -> None:
+        """Do the next chain; there is one."""
+        chain = ring.pop()
+        written = self.process(chain)
+        if queue.ring is ring:  # not reset from inside
+            ring.push(chain, written)
+
+    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
+        """Stop for an error of the driver's or our own."""
         if queue.ring is ring:
             with suppress(GuestError):  # what was done before it is the driver's to see
-                interrupt = ring.publish()
+                queue.interrupt |= ring.publish()
         if isinstance(failure, GuestError):
             _log.warning("%s needs a reset: %s", type(self).__name__, failure)
         else:
@@ -407,7 +417,6 @@ class VirtioDevice(ABC):
                 exc_info=failure,
             )
         self._break()
-        return interrupt
 
     def _raise_strict(self, failure: Exception | None) -> None:
         error, self._violation = failure or self._violation, None
@@ -428,11 +437,8 @@ class VirtioDevice(ABC):
         Raises GuestError for a chain that cannot be answered.
         """
 
-    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], bool] | None:
-        """A function that does the next available chain of a queue and pushes it, or gives False.
-
-        Where there is none, or it does not want that chain, :meth:`process` gets it.
-        """
+    def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
+        """A function that serves a queue as :meth:`_serve_rounds` does, only faster; or None."""
         return None
 
     @abstractmethod

@@ -153,13 +153,24 @@ class Structs:
     Modern devices are little-endian; a legacy one has its guest's order (§2.7.3, §5.2.6.3).
     """
 
-    __slots__ = ("blk_config", "blk_request", "blk_segment", "desc", "order", "used_elem", "word")
+    __slots__ = (
+        "blk_config",
+        "blk_request",
+        "blk_segment",
+        "desc",
+        "order",
+        "three_desc",
+        "used_elem",
+        "word",
+    )
 
     def __init__(self, order: ByteOrder) -> None:
         mark = "<" if order == "little" else ">"
         self.order: ByteOrder = order
         self.desc = Struct(mark + "QIHH")
         """addr, len, flags, next (§2.7.5)."""
+        self.three_desc = Struct(mark + 3 * "QIHH")
+        """Three descriptors that are neighbours."""
         self.word = Struct(mark + "H")
         """The fields of both rings, but for the used elements."""
         self.used_elem = Struct(mark + "II")

@@ -98,15 +98,33 @@ class SplitRing(Ring):
         self._open_used, self._used_first = memory.words(
             state.device_area, used_bytes, structs.order
         )
-        self._published = state.used_index
-        self._fence = make_fence()
+        self.published = state.used_index
+        """What the driver was last shown of ``state.used_index``."""
+        self.fence = make_fence()
 
     def ready(self) -> int:
         (index,) = self.read_avail(self.avail_origin + 2)
         count: int = (index - self.state.next_avail) & 0xFFFF
         if count > self._mask + 1:
-            raise GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")
+            raise self.jumped(count)
         return count
+
+    def jumped(self, count: int) -> GuestError:
+        """The error of an available index that says ``count`` chains, more than there can be."""
+        return GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")
+
+    def lies_in(self, start: int, end: int) -> bool:
+        """Whether all of the ring lies between these two addresses."""
+        state = self.state
+        events = 2 if self.event_idx else 0
+        return all(
+            start <= area and area + length <= end
+            for area, length in (
+                (state.descriptor_area, VIRTQ_DESC_SIZE * state.size),
+                (state.driver_area, 4 + 2 * state.size + events),
+                (state.device_area, 4 + VIRTQ_USED_ELEM_SIZE * state.size + events),
+            )
+        )
 
     def pop(self) -> Chain:
         state = self.state
@@ -189,12 +207,12 @@ class SplitRing(Ring):
 
     def publish(self) -> bool:
         state = self.state
-        old = self._published
+        old = self.published
         new = state.used_index
         first = self._used_first
         used = self._open_used()
         if new != old:
-            used[first + 1] = self._published = new
+            used[first + 1] = self.published = new
         if self.event_idx:
             # Kick us for the very next chain: avail_event (§2.7.10.1).
             used[first + 2 + 4 * (self._mask + 1)] = state.next_avail
@@ -204,7 +222,7 @@ class SplitRing(Ring):
         self.suppressed = False
         # What was written is out before either of the driver's fields is looked at: here, and in
         # the ready() that follows.
-        self._fence()
+        self.fence()
         if new == old:
             return False
         if self.event_idx:

@@ -138,7 +138,10 @@ def test_the_format_named_in_the_image_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_data_file_is_a_bare_growable_file_opened_like_the_image(tmp_path, read_only):
+def test_a_data_file_is_a_bare_growable_file_opened_like_the_image(
+    tmp_path, monkeypatch, read_only
+):
+    monkeypatch.chdir(tmp_path)  # its name is not relative to the image, in QEMU
     (tmp_path / "data").write_bytes(b"TOY!")
     image(tmp_path / "top", "data=data")
     with open_disk(tmp_path / "top", read_only=read_only) as disk:

@@ -40,6 +40,8 @@ class Guest:
     keeps_discarded: bool
     chance: random.Random
     snapshots: Snapshots = field(default_factory=dict)
+    below: bytes = b""
+    """What the backing file holds."""
 
     @property
     def resizable(self) -> bool:
@@ -55,6 +57,19 @@ class Guest:
         self._begin()
         self.disk.write(offset, data)
 
+    def compress(self, cluster: int, clusters: int) -> None:
+        """Whole clusters, of data that become smaller (or now and then do not)."""
+        offset = cluster * self.cluster_size
+        length = clusters * self.cluster_size
+        chance = self.chance
+        data = b"".join(
+            (chance.randbytes(8) if chance.random() < 0.8 else b"") * 64 or chance.randbytes(512)
+            for _ in range(0, length, 512)
+        )
+        self.model[offset : offset + length] = data
+        self._begin()
+        self.disk.write_compressed(offset, [data])
+
     def zero(self, offset: int, length: int, *, unmap: bool = False) -> None:
         self.model[offset : offset + length] = bytes(length)
         self._begin()
@@ -67,6 +82,13 @@ class Guest:
         self._begin()
         self.disk.discard(offset, length)
 
+    def empty(self) -> None:
+        """As a commit does when all is in the backing file."""
+        size = len(self.model)
+        self.model[:] = self.below[:size].ljust(size, b"\0")
+        self._begin()
+        self.disk.make_empty()
+
     def flush(self) -> None:
         self.disk.flush()
         self.recorder.mark("flushed")
@@ -75,6 +97,26 @@ class Guest:
         self.model.extend(bytes(size - len(self.model)))
         self._begin()
         self.disk.truncate(size)
+
+    def resize(self, size: int, preallocation: str = "off") -> None:
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
+        self._begin()
+        self.disk.truncate(size, preallocation=preallocation, shrink=True)
+
+    def amend(self, **options: Any) -> None:
+        self._begin()
+        self.disk.amend(**options)
+
+    def save_state(self, length: int) -> None:
+        self._begin()
+        self.disk.vmstate.write(0, self.chance.randbytes(length))
+
+    def create_with_state(self, name: str, length: int) -> None:
+        self.save_state(length)
+        self.snapshots[name] = bytes(self.model)
+        self._begin()
+        self.disk.snapshots.create(name, vm_state_size=length)
 
     def create(self, name: str) -> None:
         self.snapshots[name] = bytes(self.model)
@@ -175,6 +217,56 @@ def growing(guest: Guest) -> None:
             guest.flush()
 
 
+def resizing(guest: Guest) -> None:
+    """Up and down, with and without preallocation, with snapshots."""
+    for turn, mode in enumerate(["off", "metadata", "off", "metadata", "metadata"]):
+        guest.write(*anywhere(guest, 20_000))
+        guest.resize(len(guest.model) + 50_000 // 512 * 512, mode)
+        guest.write(len(guest.model) - 30_000, 30_000)
+        if turn == 2:
+            guest.create("one")
+        guest.resize(len(guest.model) - 55_000 // 512 * 512)
+        if turn % 2:
+            guest.flush()
+    guest.delete("one")
+    guest.resize(30 * 512)
+    guest.resize(SIZE)
+
+
+def amending(guest: Guest) -> None:
+    """Other refcount widths and versions, with shared clusters and zero clusters of all kinds."""
+    guest.write(0, 40_000)
+    guest.zero(4096, 8192)
+    guest.create("one")
+    guest.zero(20_480, 8192)
+    guest.write(*anywhere(guest, 9_000))
+    guest.flush()
+    for bits in (64, 4, 16):
+        guest.amend(refcount_bits=bits)
+        guest.write(*anywhere(guest, 9_000))
+    guest.amend(lazy_refcounts=True)
+    guest.amend(lazy_refcounts=False, compat="0.10")
+    guest.write(*anywhere(guest, 9_000))
+    guest.amend(compat="1.1")
+    guest.zero(*anywhere(guest, 20_000))
+    guest.flush()
+
+
+def saving_state(guest: Guest) -> None:
+    """VM state beside the disk, into snapshots and out of them."""
+    guest.write(0, 20_000)
+    guest.create_with_state("one", 30_000)
+    guest.write(*anywhere(guest, 9_000))
+    guest.create_with_state("two", 70_000)
+    guest.apply("one")
+    guest.flush()
+    guest.save_state(50_000)
+    guest.delete("one")
+    guest.resize(len(guest.model) + 512 * 100)
+    guest.apply("two")
+    guest.flush()
+
+
 def mixture(guest: Guest) -> None:
     made = 0
     for _ in range(45):
@@ -198,7 +290,41 @@ def mixture(guest: Guest) -> None:
             guest.flush()
 
 
-WORKLOADS = [allocating, overwriting, zeroing, reusing, snapshotting, growing, mixture]
+def compressing(guest: Guest) -> None:
+    """Compressed data share host clusters, which are freed and handed out again."""
+    chance = guest.chance
+    clusters = len(guest.model) // guest.cluster_size
+    for turn in range(24):
+        first = chance.randrange(clusters)
+        guest.compress(first, chance.randint(1, min(4, clusters - first)))
+        if turn % 3 == 1:
+            guest.write(*anywhere(guest, 3_000))
+        if turn % 4 == 2:
+            guest.discard(*anywhere(guest, 30_000))
+        if turn % 5 == 4:
+            guest.flush()
+        if turn == 8:
+            guest.create("one")
+        if turn == 18:
+            guest.delete("one")
+
+
+def emptying(guest: Guest) -> None:
+    for turn in range(4):
+        guest.write(*anywhere(guest, 20_000))
+        guest.compress(turn, 3)
+        if turn == 1:
+            guest.create("kept")
+        guest.flush()
+        guest.write(*anywhere(guest, 20_000))
+        guest.empty()
+        guest.write(*anywhere(guest, 5_000))
+
+
+WORKLOADS = [
+    *(allocating, overwriting, zeroing, reusing, snapshotting, growing),
+    *(resizing, amending, saving_state, compressing, mixture),
+]
 
 
 def memory_disk(contents: bytes) -> pyvirtio.MemoryDisk:
@@ -296,6 +422,8 @@ def run_and_crash(
     guest = Guest(
         disk, recorder, model, cluster_size, backed and compat == "0.10", random.Random(seed)
     )
+    if backed:
+        guest.below = base.read_bytes()
     workload(guest)
     disk.close()
     recorder.mark("flushed")
@@ -326,7 +454,7 @@ def test_power_loss(tmp_path: Path, workload: Callable[[Guest], None], cluster_s
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
-@pytest.mark.parametrize("workload", [zeroing, mixture])
+@pytest.mark.parametrize("workload", [zeroing, emptying, mixture])
 def test_power_loss_over_a_backing_file(
     tmp_path: Path, workload: Callable[[Guest], None], compat: str
 ) -> None:
@@ -342,3 +470,10 @@ def test_power_loss_with_tiny_caches(tmp_path: Path, workload: Callable[[Guest],
 @pytest.mark.parametrize("seed", range(3, 3 + SCALE))
 def test_power_loss_in_a_random_workload(tmp_path: Path, seed: int) -> None:
     run_and_crash(tmp_path, mixture, seed=seed, cluster_size=1024)
+
+
+@pytest.mark.parametrize("workload", [resizing, amending])
+def test_power_loss_while_resizing_or_amending_over_a_backing_file(
+    tmp_path: Path, workload: Callable[[Guest], None]
+) -> None:
+    run_and_crash(tmp_path, workload, seed=5, cluster_size=2048, backed=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -33,9 +34,12 @@ def _interrupts() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def make_image() -> tuple[pyvirtio.MemoryDisk, pyvirtio.Disk]:
+AES = {"encryption": True, "passphrase": "secret"}
+
+
+def make_image(**options: Any) -> tuple[pyvirtio.MemoryDisk, pyvirtio.Disk]:
     file = pyvirtio.MemoryDisk(0, growable=True)
-    disk = pyvirtio.create_disk(file, SIZE, cluster_size=CLUSTER)
+    disk = pyvirtio.create_disk(file, SIZE, cluster_size=CLUSTER, **options)
     disk.write(0, OLD)
     disk.flush()
     return file, disk
@@ -45,23 +49,29 @@ def work(disk: pyvirtio.Disk) -> None:
     disk.write(20 * CLUSTER + 100, b"a" * 5000)
     disk.write_zeroes(21 * CLUSTER, 2 * CLUSTER)
     disk.discard(20 * CLUSTER, CLUSTER)
+    store = disk.write_compressed if disk.encryption is None else disk.writev
+    store(50 * CLUSTER, [b"c" * 3 * CLUSTER])
     disk.snapshots.create("s")
+    store(51 * CLUSTER, [b"d" * CLUSTER])
     disk.write(20 * CLUSTER + 5, b"q" * CLUSTER)
     disk.flush()
     disk.snapshots.delete("s")
     disk.write(40 * CLUSTER, b"z" * CLUSTER)
 
 
-def test_an_interrupt_at_any_moment_neither_hangs_nor_corrupts() -> None:
+@pytest.mark.parametrize(("options", "times"), [({}, 400), (AES, 200)], ids=["plain", "encrypted"])
+def test_an_interrupt_at_any_moment_neither_hangs_nor_corrupts(
+    options: dict[str, Any], times: int
+) -> None:
     choose = random.Random(20)
-    _, disk = make_image()
+    _, disk = make_image(**options)
     start = time.monotonic()
     work(disk)
     duration = time.monotonic() - start
     disk.close()
     interrupted = 0
-    for _ in range(400):
-        file, disk = make_image()
+    for _ in range(times):
+        file, disk = make_image(**options)
         try:
             signal.setitimer(signal.ITIMER_REAL, 1e-6 + choose.random() * duration)
             work(disk)
@@ -99,7 +109,7 @@ def check_as_it_is(file: pyvirtio.MemoryDisk) -> None:
     """What is in the file now, as after a power failure, is a good image but for leaks."""
     copy = pyvirtio.MemoryDisk(0, growable=True)
     copy.write(0, file.read(0, file.size))
-    with pyvirtio.open_disk(copy, read_only=True) as disk:
+    with pyvirtio.open_disk(copy, read_only=True, passphrase="secret") as disk:
         result = disk.check()
         harmless = sum("OFLAG_COPIED" in line and "refcount=1" in line for line in result.messages)
         assert result.corruptions == harmless, result.messages

@@ -161,7 +161,9 @@ def look_at(contents: bytes) -> None:
     """Open the image and read it."""
     with (
         suppress(*TYPED),
-        pyvirtio.open_disk(memory_disk(contents), format="qcow2", backing=nothing) as disk,
+        pyvirtio.open_disk(
+            memory_disk(contents), format="qcow2", backing=nothing, passphrase="secret"
+        ) as disk,
     ):
         read_everything(disk)
 
@@ -172,7 +174,10 @@ def survive(contents: bytes) -> None:
         with (
             suppress(*TYPED),
             pyvirtio.open_disk(
-                CappedDisk(memory_disk(contents), 8 << 20), format="qcow2", backing=nothing
+                CappedDisk(memory_disk(contents), 8 << 20),
+                format="qcow2",
+                backing=nothing,
+                passphrase="secret",
             ) as disk,
         ):
             act(disk)
@@ -261,15 +266,18 @@ def _cached_image(v2: bool) -> bytes:
 # -- the same verdict as QEMU's ------------------------------------------------------------------
 
 KNOWN_DIFFERENCES = {
-    ("crypt_method", 1): "encryption is not there yet",
-    ("incompatible_features", 7): "external data files are not there yet",
+    ("crypt_method", 2): "without a LUKS header QEMU opens it for info, and then crashes",
 }
 """(field, value): why we judge otherwise than QEMU 7.2."""
 
 
-def qemu_opens(path: Path) -> bool:
+def qemu_opens(path: Path, *, data_file: bool = False) -> bool:
+    """``qemu-img info`` looks at no data file, nor whether there should be one: it does no I/O."""
+    command = ["qemu-img", "info", "-f", "qcow2", path]
+    if data_file:
+        command = ["qemu-io", "-r", "-f", "qcow2", "-c", "quit", path]
     done = subprocess.run(
-        ["qemu-img", "info", "-f", "qcow2", path],
+        command,
         capture_output=True,
         stdin=subprocess.DEVNULL,
         timeout=60,
@@ -280,14 +288,16 @@ def qemu_opens(path: Path) -> bool:
 
 def we_open(path: Path) -> bool:
     try:
-        with pyvirtio.open_disk(path, format="qcow2", read_only=True, backing=nothing) as disk:
+        with pyvirtio.open_disk(
+            path, format="qcow2", read_only=True, backing=nothing, no_io=True
+        ) as disk:
             list(disk.snapshots)
     except TYPED:
         return False
     return True
 
 
-@requires("qemu-img")
+@requires("qemu-img", "qemu-io")
 @pytest.mark.parametrize("field", [*HEADER, *SNAPSHOT])
 def test_opens_what_qemu_opens_and_refuses_what_qemu_refuses(
     tmp_path: Path, image: bytes, field: str
@@ -298,7 +308,8 @@ def test_opens_what_qemu_opens_and_refuses_what_qemu_refuses(
     differing = []
     for value in extremes(place.size):
         path.write_bytes(poke(image, at, place.size, value))
-        theirs, ours = qemu_opens(path), we_open(path)
+        theirs = qemu_opens(path, data_file=field.endswith("_features"))
+        ours = we_open(path)
         if ours != theirs and (field, value) not in KNOWN_DIFFERENCES:
             differing.append(f"{field}={value:#x}: we {_verb(ours)}, QEMU {_verb(theirs)}s")
     assert not differing, "\n".join(differing)

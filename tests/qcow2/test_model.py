@@ -42,6 +42,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors=st.integers(1, 600),
         backing=st.sampled_from(["none", "raw", "qcow2"]),
         backing_sectors=st.integers(1, 700),
+        compression=st.sampled_from(["zlib", "zstd"]),
         caches=st.sampled_from([{}, SMALLEST_CACHES]),
     )
     def make(
@@ -52,6 +53,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         sectors: int,
         backing: str,
         backing_sectors: int,
+        compression: str,
         caches: dict[str, int],
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="pyvirtio-model-")
@@ -65,7 +67,7 @@ class Qcow2Machine(RuleBasedStateMachine):
         self.caches = caches
         options: dict[str, Any] = {"compat": compat, "cluster_size": cluster_size}
         if not self.v2:
-            options["refcount_bits"] = refcount_bits
+            options |= {"refcount_bits": refcount_bits, "compression_type": compression}
         if self.backed:
             below = random.Random(sectors).randbytes(backing_sectors * 512)
             self._make_backing(backing, below)
@@ -99,6 +101,15 @@ class Qcow2Machine(RuleBasedStateMachine):
         start, length = self._range(offset, length, aligned)
         data = random.Random(seed).randbytes(length)
         self.disk.write(start, data)
+        self.model[start : start + length] = data
+
+    @rule(offset=anywhere, length=lengths, seed=seeds, words=st.booleans())
+    def write_compressed(self, offset: int, length: int, seed: int, words: bool) -> None:
+        start, length = self._range(offset, length, "cluster")
+        chance = random.Random(seed)
+        data = chance.randbytes(4 if words else length)
+        data = (data * (length // len(data) + 1))[:length]
+        self.disk.write_compressed(start, [data])
         self.model[start : start + length] = data
 
     @rule(
@@ -203,11 +214,42 @@ class Qcow2Machine(RuleBasedStateMachine):
         self.disk.snapshots.delete(name)
         del self.snapshots[name]
 
+    @precondition(lambda self: self.snapshots)
+    @rule(which=anywhere)
+    def view_snapshot(self, which: int) -> None:
+        name = list(self.snapshots)[which % len(self.snapshots)]
+        with self.disk.snapshots.open(name) as view:
+            assert_same(view.read(0, view.size), self.snapshots[name])
+
+    @rule(position=st.integers(0, 300_000), length=lengths, seed=seeds)
+    def keep_vm_state(self, position: int, length: int, seed: int) -> None:
+        data = random.Random(seed).randbytes(length)
+        self.disk.vmstate.write(position, data)
+        assert self.disk.vmstate.read(position, length) == data
+
+    @precondition(lambda self: not (self.v2 and self.snapshots))
+    @rule(sectors=st.integers(1, 900))
+    def shrink(self, sectors: int) -> None:
+        size = max(512, len(self.model) - sectors * 512)
+        self.disk.truncate(size, shrink=True)
+        del self.model[size:]
+
+    @precondition(lambda self: not self.v2)
+    @rule(width=st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+    def change_refcount_width(self, width: int) -> None:
+        try:
+            self.disk.amend(refcount_bits=width)
+        except pyvirtio.ImageError:
+            assert (1 << width) - 1 <= len(self.snapshots)
+
     @precondition(lambda self: len(self.model) < LARGEST and not (self.v2 and self.snapshots))
-    @rule(sectors=st.integers(0, 900))
-    def grow(self, sectors: int) -> None:
+    @rule(
+        sectors=st.integers(0, 900),
+        mode=st.sampled_from(["off", "off", "metadata", "falloc", "full"]),
+    )
+    def grow(self, sectors: int, mode: str) -> None:
         size = len(self.model) + sectors * 512
-        self.disk.truncate(size)
+        self.disk.truncate(size, preallocation=mode)
         self.model.extend(bytes(size - len(self.model)))
         assert self.disk.size == size
 
@@ -217,6 +259,18 @@ class Qcow2Machine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.disk.close()
         self.disk = pyvirtio.open_disk(self.path, **self.caches)
+        self._compare()
+
+    @rule()
+    def reopen_read_only_and_back(self) -> None:
+        self.disk.reopen(read_only=True)
+        self._compare()
+        self.disk.reopen(read_only=False)
+
+    @rule()
+    def read_anew(self) -> None:
+        self.disk.flush_to_os()
+        self.disk.invalidate()
         self._compare()
 
     @rule()

@@ -298,7 +298,7 @@ def test_the_indices_wrap_at_16_bits(make_started: Any) -> None:
         machine.driver.ring.set_available(each, 0) if each < 4 else None
     state.next_avail = state.used_index = 65530
     live = machine.device.queues[0].ring
-    live._published = 65530
+    live.published = 65530
     ring._next_avail = ring._published = ring._next_used = 65530
     ring.available_index = 65530
     ring.store16(ring.used + 2, 65530)

@@ -1,0 +1,47 @@
+"""Reading an image anew: somebody else has changed the file, or it is opened another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import ImageError
+from .header import Header, read_header
+from .metadata import Metadata
+from .refcounts import load_table
+from .snapshots import Snapshots
+
+__all__ = ["reload"]
+
+
+def reload(metadata: Metadata, snapshots: Snapshots, accept: Callable[[Header], None]) -> None:
+    """Forget all that is cached, written or not, and read the header and the tables (exclusively).
+
+    ``accept(header)`` raises for a header that cannot be used. What is in use stays in use if it
+    does, or if the file cannot be read. Views of snapshots are closed; a reason not to write any
+    more is forgotten.
+    """
+    file, present = metadata.file, metadata.header
+    header = read_header(file)
+    if (header.cluster_bits, header.geometry.extended_l2) != (
+        present.cluster_bits,
+        present.geometry.extended_l2,
+    ):
+        raise ImageError(
+            "The image has another cluster size now: it must be opened anew",
+            field="cluster_bits",
+            value=header.cluster_bits,
+        )
+    accept(header)
+    load_table(file, header.l1_table_offset, header.l1_size)
+    entries = header.refcount_table_clusters << (header.cluster_bits - 3)
+    load_table(file, header.refcount_table_offset, entries)
+    adopt_snapshots = snapshots.reload()
+    snapshots.close_views()
+    with metadata.health.step("Reading the image anew"):
+        for name in Header.__slots__:
+            setattr(present, name, getattr(header, name))
+        metadata.adopt_geometry()
+        metadata.reload()
+        metadata.vm_state_end = None
+        adopt_snapshots()
+    metadata.health.reason = None

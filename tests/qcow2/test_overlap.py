@@ -1,0 +1,214 @@
+"""Writes that would hit metadata are refused, whatever the refcounts say."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pyvirtio
+from pyvirtio.errors import ImageError
+
+COPIED = 1 << 63
+CLUSTER = 65536
+
+
+def get(path: Path, offset: int, length: int = 8) -> int:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return int.from_bytes(file.read(length))
+
+
+def put(path: Path, offset: int, value: int, form: str = ">Q") -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(form, value))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """An image with data in the first two guest clusters and a snapshot with other data there."""
+    path = tmp_path / "image.qcow2"
+    with pyvirtio.create_disk(path, 64 << 20) as disk:
+        disk.write(0, b"a" * (2 * CLUSTER))
+        disk.snapshots.create("one")
+        disk.write(0, b"b" * (2 * CLUSTER))
+    return path
+
+
+def snapshot_l1(path: Path) -> int:
+    return get(path, get(path, 64))
+
+
+PLACES: dict[str, Callable[[Path], int]] = {
+    "main_header": lambda path: 0,
+    "active_l1": lambda path: get(path, 40),
+    "active_l2": lambda path: get(path, get(path, 40)) & ~COPIED,
+    "refcount_table": lambda path: get(path, 48),
+    "refcount_block": lambda path: get(path, get(path, 48)),
+    "snapshot_table": lambda path: get(path, 64),
+    "inactive_l1": snapshot_l1,
+    "inactive_l2": lambda path: get(path, snapshot_l1(path)) & ~COPIED,
+}
+
+NAMES = {
+    "main_header": "qcow2_header",
+    "active_l1": "active L1 table",
+    "active_l2": "active L2 table",
+    "refcount_table": "refcount table",
+    "refcount_block": "refcount block",
+    "snapshot_table": "snapshot table",
+    "inactive_l1": "inactive L1 table",
+    "inactive_l2": "inactive L2 table",
+}
+
+
+def point_at(path: Path, structure: str) -> None:
+    """Make the second guest cluster's entry refer to a structure of the image, as its own."""
+    entry = (get(path, get(path, 40)) & ~COPIED) + 8
+    put(path, entry, PLACES[structure](path) | COPIED)
+
+
+def is_refused(path: Path, **options: object) -> bool:
+    """Write to the second guest cluster; True if that is refused as an overlap."""
+    disk = pyvirtio.open_disk(path, format="qcow2", **options)
+    try:
+        disk.write(CLUSTER + 100, b"!" * 1000)
+    except ImageError as error:
+        return "Preventing invalid write on metadata" in str(error)
+    else:
+        return False
+    finally:
+        disk.close()
+
+
+# (The header cannot be pointed at: an entry with offset 0 is no cluster.)
+POINTED = [structure for structure in PLACES if structure != "main_header"]
+
+
+@pytest.mark.parametrize("structure", POINTED)
+def test_write_into_the_structure_is_refused(path: Path, structure: str) -> None:
+    point_at(path, structure)
+    before = path.read_bytes()
+    disk = pyvirtio.open_disk(path, format="qcow2", overlap_check="all")
+    with pytest.raises(ImageError, match=rf"overlaps with {NAMES[structure]}\)"):
+        disk.write(CLUSTER + 100, b"!" * 1000)
+    disk.close()
+    after = bytearray(path.read_bytes())
+    after[72:80] = before[72:80]
+    assert after == before, "nothing but the corrupt bit is written"
+    assert get(path, 72) & 2
+
+
+@pytest.mark.parametrize("structure", POINTED)
+@pytest.mark.parametrize("template", ["none", "constant", "cached", "all"])
+def test_templates_ask_for_what_qemu_asks_for(path: Path, structure: str, template: str) -> None:
+    point_at(path, structure)
+    constant = {"active_l1", "refcount_table", "snapshot_table"}
+    cached = constant | {"active_l2", "refcount_block", "inactive_l1"}
+    asked = {"none": set(), "constant": constant, "cached": cached, "all": set(PLACES)}
+    assert is_refused(path, overlap_check=template) == (structure in asked[template])
+
+
+@pytest.mark.parametrize("structure", POINTED)
+def test_each_structure_can_be_switched_on_by_name(path: Path, structure: str) -> None:
+    point_at(path, structure)
+    on = {f"overlap_check_{structure}": True}
+    assert is_refused(path, overlap_check="none", **on)
+
+
+@pytest.mark.parametrize("structure", POINTED)
+def test_each_structure_can_be_switched_off_by_name(path: Path, structure: str) -> None:
+    point_at(path, structure)
+    off = {f"overlap_check_{structure}": "off"}
+    assert not is_refused(path, overlap_check_template="all", **off)
+
+
+@pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
+@pytest.mark.parametrize("structure", POINTED)
+def test_qemu_names_the_same_structure(path: Path, structure: str) -> None:
+    point_at(path, structure)
+    done = subprocess.run(
+        [
+            "qemu-io",
+            "-c",
+            "open -o overlap-check=all " + str(path),
+            "-c",
+            "write 65636 1000",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert f"(overlaps with {NAMES[structure]})" in done.stderr + done.stdout
+
+
+def test_allocation_in_the_header_is_refused(path: Path) -> None:
+    block = get(path, get(path, 48))
+    put(path, block, 0, ">H")
+    disk = pyvirtio.open_disk(path, format="qcow2")
+    with pytest.raises(ImageError, match="Preventing invalid allocation of the header"):
+        disk.write(8 << 20, b"x" * CLUSTER)
+    disk.close()
+    assert get(path, 0, 4) == 0x514649FB
+
+
+@pytest.mark.parametrize("structure", ["active_l1", "active_l2", "refcount_block"])
+def test_allocation_of_a_structures_cluster_is_refused(path: Path, structure: str) -> None:
+    place = PLACES[structure](path)
+    put(path, get(path, get(path, 48)) + 2 * (place // CLUSTER), 0, ">H")
+    disk = pyvirtio.open_disk(path, format="qcow2")
+    with pytest.raises(ImageError, match="Preventing invalid"):
+        disk.write(8 << 20, b"x" * (30 * CLUSTER))
+    disk.close()
+
+
+def test_long_write_that_touches_a_table_is_refused(path: Path) -> None:
+    """A run of clusters in place, one of which is the L2 table."""
+    table = get(path, get(path, 40)) & ~COPIED
+    for i in range(-1, 2):
+        put(path, table + 8 * (20 + i), (table + i * CLUSTER) | COPIED)
+    disk = pyvirtio.open_disk(path, format="qcow2")
+    with pytest.raises(ImageError, match="overlaps with"):
+        disk.write(19 * CLUSTER, b"x" * (3 * CLUSTER))
+    disk.close()
+
+
+def test_cached_table_in_the_place_of_a_refcount_block_is_not_written(path: Path) -> None:
+    put(path, get(path, 40), get(path, get(path, 48)) | COPIED)
+    disk = pyvirtio.open_disk(path, format="qcow2")
+    disk.write_zeroes(CLUSTER * 100, 50 * CLUSTER, unmap=True)
+    with pytest.raises(ImageError, match="overlaps with refcount block"):
+        disk.flush()
+    disk.close()
+
+
+def test_tables_that_moved_are_known_where_they_are_now(path: Path) -> None:
+    with pyvirtio.open_disk(path, format="qcow2", overlap_check="all") as disk:
+        for name in ("two", "three"):
+            disk.snapshots.create(name)
+            disk.write(0, b"c" * (5 * CLUSTER))
+        disk.snapshots.delete("two")
+        disk.snapshots.apply("three")
+        disk.snapshots.delete("one")
+        disk.truncate(1 << 40)
+        for i in range(64):
+            disk.write(i << 34, b"d" * 100000)
+        assert disk.check().clean
+
+
+def test_freed_tables_clusters_take_data(tmp_path: Path) -> None:
+    """What was an L2 table and is none any more is written like any other cluster."""
+    with pyvirtio.create_disk(tmp_path / "small.qcow2", 8 << 20, cluster_size=512) as disk:
+        for round_ in range(3):
+            disk.write(0, bytes([round_ + 1]) * (1 << 20))
+            disk.snapshots.create("s")
+            disk.write(0, b"x" * (1 << 20))
+            disk.snapshots.delete("s")
+            disk.discard(0, 1 << 20)
+            disk.flush()
+            disk.write(2 << 20, b"y" * (1 << 20))
+        assert disk.check().clean

@@ -1,0 +1,215 @@
+"""Resizing: sizes and layouts as qemu-img's, what shows afterwards, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyvirtio
+from pyvirtio import BackendError, MemoryDisk, UnsupportedError
+from support.peers import requires
+from support.qemu import qemu_check, qemu_create, qemu_img, qemu_read
+
+SIZE = 3 << 20
+LAYOUTS = [
+    {"cluster_size": 512},
+    {"cluster_size": 4096, "refcount_bits": 64},
+    {"cluster_size": 65536},
+    {"cluster_size": 16384, "extended_l2": True},
+]
+
+
+def make(size: int = 1 << 20, **options: Any) -> Any:
+    return pyvirtio.create_disk(MemoryDisk(growable=True), size, **options)
+
+
+def clean(disk: Any) -> bool:
+    return bool(disk.check().clean)
+
+
+@requires("qemu-img")
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_preallocated_image_is_as_long_as_qemus(
+    tmp_path: Path, layout: dict[str, Any], mode: str
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    pyvirtio.create_disk(ours, SIZE, preallocation=mode, **layout).close()
+    named = {key: "on" if value is True else value for key, value in layout.items()}
+    qemu_create(theirs, SIZE, preallocation=mode, **named)
+    qemu_check(ours)
+    assert ours.stat().st_size == theirs.stat().st_size
+    assert qemu_read(ours, tmp_path) == bytes(SIZE)
+    if mode != "metadata":
+        assert ours.stat().st_blocks * 512 >= SIZE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_preallocated_clusters_are_written_in_place(layout: dict[str, Any]) -> None:
+    file = MemoryDisk(growable=True)
+    with pyvirtio.create_disk(file, SIZE, preallocation="metadata", **layout) as disk:
+        length = file.size
+        disk.write(0, b"x" * SIZE)
+        assert file.size == length
+        assert clean(disk)
+
+
+@requires("qemu-img")
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_growing_with_a_snapshot_shows_zeroes(
+    tmp_path: Path, layout: dict[str, Any], mode: str
+) -> None:
+    path = tmp_path / "disk"
+    with pyvirtio.create_disk(path, 1 << 20, **layout) as disk:
+        disk.write(0, b"a" * (1 << 20))
+        disk.snapshots.create("one")
+        disk.truncate(SIZE + 512, preallocation=mode)
+        assert disk.read(1 << 20, SIZE + 512 - (1 << 20)) == bytes(SIZE + 512 - (1 << 20))
+        disk.snapshots.apply("one")
+        assert disk.size == 1 << 20
+    qemu_check(path)
+    assert qemu_read(path, tmp_path) == b"a" * (1 << 20)
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, {"cluster_size": 4096, "compat": "0.10"}])
+def test_growing_hides_a_longer_backing_file(
+    tmp_path: Path, layout: dict[str, Any], mode: str
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(b"b" * SIZE)
+    options = {"backing_file": str(base), "backing_fmt": "raw", **layout}
+    with pyvirtio.create_disk(tmp_path / "disk", 700 * 1024 + 512, **options) as disk:
+        disk.truncate(SIZE + 1024, preallocation=mode)
+        assert disk.read(0, 700 * 1024 + 512) == b"b" * (700 * 1024 + 512)
+        rest = disk.size - 700 * 1024 - 512
+        assert disk.read(700 * 1024 + 512, rest) == bytes(rest)
+        assert clean(disk)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_cut_off_does_not_come_back(layout: dict[str, Any]) -> None:
+    with make(SIZE, **layout) as disk:
+        disk.write(0, b"x" * SIZE)
+        disk.truncate(512 * 1001, shrink=True)
+        assert clean(disk)
+        disk.truncate(SIZE)
+        assert disk.read(0, 512 * 1001) == b"x" * 512 * 1001
+        assert disk.read(512 * 1001, SIZE - 512 * 1001) == bytes(SIZE - 512 * 1001)
+        assert clean(disk)
+
+
+def test_shrinking_cuts_the_file() -> None:
+    file = MemoryDisk(growable=True)
+    with pyvirtio.create_disk(file, SIZE, preallocation="metadata") as disk:
+        disk.truncate(65536, shrink=True)
+        # header, refcount table and block, L1 table, L2 table, one cluster
+        assert file.size == 6 * 65536
+
+
+def test_shrinking_keeps_what_a_snapshot_has() -> None:
+    with make(SIZE, cluster_size=4096) as disk:
+        disk.write(0, b"x" * SIZE)
+        disk.snapshots.create("one")
+        disk.truncate(512, shrink=True)
+        assert clean(disk)
+        disk.snapshots.apply("one")
+        assert disk.read(0, disk.size) == b"x" * SIZE
+
+
+def test_shrinking_drops_refcount_blocks_that_count_nothing() -> None:
+    with make(4 << 20, cluster_size=512) as disk:
+        disk.write(0, b"x" * disk.size)
+        before = sum(map(bool, disk._metadata.refcounts.table))
+        disk.truncate(512, shrink=True)
+        assert sum(map(bool, disk._metadata.refcounts.table)) < before
+        assert clean(disk)
+        disk.truncate(1 << 20)
+        disk.write(0, b"y" * disk.size)
+        assert clean(disk)
+
+
+@requires("qemu-img")
+def test_qemu_resizes_what_we_resized(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    with pyvirtio.create_disk(path, 1 << 20, cluster_size=4096) as disk:
+        disk.write(0, b"x" * (1 << 20))
+        disk.truncate(SIZE, preallocation="metadata")
+    qemu_img("resize", "-q", "-f", "qcow2", "--shrink", path, 600 * 1024)
+    with pyvirtio.open_disk(path) as disk:
+        assert disk.read(0, disk.size) == b"x" * 600 * 1024
+        disk.truncate(SIZE)
+    qemu_check(path)
+
+
+def test_small_clusters_need_an_l1_table_of_many() -> None:
+    with make(1 << 20, cluster_size=512) as disk:
+        disk.truncate(3 << 30)
+        disk.write((3 << 30) - 5, b"there")
+        assert disk.read((3 << 30) - 5, 5) == b"there"
+        assert clean(disk)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_a_size_of_half_a_sector_is_refused() -> None:
+    with make() as disk, pytest.raises(ValueError, match="The new size must be a multiple of 512"):
+        disk.truncate((1 << 20) + 100)
+
+
+def test_preallocation_when_shrinking_is_refused() -> None:
+    text = "Preallocation can't be used for shrinking an image"
+    with make() as disk, pytest.raises(ValueError, match=text):
+        disk.truncate(512, preallocation="metadata", shrink=True)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with make() as disk, pytest.raises(UnsupportedError, match="preallocation mode 'some'"):
+        disk.truncate(2 << 20, preallocation="some")
+
+
+@pytest.mark.parametrize("size", [512, 2 << 20])
+def test_version_2_with_snapshots_is_not_resized(size: int) -> None:
+    with make(compat="0.10") as disk:
+        disk.snapshots.create("one")
+        with pytest.raises(UnsupportedError, match="Can't resize a v2 image which has snapshots"):
+            disk.truncate(size, shrink=True)
+
+
+def test_an_l1_table_beyond_qemus_limit_is_refused() -> None:
+    with make(cluster_size=512) as disk:
+        with pytest.raises(BackendError, match="Failed to grow the L1 table") as caught:
+            disk.truncate(1 << 40)
+        assert caught.value.errno == errno.EFBIG
+        assert disk.size == 1 << 20
+
+
+def test_preallocation_over_a_backing_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(512))
+    with pytest.raises(ValueError, match="can only be used at the same time if extended_l2"):
+        pyvirtio.create_disk(
+            tmp_path / "disk", 512, backing_file="base", backing_fmt="raw", preallocation="metadata"
+        )
+
+
+def test_a_host_without_room_leaves_the_old_size(tmp_path: Path) -> None:
+    class Full(MemoryDisk):
+        def _truncate(self, size: int, preallocation: str) -> None:
+            if size > 2 << 20:
+                raise BackendError(errno.ENOSPC, "full")
+            super()._truncate(size, preallocation)
+
+    with pyvirtio.create_disk(Full(growable=True), 1 << 20, cluster_size=4096) as disk:
+        disk.write(0, b"x" * 5000)
+        with pytest.raises(BackendError, match="full"):
+            disk.truncate(8 << 20, preallocation="metadata")
+        assert disk.size == 1 << 20
+        assert clean(disk)
+        disk.truncate(2 << 20)
+        assert disk.read(0, 5000) == b"x" * 5000
+        assert clean(disk)
