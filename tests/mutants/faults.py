@@ -1,7 +1,7 @@
 """The faults: one line changed each, and the tests that must notice.
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
-forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``.
+forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``, then what the features add.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class Fault:
 
 def _load() -> list[Fault]:
     from backend_faults import BACKEND
+    from feature_faults import FEATURES
     from qcow2_faults import QCOW2
 
     return [
         Fault(file, what, old, new, tuple(f"tests/{test}" for test in tests))
-        for file, what, old, new, *tests in (*QCOW2, *BACKEND)
+        for file, what, old, new, *tests in (*QCOW2, *BACKEND, *FEATURES)
     ]
 
 
