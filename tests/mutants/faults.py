@@ -1,7 +1,8 @@
 """The faults: one line changed each, and the tests that must notice.
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
-forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``, then what the features add.
+forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``, then what the
+features add.
 """
 
 from __future__ import annotations

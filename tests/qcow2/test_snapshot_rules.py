@@ -43,6 +43,33 @@ def test_a_run_that_is_ours_only_in_part_is_not_written_in_place() -> None:
     assert disk.read(0, 8 * CLUSTER) == b"a" * 8 * CLUSTER
 
 
+def test_a_write_inside_one_shared_cluster_leaves_the_snapshot_alone() -> None:
+    _, disk = new_image()
+    disk.write(0, b"a" * CLUSTER)
+    disk.snapshots.create("s")
+    disk.write(CLUSTER, b"b" * CLUSTER)  # so the L2 table is ours
+    disk.write(0, b"c" * 100)
+    disk.snapshots.apply("s")
+    assert disk.read(0, CLUSTER) == b"a" * CLUSTER
+
+
+def test_a_run_of_ours_ends_where_a_shared_cluster_follows_it_in_the_file() -> None:
+    in_a_row = 0
+    for gap in range(1, 8):
+        _, disk = new_image()
+        disk.write(8 * CLUSTER, b"x" * gap * CLUSTER)
+        disk.write(CLUSTER, b"a" * CLUSTER)
+        disk.discard(8 * CLUSTER, gap * CLUSTER)
+        disk.flush()
+        disk.snapshots.create("s")  # its tables, and a new L2 table, take most of the gap
+        disk.write(0, b"b" * CLUSTER)
+        in_a_row += disk.block_status(0, 2 * CLUSTER).length == 2 * CLUSTER
+        disk.write(0, b"c" * 2 * CLUSTER)
+        disk.snapshots.apply("s")
+        assert disk.read(0, 2 * CLUSTER) == bytes(CLUSTER) + b"a" * CLUSTER
+    assert in_a_row
+
+
 def test_new_tables_are_not_mixed_up_with_ones_that_were_freed() -> None:
     file, disk = new_image(1 << 20)
     disk.write(0, b"a" * CLUSTER)

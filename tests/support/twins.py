@@ -47,13 +47,17 @@ DELIBERATE = {
         "QEMU refuses, for the backing file's data would show and there are no zero clusters to "
         "hide it; we write zeroes. The twins do not try it."
     ),
+    "shrinking to the inside of a cluster": (
+        "QEMU leaves the rest of that cluster as it is, and growing again shows it; with us what "
+        "was cut off reads as zeroes. The twins shrink to whole clusters."
+    ),
     "snapshots that refcounts of 1, 2 or 4 bits cannot count": (
         "Where a limit is met depends on which compressed clusters share a host cluster, and QEMU "
         "may leave the disk resized by a refused apply; with us it is as before. After a refusal "
         "by either the twins go on from the state before."
     ),
 }
-"""Where our allocation differs from QEMU's on purpose, and why. Data never differs."""
+"""Where we differ from QEMU on purpose, and why."""
 
 WEIGHTS = {
     "write": 92,
@@ -62,6 +66,7 @@ WEIGHTS = {
     "discard": 28,
     "compressed": 4,
     "grow": 3,
+    "shrink": 2,
     "snapshot": 3,
     "apply": 2,
     "delete": 2,
@@ -345,6 +350,21 @@ class Twins:
         ):
             start = max(0, old - self.features.cluster_size)
             self._compare_part(start, min(size - start, 2 * MAX_LENGTH))
+
+    def _shrink(self) -> None:
+        old = self.disk.size
+        cluster = self.features.cluster_size
+        size = self.chance.randint(old // 2 // cluster, old // cluster) * cluster
+        if not size:
+            return
+        self._both(
+            "shrink",
+            str(size),
+            lambda: self.disk.truncate(size, shrink=True),
+            lambda: self.qemu.command(f"truncate {size}"),
+        )
+        if self.disk.size < self.largest // 4:
+            self._grow()
 
     def _snapshot(self) -> None:
         if len(self.names) == MAX_SNAPSHOTS:
