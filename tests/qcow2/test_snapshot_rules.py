@@ -53,20 +53,22 @@ def test_a_write_inside_one_shared_cluster_leaves_the_snapshot_alone() -> None:
     assert disk.read(0, CLUSTER) == b"a" * CLUSTER
 
 
-def test_a_run_of_ours_ends_where_a_shared_cluster_follows_it_in_the_file() -> None:
+@pytest.mark.parametrize("size", [512, 16384])
+def test_a_run_of_ours_ends_where_a_shared_cluster_follows_it_in_the_file(size: int) -> None:
+    """With 16 KiB clusters, ones of subclusters."""
     in_a_row = 0
     for gap in range(1, 8):
-        _, disk = new_image()
-        disk.write(8 * CLUSTER, b"x" * gap * CLUSTER)
-        disk.write(CLUSTER, b"a" * CLUSTER)
-        disk.discard(8 * CLUSTER, gap * CLUSTER)
+        _, disk = new_image(32 * size, cluster_size=size, extended_l2=size > 512)
+        disk.write(8 * size, b"x" * gap * size)
+        disk.write(size, b"a" * size)
+        disk.discard(8 * size, gap * size)
         disk.flush()
         disk.snapshots.create("s")  # its tables, and a new L2 table, take most of the gap
-        disk.write(0, b"b" * CLUSTER)
-        in_a_row += disk.block_status(0, 2 * CLUSTER).length == 2 * CLUSTER
-        disk.write(0, b"c" * 2 * CLUSTER)
+        disk.write(0, b"b" * size)
+        in_a_row += disk.block_status(0, 2 * size).length == 2 * size
+        disk.write(0, b"c" * 2 * size)
         disk.snapshots.apply("s")
-        assert disk.read(0, 2 * CLUSTER) == bytes(CLUSTER) + b"a" * CLUSTER
+        assert disk.read(0, 2 * size) == bytes(size) + b"a" * size
     assert in_a_row
 
 
