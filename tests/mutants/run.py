@@ -1,7 +1,7 @@
 """Put one fault after the other into a copy of the package; the tests named must notice each.
 
-``python tests/mutants/run.py`` (or ``make mutants``) runs all; arguments choose faults whose file
-contains one of them. A fault that survives, or whose place in the code is not there exactly once
+``python tests/mutants/run.py`` (or ``make mutants``) runs all; arguments choose those whose
+file or description contains one of them. A fault that survives, or whose place in the code is not there exactly once
 any more, fails the run.
 """
 
@@ -155,7 +155,11 @@ def _check_tests_pass(copy: Copy, faults: list[Fault]) -> None:
 def main() -> int:
     """0 if all faults were caught."""
     words = sys.argv[1:]
-    chosen = [fault for fault in FAULTS if not words or any(word in fault.file for word in words)]
+    chosen = [
+        fault
+        for fault in FAULTS
+        if not words or any(word in fault.file + fault.what for word in words)
+    ]
     bad: list[Outcome] = []
     number = 0
     for number, outcome in enumerate(run_all(chosen), 1):

@@ -50,6 +50,14 @@ def test_an_empty_image_is_clean(size: int, width: int) -> None:
         assert found.size == size
 
 
+def test_images_of_every_length_of_l1_table_are_clean() -> None:
+    """So that some need just one refcount block more for the blocks themselves."""
+    for clusters in range(0, 140):
+        file, disk = new_image(clusters * 64 * 32768, refcount_bits=64)
+        disk.close()
+        assert_clean(file)
+
+
 def test_an_image_says_what_it_is() -> None:
     _, disk = new_image(cluster_size=16384, extended_l2=True, refcount_bits=8, lazy_refcounts=True)
     info = disk.info()

@@ -171,6 +171,17 @@ def test_requests_outside_the_disk_are_refused_on_the_short_way_too() -> None:
             disk.writev(offset, [buffer])
 
 
+def test_the_short_way_ends_with_the_disk() -> None:
+    """The cluster goes on behind the disk's end; a guest's requests do not."""
+    _, disk = new_image((1 << 15) + 512, cluster_size=65536)
+    disk.write(0, b"x" * 512)
+    buffer = memoryview(bytearray(1024))
+    with pytest.raises(ValueError, match="not inside"):
+        disk.readv(1 << 15, [buffer])
+    with pytest.raises(ValueError, match="not inside"):
+        disk.writev(1 << 15, [buffer])
+
+
 def test_fua_is_obeyed_on_the_short_way_too() -> None:
     log = RecordingDisk(MemoryDisk(growable=True))
     disk = pyvirtio.create_disk(log, 1 << 16, format="qcow2", cluster_size=512)
@@ -638,3 +649,14 @@ def test_the_depth_of_a_raw_backing_file() -> None:
     _, disk = over(b"b" * 8192)
     disk.write(0, b"x" * 512)
     assert [extent.depth for extent in disk.extents(0, 4096)] == [0, 1]
+    assert disk.block_status(512, 512).depth == 1
+
+
+def test_a_snapshot_keeps_the_highest_zero_subcluster() -> None:
+    file, disk = sub_image()
+    disk.write(0, b"x" * 16384)
+    disk.write_zeroes(31 * 512, 512)
+    disk.snapshots.create("s")
+    assert disk.read(30 * 512, 1024) == b"x" * 512 + bytes(512)
+    disk.flush()
+    assert states(file) == 1 << 63 | 0x7FFF_FFFF
