@@ -1,8 +1,8 @@
 """Put one fault after the other into a copy of the package; the tests named must notice each.
 
-``python tests/mutants/run.py`` (or ``make mutants``) runs all; arguments choose those whose
-file or description contains one of them. A fault that survives, or whose place in the code is not there exactly once
-any more, fails the run.
+``python tests/mutants/run.py`` (or ``make mutants``) runs all; arguments choose those whose file or
+description contains one of them. A fault that survives, or whose place in the code is not there
+exactly once any more, fails the run.
 """
 
 from __future__ import annotations

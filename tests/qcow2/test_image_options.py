@@ -52,8 +52,9 @@ def test_an_empty_image_is_clean(size: int, width: int) -> None:
 
 def test_images_of_every_length_of_l1_table_are_clean() -> None:
     """So that some need just one refcount block more for the blocks themselves."""
-    for clusters in range(0, 140):
+    for clusters in (*range(1, 4), *range(50, 70), *range(110, 135)):
         file, disk = new_image(clusters * 64 * 32768, refcount_bits=64)
+        disk.write(0, b"x" * 40_000)  # a leak past the end of the file would be none
         disk.close()
         assert_clean(file)
 

@@ -47,6 +47,10 @@ DELIBERATE = {
         "QEMU refuses, for the backing file's data would show and there are no zero clusters to "
         "hide it; we write zeroes. The twins do not try it."
     ),
+    "compressed writes after a compressed cluster was freed": (
+        "QEMU 7.2 may go on writing into its host cluster though it was handed out again, and so "
+        "into somebody else's data. The twins open QEMU's image anew before compressed writes."
+    ),
     "shrinking to the inside of a cluster": (
         "QEMU leaves the rest of that cluster as it is, and growing again shows it; with us what "
         "was cut off reads as zeroes. The twins shrink to whole clusters."
@@ -329,6 +333,8 @@ class Twins:
 
             self._closed(by_qemu)
         else:
+            self.qemu.close()
+            self.qemu = self._qemu_io()
             self._both(
                 "compressed",
                 command,
