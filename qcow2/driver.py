@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.open import FileReference
-from ..errors import BackendError, ImageError, UnsupportedError
-from . import amend, emptying, header_update, info, layout, resize, zeroing
+from ..errors import BackendError, UnsupportedError
+from . import amend, emptying, header_update, info, layout, opening, resize, zeroing
 from .bitmaps import Bitmaps
 from .check import CheckResult, Fix, check
 from .cleaner import CacheCleaner
@@ -18,15 +18,14 @@ from .compressed_writing import CompressedWriter
 from .corruption import CorruptionError, CorruptionListener
 from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
 from .header import Header, read_header
-from .layout import Autoclear, Compatible, CryptMethod, Incompatible
+from .layout import Autoclear, CryptMethod, Incompatible
 from .metadata import Metadata
 from .options import RuntimeOptions
-from .quarantine import DiscardKind
 from .reading import Reader
 from .reload import reload
 from .runs import runs
 from .snapshots import Snapshots
-from .state import is_corrupt, is_dirty
+from .state import is_dirty
 from .status import block_status
 from .vmstate import VmState
 from .writing import Writer
@@ -38,15 +37,6 @@ if TYPE_CHECKING:
     from .encryption import Encryption
 
 __all__ = ["Qcow2Disk"]
-
-_SUPPORTED = int(
-    Incompatible.DIRTY
-    | Incompatible.CORRUPT
-    | Incompatible.DATA_FILE
-    | Incompatible.COMPRESSION
-    | Incompatible.EXTENDED_L2
-)
-_LATER: dict[Incompatible, str] = {}
 
 
 class Qcow2Disk(Disk):
@@ -129,26 +119,22 @@ class Qcow2Disk(Disk):
         option.
         """
         header = read_header(file, for_check=for_check)
-        _refuse_what_is_missing(header)
-        runtime = RuntimeOptions.parse(
-            options,
-            header.geometry,
-            size=header.size,
-            lazy_refcounts=bool(header.compatible_features & Compatible.LAZY_REFCOUNTS),
-            discards=getattr(file, "discard_mode", "unmap") == "unmap",
-        )
+        runtime = opening.runtime_options(file, header, options)
         if not read_only and not for_check:
-            _refuse_to_write(header)
-        encryption = _open_encryption(file, header, passphrase, encrypt_format, no_io or for_check)
+            opening.refuse_corrupt(header)
+        encryption = opening.encryption_of(
+            file, header, passphrase, encrypt_format, no_io or for_check
+        )
         data = open_data_file(header, policy, data_file, read_only)
         metadata = backing = None
         try:
-            metadata = _load(file, header, runtime, read_only, data)
+            metadata = opening.load_metadata(file, header, runtime, read_only, data)
             if encryption is not None:
                 metadata.encryption = encryption
                 encryption.before_changes(metadata.check_writable)
             if header.backing_file is not None and policy is not None:
-                backing = policy(_backing_reference(header))
+                reference = FileReference(header.backing_file, header.backing_format, "backing")
+                backing = policy(reference)
             disk = cls(
                 file,
                 header,
@@ -261,6 +247,7 @@ class Qcow2Disk(Disk):
 
     def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
+        backed = self._header.backing_file is not None
         size, end = self._metadata.cluster_size, offset + length
         while offset < end:
             stop = end if end == self.size else max(end // size * size, offset)
@@ -268,7 +255,9 @@ class Qcow2Disk(Disk):
                 stop = min(end, (offset // size + 1) * size)
             try:
                 with self.bitmaps.recording(offset, stop - offset):
-                    zeroing.write_zeroes(self._metadata, offset, stop - offset, unmap=unmap)
+                    zeroing.write_zeroes(
+                        self._metadata, offset, stop - offset, unmap=unmap, backed=backed
+                    )
             except UnsupportedError:
                 if self._header.version < 3:
                     raise
@@ -443,7 +432,7 @@ class Qcow2Disk(Disk):
         aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
         end = offset + length
         if self._header.version >= 3 and aligned < end:
-            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False)
+            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False, backed=True)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
 
@@ -467,7 +456,7 @@ class Qcow2Disk(Disk):
             self._file.reopen(read_only=read_only)
             try:
                 if not read_only:
-                    reload(metadata, self.snapshots, _refuse_to_write)
+                    reload(metadata, self.snapshots, opening.refuse_corrupt)
             except BaseException:
                 self._file.reopen(read_only=True)
                 raise
@@ -488,7 +477,7 @@ class Qcow2Disk(Disk):
         """
         if self.closed:
             self._refuse(0, 0)
-        accept = _refuse_what_is_missing if self.read_only else _refuse_to_write
+        accept = opening.accept_all if self.read_only else opening.refuse_corrupt
         with self._metadata.gate.exclusive():
             self._file.invalidate()
             reload(self._metadata, self.snapshots, accept)
@@ -546,73 +535,7 @@ class Qcow2Disk(Disk):
                 self.closed = True
 
 
-def _refuse_to_write(header: Header) -> None:
-    _refuse_what_is_missing(header)
-    if is_corrupt(header):
-        raise ImageError(
-            "qcow2: Image is corrupt; cannot be opened read/write",
-            field="incompatible_features",
-            value=header.incompatible_features,
-        )
-
-
-def _refuse_what_is_missing(header: Header) -> None:
-    missing = header.incompatible_features & ~_SUPPORTED
-    if missing:
-        names = ", ".join(name for bit, name in _LATER.items() if missing & bit)
-        raise UnsupportedError(f"Unsupported qcow2 feature(s): {names}", feature=names)
-
-
-def _open_encryption(
-    file: Disk,
-    header: Header,
-    passphrase: Passphrase | None,
-    encrypt_format: str | None,
-    no_io: bool,
-) -> Encryption | None:
-    if header.crypt_method is CryptMethod.NONE:
-        if encrypt_format is not None:
-            raise ValueError(
-                f"No encryption in image header, but options specified format '{encrypt_format}'"
-            )
-        return None
-    from .encryption import open_encryption  # cryptography takes long to load
-
-    return open_encryption(file, header, passphrase, encrypt_format=encrypt_format, no_io=no_io)
-
-
 def _report(error: CorruptionError) -> None:
     """Tell whoever listens, now that no lock is held."""
     if error.source is not None:
         error.source.deliver()
-
-
-def _load(
-    file: Disk,
-    header: Header,
-    options: RuntimeOptions,
-    read_only: bool,
-    data_file: Disk | None,
-) -> Metadata:
-    try:
-        metadata = Metadata(
-            file,
-            header,
-            options.caches,
-            read_only=read_only,
-            data_file=data_file,
-            overlap_check=options.overlap_check,
-        )
-    except BackendError as error:
-        number = error.errno or errno.EIO
-        raise BackendError(number, f"Could not read the tables: {error.strerror}") from error
-    metadata.discards |= {
-        DiscardKind.REQUEST: options.pass_discard_request,
-        DiscardKind.SNAPSHOT: options.pass_discard_snapshot,
-        DiscardKind.OTHER: options.pass_discard_other,
-    }
-    return metadata
-
-
-def _backing_reference(header: Header) -> FileReference:
-    return FileReference(header.backing_file or "", header.backing_format, "backing")

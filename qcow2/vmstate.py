@@ -142,7 +142,9 @@ class VmState:
         if not metadata.header.backing_file or first >= last:
             return
         if metadata.geometry.version >= 3:
-            zeroing.write_zeroes(metadata, self.offset + first, last - first, unmap=False)
+            zeroing.write_zeroes(
+                metadata, self.offset + first, last - first, unmap=False, backed=True
+            )
             return
         while first < last and self._writer is not None:
             zeroes = memoryview(bytes(min(last - first, _ZERO_CHUNK)))

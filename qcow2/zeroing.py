@@ -20,13 +20,19 @@ _LOW = (1 << 64) - 1
 _ALL_ZEROES = layout.ALL_ZEROES << 64
 
 
-def write_zeroes(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> None:
+def write_zeroes(
+    metadata: Metadata, offset: int, length: int, *, unmap: bool, backed: bool
+) -> None:
     """Make whole clusters read as zeroes; ``unmap`` gives their host clusters back.
 
     With extended L2 entries a part of one cluster, in whole subclusters, will do. Needs version 3,
+    or that the image is not ``backed`` by another file, so that clusters given back read as zeroes;
     and that such a part is not compressed (raises UnsupportedError, with nothing changed). The end
     may be the end of the disk.
     """
+    if metadata.geometry.version < 3 and not backed:
+        discard(metadata, offset, length, backed=False)
+        return
     if metadata.geometry.version < 3:
         raise UnsupportedError(
             "Zero clusters need a qcow2 image of compatibility level 1.1", feature="zero clusters"
@@ -87,9 +93,15 @@ def discard(
             return entry
         return nothing
 
-    _replace_entries(metadata, offset, length, replace, skip_unallocated=not backed)
-    if kept and metadata.discards[DiscardKind.REQUEST]:
-        metadata.discard_in_file(merge_runs(kept))
+    def discard_kept() -> None:
+        # Before the clusters become zero clusters, which another request may fill again.
+        if kept and metadata.discards[DiscardKind.REQUEST]:
+            metadata.discard_in_file(merge_runs(kept))
+        kept.clear()
+
+    _replace_entries(
+        metadata, offset, length, replace, skip_unallocated=not backed, before=discard_kept
+    )
 
 
 def _replace_entries(
@@ -99,10 +111,12 @@ def _replace_entries(
     replace: Callable[[int], int],
     *,
     skip_unallocated: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Put ``replace(entry)`` in place of every L2 entry of the range.
 
-    ``skip_unallocated``: where there is no L2 table nothing needs to change.
+    ``skip_unallocated``: where there is no L2 table nothing needs to change. ``before()`` is called
+    each time the replacements are known and not yet made (lock held).
     """
     metadata.health.check()
     cluster = offset >> metadata.cluster_bits
@@ -116,7 +130,7 @@ def _replace_entries(
             try:
                 with metadata.lock:
                     cluster += _replace_in_slice(
-                        metadata, cluster, end - cluster, replace, skip_unallocated
+                        metadata, cluster, end - cluster, replace, skip_unallocated, before
                     )
             except CacheFull:
                 metadata.flush_inside()
@@ -132,6 +146,7 @@ def _replace_in_slice(
     count: int,
     replace: Callable[[int], int],
     skip_unallocated: bool,
+    announce: Callable[[], None],
 ) -> int:
     """The part of the range in the first slice (lock held); how many clusters that was."""
     tables = metadata.tables
@@ -148,6 +163,7 @@ def _replace_in_slice(
         for i, entry in enumerate(old):
             tables.check_entry(entry, cluster + i)
         new = [replace(entry) for entry in old]
+        announce()
         with metadata.health.step("Changing the mapping"):
             tables.set_entries(position, new)
             for before, after in zip(old, new, strict=True):
