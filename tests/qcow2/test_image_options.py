@@ -104,7 +104,8 @@ def test_unknown_autoclear_bits_are_cleared_by_a_writer_only() -> None:
 
 
 def test_zeroes_need_version_3() -> None:
-    _, disk = new_image(compat="0.10")
+    """Or that there is no backing file: then what is unallocated reads as zeroes."""
+    _, disk = new_image(compat="0.10", backing_file="base", backing_fmt="raw")
     disk.write(0, b"x" * 1024)
     with pytest.raises(UnsupportedError):
         disk.write_zeroes(0, 512, fallback=False)
