@@ -19,7 +19,6 @@ from .refcounts import pack_table
 from .tally import CHUNK_BITS, Tally, decode, progression
 
 __all__ = [
-    "clusters_of",
     "l2_tables",
     "lower_references",
     "raise_references",
@@ -66,21 +65,6 @@ def write_plain(metadata: Metadata, offset: int, table: bytes) -> None:
         whole[::words] = decode(table)
         table = pack_table(whole)
     metadata.write_l2_table(offset, table)
-
-
-def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
-    """The host clusters that L2 entries refer to; one touched by two entries is there twice."""
-    bits = metadata.cluster_bits
-    mask, compressed = layout.OFFSET_MASK, layout.COMPRESSED
-    special = layout.COMPRESSED
-    if not any(entries):
-        return []
-    clusters = [(entry & mask) >> bits for entry in entries if entry & mask and not entry & special]
-    for entry in entries:
-        if entry & compressed:
-            offset, length = metadata.geometry.compressed_extent(entry)
-            clusters += range(offset >> bits, ((offset + length - 1) >> bits) + 1)
-    return clusters
 
 
 def walk_references(
