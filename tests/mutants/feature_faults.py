@@ -112,4 +112,10 @@ FEATURES: list[tuple[str, ...]] = [
     ("backend/map.py", "runs that do not follow are joined", "and (host2 is None if host is None else host2 == host + length)", "and ((host2 is None) == (host is None))", MAP + "a_chain_is_mapped_as_qemu_maps_it"),
     ("backend/map.py", "a map goes past the end", "end = disk.size if length is None else min(disk.size, start + length)", "end = disk.size if length is None else start + length", MAP + "nothing_is_mapped_past_the_end"),
     ("backend/convert.py", "an old target keeps what it held", "        if not self.is_zero:\n            self.target.write_zeroes", "        if self.is_zero:\n            self.target.write_zeroes", CONVERT + "an_old_target_is_overwritten_with_zeroes_too"),
+    ("qcow2/zeroing.py", "discard-no-unref is forgotten", "        if keep and entry & layout.COPIED and entry & layout.OFFSET_MASK:\n", "        if False:\n", OPTIONS + "discard_no_unref_keeps_the_clusters"),
+    ("qcow2/cache.py", "cleaning never drops what was used once", "                self.referenced[slot] = 0\n            elif not self._pins", "                pass\n            elif not self._pins", OPTIONS + "cleaning_drops_what_was_not_used_since_the_last_time"),
+    ("qcow2/snapshots.py", "a snapshot in view is deleted", "        self.refuse_views(snapshot)\n", "", VMSTATE + "a_snapshot_in_view_is_not_deleted"),
+    ("qcow2/reload.py", "the tables are not read anew", "        metadata.reload()\n", "        pass\n", "qcow2/test_reopen.py::test_what_another_program_changed_is_seen_after_invalidate"),
+    ("backend/luks1.py", "nobody is asked for the passphrase", "given = passphrase() if callable(passphrase) else passphrase", "given = passphrase", "qcow2/test_encryption.py::test_a_passphrase_is_bytes_or_what_asks_for_them"),
+    ("qcow2/measure.py", "zeroes are measured as data", "        if not extent.zero and extent.data and extent.allocated:\n", "        if extent.allocated:\n", "backend/test_measure.py::test_a_chain_is_measured_as_qemu_does"),
 ]
