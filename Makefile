@@ -26,7 +26,7 @@ crash: venv
 		$(BIN)/python -m pytest tests/crash tests/qcow2/test_model.py
 
 # mypy has to see the root folder under the package's own name.
-PACKAGE := __init__.py errors.py py.typed backend qcow2 virtio
+PACKAGE := __init__.py errors.py py.typed backend machine qcow2 virtio
 build/types/pyvirtio: Makefile
 	rm -rf $@
 	mkdir -p $@
