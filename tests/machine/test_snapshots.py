@@ -12,6 +12,7 @@ import pytest
 import pyvirtio
 from pyvirtio import BackendError, ImageError, MemoryDisk, UnsupportedError
 from pyvirtio.machine.snapshots import MachineSnapshots
+from support.filters import CappedDisk
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_img, qemu_img_json
 
@@ -295,6 +296,42 @@ def test_a_disk_that_fails_to_save_undoes_the_others(
     assert board.everything == now
     board.snapshots.loadvm("before")
     assert board.everything == saved
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20, 2 << 20])
+def test_a_disk_that_runs_full_keeps_what_it_has(make_toy: Any, room: int) -> None:
+    below = CappedDisk(MemoryDisk(growable=True), 1 << 40)
+    with pyvirtio.create_disk(below, SIZE, cluster_size=4096) as disk:
+        board = Board(make_toy(), [disk])
+        board.run(1)
+        board.snapshots.savevm("before")
+        saved = board.everything
+        board.run(2)
+        board.toy.ram[:] = b"full" * (len(board.toy.ram) // 4)
+        now = board.everything
+        below.cap = below.size + room
+        with pytest.raises(BackendError):
+            board.snapshots.savevm("one")
+        assert board.everything == now
+        assert board.names == [["before"]]
+        assert disk.check().clean
+        below.cap = 1 << 40
+        board.snapshots.savevm("one")
+        board.snapshots.loadvm("before")
+        assert board.everything == saved
+        board.snapshots.loadvm("one")
+        assert board.everything == now
+
+
+def test_an_interrupted_save_leaves_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(board.disks[0].snapshots, "create", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        board.snapshots.savevm("one")
+    assert board.names == [[], []]
+    assert board.disks[0].vmstate.size == 0
 
 
 def test_a_component_that_fails_to_save_leaves_nothing(
