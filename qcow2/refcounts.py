@@ -131,26 +131,6 @@ class Refcounts:
 
     # -- changing counts -----------------------------------------------------------------------
 
-    def check_raise(self, cluster: int, times: Sequence[int]) -> None:
-        """Raise ImageError unless the count of ``cluster + i`` can be raised by ``times[i]``."""
-        at = 0
-        for values in self.counts(cluster, len(times)):
-            part = times[at : at + len(values)]
-            at += len(part)
-            if _highest(values) + _highest(part) <= self._codec.max:
-                continue
-            if any(
-                value + more > self._codec.max
-                for value, more in zip(values, part, strict=True)
-                if more
-            ):
-                raise ImageError(
-                    "Reference count limit reached: a cluster cannot be shared more often",
-                    field="refcount",
-                    value=self._codec.max,
-                    limit=self._codec.max,
-                )
-
     def add_each(self, cluster: int, deltas: Sequence[int]) -> list[int]:
         """Add ``deltas[i]`` to the count of ``cluster + i``; returns the clusters that became free.
 

@@ -19,7 +19,6 @@ from .refcounts import pack_table
 from .tally import CHUNK_BITS, Tally, decode, progression
 
 __all__ = [
-    "check_raise",
     "clusters_of",
     "l2_tables",
     "lower_references",
@@ -105,11 +104,6 @@ def walk_references(
         tally.add_run(offset >> metadata.cluster_bits, 1, times)
         tally.add_table(read_plain(metadata, offset), times)
     tally.finish()
-
-
-def check_raise(metadata: Metadata, l1: Sequence[int]) -> None:
-    """Raise ImageError unless :func:`raise_references` would find room in every refcount."""
-    walk_references(metadata, l1, metadata.refcounts.check_raise)
 
 
 def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
