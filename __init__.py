@@ -46,6 +46,8 @@ _HOMES = {
     "stream": "backend.stream",
     "create_disk": "backend.open",
     "open_disk": "backend.open",
+    "Machine": "machine.state",
+    "MachineSnapshots": "machine.snapshots",
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
@@ -63,6 +65,8 @@ __all__ = [
     "ImageError",
     "InUseError",
     "Limits",
+    "Machine",
+    "MachineSnapshots",
     "MemoryDisk",
     "NullDisk",
     "PyvirtioError",
@@ -99,6 +103,8 @@ if TYPE_CHECKING:
         PyvirtioError,
         UnsupportedError,
     )
+    from .machine.snapshots import MachineSnapshots
+    from .machine.state import Machine
     from .virtio.blk import VirtioBlk
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio

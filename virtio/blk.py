@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from ..backend.disk import Disk
+from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
 from .device import BUDGET, Queue, VirtioDevice
@@ -179,6 +180,29 @@ class VirtioBlk(VirtioDevice):
         self.capacity = size // SECTOR_SIZE
         self._config = self._make_config()
         self.config_changed()
+
+    def save_own(self, stream: StateWriter) -> None:
+        """See :class:`VirtioDevice`."""
+        stream.u32(self.logical_block_size)
+        stream.u64(self.capacity)
+        stream.flag(self.writeback)
+
+    def load_own(self, stream: StateReader) -> Callable[[], object]:
+        """See :class:`VirtioDevice`. The disk may have another size: the driver is told then."""
+        block_size, capacity, writeback = stream.u32(), stream.u64(), stream.flag()
+        if block_size != self.logical_block_size:
+            raise stream.malformed(
+                f"has blocks of {block_size} bytes, not {self.logical_block_size}"
+            )
+
+        def adopt() -> None:
+            self.writeback = writeback
+            self.capacity = self.disk.size // SECTOR_SIZE
+            self._config = self._make_config()
+            if self.capacity != capacity:
+                self.config_changed()
+
+        return adopt
 
     # -- requests ----------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..errors import GuestError
+from ..backend.state import StateReader, StateWriter
+from ..errors import GuestError, UnsupportedError
 from .layout import (
     BIG,
     LITTLE,
@@ -266,7 +267,7 @@ class VirtioDevice(ABC):
         if queue.state.ready or self.state.broken:
             return
         try:
-            ring = self._make_ring(queue.state)
+            ring = self._make_ring(queue.state, self.state.driver_features)
         except GuestError as error:
             self.guest_error(error)
             return
@@ -298,7 +299,7 @@ class VirtioDevice(ABC):
                 queue.ring = None
             elif queue.ring is None:
                 try:
-                    self._go_live(queue, self._make_ring(queue.state))
+                    self._go_live(queue, self._make_ring(queue.state, self.state.driver_features))
                 except GuestError as error:
                     self.guest_error(error)
                     return
@@ -307,12 +308,13 @@ class VirtioDevice(ABC):
         queue.ring = ring
         queue.express = self.make_express(queue, ring)
 
-    def _make_ring(self, state: QueueState) -> Ring:
+    def _make_ring(self, state: QueueState, features: int) -> Ring:
+        """A ring for a queue, under the features that the driver has accepted."""
         return SplitRing(
             state,
             self._memory,
-            indirect=self.accepted(VIRTIO_F_INDIRECT_DESC),
-            event_idx=self.accepted(VIRTIO_F_EVENT_IDX),
+            indirect=bool(features >> VIRTIO_F_INDIRECT_DESC & 1),
+            event_idx=bool(features >> VIRTIO_F_EVENT_IDX & 1),
             structs=self.structs,
         )
 
@@ -428,7 +430,110 @@ class VirtioDevice(ABC):
         if self.strict and self._violation is None:
             self._violation = error
 
+    # -- saving and loading --------------------------------------------------------------------
+
+    state_version = 1
+    """Of what :meth:`save_state` writes."""
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write everything but guest memory and the transport's registers.
+
+        No request is under way between two calls of the device's methods, and none may be now:
+        what the driver has made available and was not served is in guest memory.
+        """
+        if any(queue.serving for queue in self.queues):
+            raise ValueError("a device is not saved from inside one of its requests")
+        state = self.state
+        stream.u32(self.device_id)
+        stream.u32(self.state_version)
+        stream.flag(self.legacy)
+        stream.flag(self.structs is BIG)
+        stream.u64(self.offered_features)
+        stream.u64(state.driver_features & 0xFFFF_FFFF_FFFF_FFFF)
+        stream.u64(state.driver_features >> 64 & 0xFFFF_FFFF_FFFF_FFFF)
+        stream.u8(state.status)
+        stream.u32(state.config_generation)
+        stream.flag(state.broken)
+        stream.u16(len(self.queues))
+        for queue in self.queues:
+            queue.state.save(stream)
+            stream.flag(queue.pending)
+            stream.flag(queue.ring is not None and queue.ring.suppressed)
+        self.save_own(stream)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read what :meth:`save_state` has written; returns how to put it in force.
+
+        Nothing is changed before that. Raises ImageError for the state of another kind of device,
+        of one with other queues or features, or attached in another way; UnsupportedError for a
+        newer one.
+        """
+        device_id, version = stream.u32(), stream.u32()
+        if device_id != self.device_id:
+            raise stream.malformed(f"is of a device of type {device_id}, not {self.device_id}")
+        if version > self.state_version:
+            raise UnsupportedError(
+                f"Device state of version {version}, known are up to {self.state_version}",
+                feature=f"device state version {version}",
+            )
+        if (stream.flag(), stream.flag()) != (self.legacy, self.structs is BIG):
+            raise stream.malformed("is of another virtio version or byte order")
+        offered = stream.u64()
+        features = stream.u64() | stream.u64() << 64
+        status = stream.u8()
+        missing = features & ~self.offered_features
+        if not status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
+            missing &= offered  # what a driver tries out before is its own affair
+        if missing:
+            raise stream.malformed(f"needs features {missing:#x}, which are not offered")
+        if status & ~(_DRIVER_BITS | STATUS_NEEDS_RESET):
+            raise stream.malformed(f"has a status of {status:#x}")
+        state = DeviceState([], status, features, stream.u32(), stream.flag())
+        count = stream.u16()
+        if count != len(self.queues):
+            raise stream.malformed(f"has {count} queues, not {len(self.queues)}")
+        flags = []
+        for queue in self.queues:
+            state.queues.append(QueueState.load(stream, queue.state.max_size))
+            flags.append((stream.flag(), stream.flag()))
+        adopt_own = self.load_own(stream)
+        if not state.broken:
+            self._check_rings(state, stream)
+
+        def adopt() -> None:
+            self.state = state
+            self._violation = None
+            self.resets += 1
+            for queue, queue_state in zip(self.queues, state.queues, strict=True):
+                queue.state, queue.ring = queue_state, None
+            self._refresh_rings()
+            for queue, (pending, suppressed) in zip(self.queues, flags, strict=True):
+                queue.pending = pending and queue.ring is not None
+                if queue.ring is not None:
+                    queue.ring.suppressed = suppressed
+            adopt_own()
+
+        return adopt
+
+    def _check_rings(self, state: DeviceState, stream: StateReader) -> None:
+        """Raise ImageError if a queue that is enabled in ``state`` could not work."""
+        for index, queue in enumerate(state.queues):
+            if queue.ready:
+                try:
+                    self._make_ring(queue, state.driver_features)
+                except GuestError as error:
+                    raise stream.malformed(f"has a queue {index} that cannot be: {error}") from None
+
     # -- what a kind of device provides --------------------------------------------------------
+
+    @abstractmethod
+    def save_own(self, stream: StateWriter) -> None:
+        """Write what this kind of device has in addition to every one; see :meth:`save_state`."""
+
+    @abstractmethod
+    def load_own(self, stream: StateReader) -> Callable[[], object]:
+        """Read it again; see :meth:`load_state`. The rest is in force when what it returns is
+        called."""
 
     @abstractmethod
     def process(self, chain: Chain) -> int:

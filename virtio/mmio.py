@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
 from . import layout as at
 from .device import Queue, VirtioDevice
@@ -203,6 +204,48 @@ class VirtioMmio:
     def _write_interrupt_ack(self, value: int) -> None:
         self._interrupt_status &= ~value
         self._update_level()
+
+    # -- saving and loading --------------------------------------------------------------------
+
+    state_version = 1
+    """Of what :meth:`save_state` writes."""
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the registers and the device behind them; guest memory is saved by itself."""
+        for value in (
+            self._device_features_sel,
+            self._driver_features_sel,
+            self._queue_sel,
+            self._interrupt_status,
+            self._page_size,
+        ):
+            stream.u32(value)
+        for table in (self._queue_align, self._queue_pfn):
+            stream.u32(len(table))
+            for index, value in table.items():
+                stream.u32(index)
+                stream.u32(value)
+        self.device.save_state(stream)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read what :meth:`save_state` has written; returns how to put it in force.
+
+        Nothing is changed before that. The interrupt line is set then, if its level is another.
+        Raises what :meth:`.device.VirtioDevice.load_state` does.
+        """
+        selectors = stream.u32(), stream.u32(), stream.u32()
+        interrupt_status, page_size = stream.u32(), stream.u32()
+        align, pfn = ({stream.u32(): stream.u32() for _ in range(stream.u32())} for _ in range(2))
+        adopt_device = self.device.load_state(stream)
+
+        def adopt() -> None:
+            self._device_features_sel, self._driver_features_sel, self._queue_sel = selectors
+            self._interrupt_status, self._page_size = interrupt_status, page_size
+            self._queue_align, self._queue_pfn = align, pfn
+            adopt_device()
+            self._update_level()
+
+        return adopt
 
     # -- registers of the selected queue -------------------------------------------------------
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from ..backend.state import StateReader, StateWriter
 from .memory import Segment
 
 __all__ = ["Chain", "QueueState", "Ring"]
@@ -35,6 +36,34 @@ class QueueState:
     """Free-running number of the next chain to take (16 bits)."""
     used_index: int = 0
     """Free-running number of the next used element (16 bits), published or not."""
+
+    def save(self, stream: StateWriter) -> None:
+        """Write all of it."""
+        stream.u32(self.max_size)
+        stream.u32(self.size)
+        stream.flag(self.ready)
+        stream.u64(self.descriptor_area)
+        stream.u64(self.driver_area)
+        stream.u64(self.device_area)
+        stream.u16(self.next_avail)
+        stream.u16(self.used_index)
+
+    @classmethod
+    def load(cls, stream: StateReader, max_size: int) -> Self:
+        """What was saved, of a queue that allows ``max_size`` entries; else ImageError."""
+        state = cls(
+            max_size=stream.u32(),
+            size=stream.u32(),
+            ready=stream.flag(),
+            descriptor_area=stream.u64(),
+            driver_area=stream.u64(),
+            device_area=stream.u64(),
+            next_avail=stream.u16(),
+            used_index=stream.u16(),
+        )
+        if state.max_size != max_size:
+            raise stream.malformed(f"has a queue of {state.max_size} entries, not {max_size}")
+        return state
 
 
 class Chain(NamedTuple):

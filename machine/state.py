@@ -1,0 +1,116 @@
+"""What a machine consists of, and its whole state as one stream.
+
+An emulator gives its CPU and its devices names, and its RAM as buffers. Each of the former is a
+:class:`Component`; it is kept in a section ``component/NAME`` (values as :mod:`..backend.state`
+has them), each RAM in a section ``ram/NAME`` (as :mod:`.ram` lays it out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from ..backend.state import StateReader, StateWriter
+from ..errors import ImageError
+from .ram import check_ram, known_ram, load_ram, save_ram
+from .stream import Known, Source, StreamReader, StreamWriter, Target
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["Component", "Machine"]
+
+MAX_COMPONENT = 64 << 20
+"""Bytes of a component's state; what has more is to be given as RAM."""
+
+
+class Component(Protocol):
+    """A part of a machine with a state of its own: a CPU, a device."""
+
+    @property
+    def state_version(self) -> int:
+        """The version of what :meth:`save_state` writes."""
+
+    def save_state(self, stream: StateWriter, /) -> None:
+        """Write everything that the guest could tell apart, and change nothing."""
+
+    def load_state(self, stream: StateReader, /) -> Callable[[], object]:
+        """Read what :meth:`save_state` has written; returns how to put it in force.
+
+        ``stream.version`` is never newer than :attr:`state_version`. Here everything is read and
+        checked (``stream.malformed`` is the error to raise) and nothing is changed: only when all
+        components have been read, are the functions they returned called. Those must not fail.
+        """
+
+
+class Machine:
+    """The parts of a machine, by name.
+
+    ``ram``: writable buffers, of a size that stays. The machine must stand still while it is saved
+    or loaded, its requests to disks included.
+    """
+
+    def __init__(
+        self, components: Mapping[str, Component], ram: Mapping[str, WriteableBuffer]
+    ) -> None:
+        self._components = {f"component/{name}": part for name, part in components.items()}
+        self._ram = {f"ram/{name}": part for name, part in ram.items()}
+        for name, view in self._views().items():
+            if view.readonly:
+                raise ValueError(f"the buffer {name!r} cannot be written")
+
+    def _views(self) -> dict[str, memoryview]:
+        """The RAM as it is now; not kept, so that an mmap can be closed."""
+        return {name: memoryview(part).cast("B") for name, part in self._ram.items()}
+
+    def save(self, target: Target) -> int:
+        """Write everything to ``target``, from its byte 0 on; returns the bytes written."""
+        writer = StreamWriter(target)
+        for name, component in self._components.items():
+            stream = StateWriter()
+            component.save_state(stream)
+            state = bytes(stream)
+            if len(state) > MAX_COMPONENT:
+                raise ValueError(f"{name!r} has {len(state)} bytes of state, too many")
+            writer.section(name, component.state_version, len(state), [state])
+        for name, ram in self._views().items():
+            save_ram(writer, name, ram)
+        return writer.finish()
+
+    def prepare(self, source: Source) -> Callable[[], None]:
+        """Read and check the whole stream, and change nothing; returns how to put it in force.
+
+        ``source`` must stay until then: RAM is read from it once more. Raises ImageError for a
+        stream that is damaged or of another machine, UnsupportedError for one with parts that
+        this machine does not have, or newer than it knows them.
+        """
+        known = {
+            name: Known(part.state_version, MAX_COMPONENT)
+            for name, part in self._components.items()
+        }
+        views = self._views()
+        known |= {name: known_ram(ram) for name, ram in views.items()}
+        reader = StreamReader(source, known)
+        for name in known:
+            if name not in reader.sections:
+                raise ImageError(f"The VM state has no section {name!r}", field=name)
+        for name, ram in views.items():
+            check_ram(reader, name, ram)
+        adopt = []
+        for name, component in self._components.items():
+            version = reader.sections[name].version
+            stream = StateReader(reader.read(name), name=name, version=version)
+            adopt.append(component.load_state(stream))
+            stream.end()
+
+        def load() -> None:
+            for name, ram in views.items():
+                load_ram(reader, name, ram)
+            for function in adopt:
+                function()
+
+        return load
+
+    def load(self, source: Source) -> None:
+        """Become what was saved: all of it, or (with the errors of :meth:`prepare`) nothing."""
+        self.prepare(source)()
