@@ -22,7 +22,7 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutants"
-PACKAGE = ("__init__.py", "errors.py", "py.typed", "backend", "qcow2", "virtio")
+PACKAGE = ("__init__.py", "errors.py", "py.typed", "backend", "machine", "qcow2", "virtio")
 WORKERS = 2
 TIMEOUT = 60
 """Seconds: a fault that makes a test hang is noticed, too."""
