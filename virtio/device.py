@@ -31,11 +31,13 @@ from .layout import (
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED,
     VIRTIO_F_VERSION_1,
     ByteOrder,
     Structs,
 )
 from .memory import GuestMemory
+from .packed import PackedRing
 from .ring import Chain, QueueState, Ring
 from .split import SplitRing
 
@@ -101,9 +103,15 @@ class VirtioDevice(ABC):
     device_id: int
 
     def __init__(
-        self, *, features: int, num_queues: int, queue_size: int, strict: bool = False
+        self,
+        *,
+        features: int,
+        num_queues: int,
+        queue_size: int,
+        packed: bool = False,
+        strict: bool = False,
     ) -> None:
-        """``features``: those of the device type, as a bit mask.
+        """``features``: those of the device type, as a bit mask. ``packed``: offer packed queues.
 
         With ``strict`` an error of the driver raises GuestError after the device has answered it,
         and an error of our own is raised as it is.
@@ -118,6 +126,8 @@ class VirtioDevice(ABC):
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
+        if packed:
+            self._type_features |= 1 << VIRTIO_F_RING_PACKED
         self._memory: GuestMemory = _NO_MEMORY
         self._transport: Transport | None = None
         self._defer = False
@@ -281,7 +291,7 @@ class VirtioDevice(ABC):
         queue.ring = None
         queue.pending = False
         state.ready = False
-        state.next_avail = state.used_index = 0
+        state.rewind()
 
     def _may_serve(self) -> bool:
         """Queues may be served: after DRIVER_OK (BF-05), on a legacy device always (BF-54)."""
@@ -308,12 +318,12 @@ class VirtioDevice(ABC):
         queue.express = self.make_express(queue, ring)
 
     def _make_ring(self, state: QueueState) -> Ring:
+        indirect = self.accepted(VIRTIO_F_INDIRECT_DESC)
+        event_idx = self.accepted(VIRTIO_F_EVENT_IDX)
+        if self.accepted(VIRTIO_F_RING_PACKED):
+            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
         return SplitRing(
-            state,
-            self._memory,
-            indirect=self.accepted(VIRTIO_F_INDIRECT_DESC),
-            event_idx=self.accepted(VIRTIO_F_EVENT_IDX),
-            structs=self.structs,
+            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
         )
 
     # -- serving -----------------------------------------------------------------------------
