@@ -397,8 +397,10 @@ def test_an_indirect_descriptor_has_to_be_negotiated_pkd_21(packed: Any) -> None
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 17, 33, 0xFFFF_FFFF, 0xFFFF_FFF0, 16 * 1025])
-def test_an_indirect_table_of_a_wrong_length(machine: Any, length: int) -> None:
-    put_table(machine, count=length)
+def test_an_indirect_table_of_a_wrong_length(packed: Any, length: int) -> None:
+    machine = packed(strict=True)
+    with pytest.raises(pyvirtio.GuestError, match="an indirect table of"):
+        put_table(machine, count=length)
     assert broken(machine)
     assert machine.disk.calls == []
 
@@ -480,12 +482,16 @@ def test_a_list_without_an_end_pkd_14(machine: Any) -> None:
     assert machine.disk.calls == []
 
 
-def test_a_list_that_is_not_all_available_pkd_18(machine: Any) -> None:
+@pytest.mark.parametrize("flags", [0, USED, AVAIL | USED])
+def test_a_list_that_is_not_all_available_pkd_18(machine: Any, flags: int) -> None:
     ring = machine.driver.ring
+    machine.memory.write(0x8010_0000, at.LITTLE.blk_request.pack(at.VIRTIO_BLK_T_FLUSH, 0, 0))
     ring.put(0x8010_0000, 16, NEXT)
+    ring.set_descriptor(1, 0x8010_0010, 1, WRITE | flags)
     ring.publish()
     machine.registers.notify(0)
     assert broken(machine)
+    assert machine.disk.calls == []
 
 
 def test_readable_after_writable_pkd_15(machine: Any) -> None:
