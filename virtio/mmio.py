@@ -63,7 +63,14 @@ class VirtioMmio:
         self._page_size = 0  # not reset: Linux writes it once, before the first reset
         self._select_registers()
         self._reset_registers()
-        device.connect(memory, self, legacy=legacy, order=order, defer=notify == "deferred")
+        device.connect(
+            memory,
+            self,
+            legacy=legacy,
+            order=order,
+            defer=notify == "deferred",
+            features=1 << at.VIRTIO_F_RING_RESET,
+        )
 
     # -- the plug ----------------------------------------------------------------------------
 
@@ -157,10 +164,12 @@ class VirtioMmio:
             return
         self._readers |= {
             at.MMIO_QUEUE_READY: self._read_queue_ready,
+            at.MMIO_QUEUE_RESET: self._read_queue_reset,
             at.MMIO_CONFIG_GENERATION: lambda: device.state.config_generation,
         }
         self._readers |= dict.fromkeys(_NO_SHARED_MEMORY, lambda: 0xFFFF_FFFF)  # MMIO-41
         self._writers[at.MMIO_QUEUE_READY] = self._write_queue_ready
+        self._writers[at.MMIO_QUEUE_RESET] = self._write_queue_reset
         for low, area in (
             (at.MMIO_QUEUE_DESC_LOW, "descriptor_area"),
             (at.MMIO_QUEUE_DRIVER_LOW, "driver_area"),
@@ -235,6 +244,16 @@ class VirtioMmio:
             self.device.enable_queue(queue.index)
         elif queue.state.ready:
             self.device.disable_queue(queue.index)
+
+    def _read_queue_reset(self) -> int:
+        """1 while a reset goes on, 0 before and after (MMIO-09, MMIO-10, MMIO-12, MMIO-13)."""
+        queue = self._selected()
+        return 0 if queue is None else int(self.device.resetting(queue.index))
+
+    def _write_queue_reset(self, value: int) -> None:
+        queue = self._selected()
+        if queue is not None and value == 1:  # MMIO-11
+            self.device.reset_queue(queue.index)
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
         keep = 0xFFFF_FFFF << (32 - shift)

@@ -25,6 +25,7 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_EVENT_IDX,
         at.VIRTIO_F_VERSION_1,
         at.VIRTIO_F_RING_PACKED,
+        at.VIRTIO_F_RING_RESET,
         at.VIRTIO_BLK_F_SIZE_MAX,
         at.VIRTIO_BLK_F_SEG_MAX,
         at.VIRTIO_BLK_F_GEOMETRY,
