@@ -33,6 +33,9 @@ class VirtioMmio:
     ``notify="inline"`` serves a queue inside the write to QueueNotify; ``"deferred"`` leaves it to
     :meth:`poll`, for emulators whose MMIO callbacks must not take long.
 
+    ``notification_data`` offers that: a kick then says how far the ring is filled. The device has
+    no use for it; it is for emulators that watch QueueNotify.
+
     ``legacy`` is version 1 of the interface; ``order`` is then the guest's byte order.
     """
 
@@ -49,11 +52,12 @@ class VirtioMmio:
         order: ByteOrder = "little",
         notify: Literal["inline", "deferred"] = "inline",
         vendor_id: int = at.VENDOR_QEMU,
+        notification_data: bool = False,
     ) -> None:
         if notify not in ("inline", "deferred"):
             raise ValueError(f"notify is {notify!r}, must be 'inline' or 'deferred'")
         self.device = device
-        self._kick = device.kick
+        self._kick: Callable[[int], None] = device.kick
         self.legacy = legacy
         self.vendor_id = vendor_id
         self._order: ByteOrder = order
@@ -69,7 +73,8 @@ class VirtioMmio:
             legacy=legacy,
             order=order,
             defer=notify == "deferred",
-            features=1 << at.VIRTIO_F_RING_RESET,
+            features=1 << at.VIRTIO_F_RING_RESET
+            | notification_data << at.VIRTIO_F_NOTIFICATION_DATA,
         )
 
     # -- the plug ----------------------------------------------------------------------------
@@ -208,6 +213,12 @@ class VirtioMmio:
             self._update_level()
         else:
             self.device.set_status(value & 0xFF)
+        data = self.device.accepted(at.VIRTIO_F_NOTIFICATION_DATA)
+        self._kick = self._kick_with_data if data else self.device.kick
+
+    def _kick_with_data(self, value: int) -> None:
+        """The queue, and in the upper half where the next chain goes: all is read from the ring."""
+        self.device.kick(value & 0xFFFF)
 
     def _write_interrupt_ack(self, value: int) -> None:
         self._interrupt_status &= ~value

@@ -26,6 +26,7 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_VERSION_1,
         at.VIRTIO_F_RING_PACKED,
         at.VIRTIO_F_RING_RESET,
+        at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
         at.VIRTIO_BLK_F_SEG_MAX,
         at.VIRTIO_BLK_F_GEOMETRY,
@@ -219,7 +220,8 @@ class BlockDriver:
     def kick(self) -> None:
         """Publish what was added, and notify the device if it wants that."""
         if self.ring.publish():
-            self.registers.notify(self.queue_index)
+            with_data = self.features >> at.VIRTIO_F_NOTIFICATION_DATA & 1
+            self.registers.notify(self.queue_index, self.ring.next_place if with_data else 0)
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""

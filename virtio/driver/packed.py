@@ -124,6 +124,11 @@ class PackedDriverRing:
         flags = RING_EVENT_FLAGS_ENABLE if wanted else RING_EVENT_FLAGS_DISABLE
         self.store16(self.available + 2, flags)
 
+    @property
+    def next_place(self) -> int:
+        """The upper half of notification data: next_off and next_wrap (PKD-11)."""
+        return self.slot | self.wrap << 15
+
     def want_next_interrupt(self) -> None:
         """With event index: ask for an interrupt for what is used next."""
         if self.event_idx:

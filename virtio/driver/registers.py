@@ -80,9 +80,9 @@ class Registers:
         self.store(at.MMIO_QUEUE_RESET, 1)
         return self.load(at.MMIO_QUEUE_RESET) == 0 and self.load(at.MMIO_QUEUE_READY) == 0
 
-    def notify(self, index: int) -> None:
-        """Kick queue ``index``."""
-        self.store(at.MMIO_QUEUE_NOTIFY, index)
+    def notify(self, index: int, data: int = 0) -> None:
+        """Kick queue ``index``; ``data`` goes with it where NOTIFICATION_DATA was negotiated."""
+        self.store(at.MMIO_QUEUE_NOTIFY, data << 16 | index)
 
     def take_interrupt(self) -> int:
         """Read the interrupt status and acknowledge what it says."""
