@@ -131,26 +131,6 @@ class Refcounts:
 
     # -- changing counts -----------------------------------------------------------------------
 
-    def check_raise(self, cluster: int, times: Sequence[int]) -> None:
-        """Raise ImageError unless the count of ``cluster + i`` can be raised by ``times[i]``."""
-        at = 0
-        for values in self.counts(cluster, len(times)):
-            part = times[at : at + len(values)]
-            at += len(part)
-            if _highest(values) + _highest(part) <= self._codec.max:
-                continue
-            if any(
-                value + more > self._codec.max
-                for value, more in zip(values, part, strict=True)
-                if more
-            ):
-                raise ImageError(
-                    "Reference count limit reached: a cluster cannot be shared more often",
-                    field="refcount",
-                    value=self._codec.max,
-                    limit=self._codec.max,
-                )
-
     def add_each(self, cluster: int, deltas: Sequence[int]) -> list[int]:
         """Add ``deltas[i]`` to the count of ``cluster + i``; returns the clusters that became free.
 
@@ -166,7 +146,7 @@ class Refcounts:
             elif any(part):
                 changed = list(map(int.__add__, values, part))
                 if slot < 0 or min(changed) < 0 or max(changed) > self._codec.max:
-                    raise _out_of_range(cluster + at, len(values))
+                    raise self._out_of_range(cluster + at, len(values), max(changed))
                 self.cache.mark_dirty(slot)
                 self._codec.store(self.cache.slice(slot), index, changed)
                 if not min(changed):
@@ -189,10 +169,10 @@ class Refcounts:
             part, value = len(values), values[0]
             changed: Sequence[int]
             if slot < 0:
-                raise _out_of_range(cluster, part)
+                raise self._out_of_range(cluster, part, 0)
             if uniform(values):  # compared and filled as arrays
                 if not 0 <= value + delta <= self._codec.max:
-                    raise _out_of_range(cluster, part)
+                    raise self._out_of_range(cluster, part, value + delta)
                 changed = array("Q", [value + delta]) * part
                 if delta < 0 and value + delta == 0:
                     freed += range(cluster, cluster + part)
@@ -200,7 +180,7 @@ class Refcounts:
                 changed = [value + delta for value in values]
                 lowest = min(changed)
                 if lowest < 0 or max(changed) > self._codec.max:
-                    raise _out_of_range(cluster, part)
+                    raise self._out_of_range(cluster, part, max(changed))
                 if delta < 0 and not lowest:
                     freed += [cluster + i for i, value in enumerate(changed) if not value]
             self.cache.mark_dirty(slot)
@@ -209,6 +189,14 @@ class Refcounts:
         if freed and freed[0] < self._hint:
             self._hint = freed[0]
         return freed
+
+    def _out_of_range(self, cluster: int, count: int, highest: int) -> ImageError:
+        message = (
+            f"A refcount in clusters {cluster:#x} to {cluster + count - 1:#x} would fall below 0"
+        )
+        if highest > self._codec.max:
+            message = "Reference count limit reached: a cluster cannot be shared more often"
+        return ImageError(message, field="refcount", value=cluster, limit=self._codec.max)
 
     # -- allocation ----------------------------------------------------------------------------
 
@@ -494,16 +482,3 @@ class Refcounts:
             if self.overlap is not None:
                 self.overlap.check_table(table + 8 * entry, 8)
             self._file.write(table + 8 * entry, layout.U64.pack(self.table[entry]))
-
-
-def _highest(values: Sequence[int]) -> int:
-    """The largest of some refcounts, which are usually all the same."""
-    return values[0] if uniform(values) else max(values)
-
-
-def _out_of_range(cluster: int, count: int) -> ImageError:
-    return ImageError(
-        f"A refcount in clusters {cluster:#x} to {cluster + count - 1:#x} would leave its range",
-        field="refcount",
-        value=cluster,
-    )

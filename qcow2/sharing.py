@@ -19,8 +19,6 @@ from .refcounts import pack_table
 from .tally import CHUNK_BITS, Tally, decode, progression
 
 __all__ = [
-    "check_raise",
-    "clusters_of",
     "l2_tables",
     "lower_references",
     "raise_references",
@@ -69,21 +67,6 @@ def write_plain(metadata: Metadata, offset: int, table: bytes) -> None:
     metadata.write_l2_table(offset, table)
 
 
-def clusters_of(metadata: Metadata, entries: Sequence[int]) -> list[int]:
-    """The host clusters that L2 entries refer to; one touched by two entries is there twice."""
-    bits = metadata.cluster_bits
-    mask, compressed = layout.OFFSET_MASK, layout.COMPRESSED
-    special = layout.COMPRESSED
-    if not any(entries):
-        return []
-    clusters = [(entry & mask) >> bits for entry in entries if entry & mask and not entry & special]
-    for entry in entries:
-        if entry & compressed:
-            offset, length = metadata.geometry.compressed_extent(entry)
-            clusters += range(offset >> bits, ((offset + length - 1) >> bits) + 1)
-    return clusters
-
-
 def walk_references(
     metadata: Metadata, l1: Sequence[int], action: Callable[[int, Sequence[int]], None]
 ) -> None:
@@ -105,11 +88,6 @@ def walk_references(
         tally.add_run(offset >> metadata.cluster_bits, 1, times)
         tally.add_table(read_plain(metadata, offset), times)
     tally.finish()
-
-
-def check_raise(metadata: Metadata, l1: Sequence[int]) -> None:
-    """Raise ImageError unless :func:`raise_references` would find room in every refcount."""
-    walk_references(metadata, l1, metadata.refcounts.check_raise)
 
 
 def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:

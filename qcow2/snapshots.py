@@ -28,7 +28,6 @@ from .quarantine import DiscardKind
 from .reading import Reader
 from .refcounts import load_table, pack_table
 from .sharing import (
-    check_raise,
     lower_references,
     raise_references,
     strip_copied,
@@ -196,11 +195,14 @@ class Snapshots:
             pack_snapshots([*self._list, snapshot])
             l1 = metadata.tables.l1
             with metadata.lock:
-                check_raise(metadata, l1)
                 strip_copied(metadata)
             metadata.settle()
             with metadata.lock:
-                raise_references(metadata, l1)
+                try:
+                    raise_references(metadata, l1)
+                except (ImageError, BackendError):
+                    update_copied(metadata)
+                    raise
                 snapshot.l1_size = len(l1)
                 snapshot.l1_table_offset = self._write_table(pack_table(l1))
             self._replace_list([*self._list, snapshot])

@@ -1,4 +1,4 @@
-"""``python -m examples.emulator --disk vm.qcow2``: the board on this terminal."""
+"""``python -m examples.emulator linux``: the board on this terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from . import layout as at
 from .board import Board
 from .clock import Clock, InstructionClock, WallClock
 from .console import Console
-from .firmware import find_u_boot
+from .firmware import CACHE, find_u_boot
 from .image import ImageFileError
+from .kernel import is_linux
+from .linux import COMMAND_LINE, find_linux
 from .packages import PackageError
+from .rootfs import make_overlay
 from .script import ScriptError, Session, run_script
 from .syscon import Power
 
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, switch.on_signal)
     try:
+        if options.guest == "linux":
+            _choose_linux(options)
         with ExitStack() as stack:
             disks = [
                 stack.enter_context(
@@ -44,6 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_parser().prog}: {error}", file=sys.stderr)
         status = 1
     return 128 + switch.number if switch.number else status
+
+
+def _choose_linux(options: argparse.Namespace) -> None:
+    """Fill in what it takes to boot Debian's Linux, where the user has not chosen otherwise."""
+    linux = find_linux()
+    options.kernel = options.kernel or linux.kernel
+    options.append = f"{COMMAND_LINE} root=/dev/vda {options.append}".rstrip()
+    options.initrd_data = linux.initramfs
+    if not options.disk:
+        overlay = CACHE.with_name("linux") / "shell.qcow2"
+        if not overlay.exists():
+            make_overlay(overlay)
+        options.disk = [(str(overlay), "qcow2")]
+        print(f"[/dev/vda is {overlay}; remove it for a fresh one]", file=sys.stderr)
 
 
 class _Switch:
@@ -99,9 +118,17 @@ def _switch_on(
     board = Board(
         send, ram=options.ram, disks=disks, clock=clock, legacy_virtio=options.legacy_virtio
     )
+    initrd = options.initrd.read_bytes() if options.initrd else options.initrd_data
     if options.bios and options.kernel:
         board.load(options.kernel, at.RAM_BASE + at.KERNEL_OFFSET)
-    board.start(board.load(program), options.append)
+    elif options.kernel and is_linux(program):
+        board.start_supervisor(board.load_linux(program), options.append, initrd)
+        return board
+    if options.sbi:
+        start = board.load(program, at.RAM_BASE + at.KERNEL_OFFSET)
+        board.start_supervisor(start, options.append, initrd)
+    else:
+        board.start(board.load(program), options.append, initrd)
     return board
 
 
@@ -117,10 +144,12 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.emulator",
-        description="A RISC-V board with disks. Without a program it starts U-Boot.",
+        description="A RISC-V board with disks. Without a program it starts U-Boot; "
+        "with the word linux, Debian's Linux.",
         epilog="On the terminal, Ctrl-A X leaves and Ctrl-A H helps.",
     )
     add = parser.add_argument
+    add("guest", nargs="?", choices=("linux",), help="boot Debian's Linux from a disk of its own")
     add(
         "--disk",
         action="append",
@@ -139,9 +168,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--read-only", action="store_true", help="the guest may not write to the disks")
     add("--bios", type=Path, help="firmware: an ELF file, or bytes that start at 0x80000000")
-    add("--kernel", type=Path, help="an ELF file; alone, it is started in machine mode")
+    add(
+        "--kernel",
+        type=Path,
+        help="a Linux kernel (Image, Image.gz, vmlinuz.efi), which is started in supervisor mode; "
+        "or an ELF file: alone, it is started in machine mode",
+    )
+    add("--initrd", type=Path, metavar="FILE", help="the kernel's first file system")
+    add(
+        "--sbi",
+        action="store_true",
+        help="start the program in supervisor mode, with firmware (SBI) below it",
+    )
     add("--append", default="", metavar="TEXT", help="the kernel's command line")
-    add("--ram", type=_bytes, default=128 << 20, metavar="SIZE", help="memory (default: 128M)")
+    add("--ram", type=_bytes, default=256 << 20, metavar="SIZE", help="memory (default: 256M)")
     add(
         "--clock",
         choices=("instructions", "wall"),
@@ -150,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--legacy-virtio", action="store_true", help="virtio-mmio version 1, for old guests")
     add("--script", type=Path, help="talk to the guest by a script instead of the terminal")
+    parser.set_defaults(initrd_data=b"")
     return parser
 
 

@@ -28,8 +28,11 @@ from .cpu import Cpu, Interrupt, Stop
 from .csr import ExtraCsrs
 from .fdt import flatten
 from .image import load_program
+from .kernel import load_linux
 from .plic import Plic
+from .sbi import Sbi
 from .slots import EmptySlot, VirtioSlot
+from .state import SUPERVISOR
 from .syscon import Power, TestFinisher
 from .tree import describe
 from .uart import Uart
@@ -40,6 +43,10 @@ _SLICE = 50_000
 """Instructions between two looks at the devices, at most."""
 _CUT_SLICE = 5_000
 """Instructions that a slice counts for if it ends early, by wfi or for a device."""
+_DELEGATED_EXCEPTIONS = 0xB1FF
+"""All that the engine knows but calls of firmware, and calls of hypervisors."""
+_DELEGATED_INTERRUPTS = 0x222
+_ALL_COUNTERS = 7
 _TREE_ROOM = 0x20_0000
 """The device tree lies this far below the end of memory."""
 
@@ -47,7 +54,8 @@ _TREE_ROOM = 0x20_0000
 class Board:
     """A whole machine. ``send(byte)`` takes what the guest writes to its serial port.
 
-    ``ram`` is in bytes. Disks go into the slots in their order. Devices live on the caller's
+    ``ram`` is in bytes. Disks go into the slots in their order; a device that was made for one
+    (which may have another block size, say) goes there as it is. Devices live on the caller's
     thread: everything happens inside :meth:`step`.
     """
 
@@ -56,7 +64,7 @@ class Board:
         send: Callable[[int], None],
         *,
         ram: int = 128 << 20,
-        disks: Sequence[pyvirtio.Disk] = (),
+        disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
     ) -> None:
@@ -97,8 +105,11 @@ class Board:
         self.slots: list[VirtioSlot] = []
         self._blocks: list[pyvirtio.VirtioBlk] = []
         self._plug_in(disks, legacy_virtio)
+        self.sbi = Sbi(
+            cpu, self.csrs, self.ram, at.RAM_BASE, uart=self.uart, send=send, finisher=self.finisher
+        )
 
-    def _plug_in(self, disks: Sequence[pyvirtio.Disk], legacy: bool) -> None:
+    def _plug_in(self, disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk], legacy: bool) -> None:
         memory = pyvirtio.GuestMemory.from_buffer(
             self.ram, at.RAM_BASE, on_write=lambda pa, length: self._written.append((pa, length))
         )
@@ -107,7 +118,11 @@ class Board:
             if index >= len(disks):
                 self.cpu.map(base, at.VIRTIO_SIZE, EmptySlot())
                 continue
-            block = pyvirtio.VirtioBlk(disks[index], serial=f"pyvirtio{index}")
+            disk = disks[index]
+            if isinstance(disk, pyvirtio.VirtioBlk):
+                block = disk
+            else:
+                block = pyvirtio.VirtioBlk(disk, serial=f"pyvirtio{index}")
             interrupt = partial(self.plic.set, at.VIRTIO_FIRST_IRQ + index)
             mmio = pyvirtio.VirtioMmio(block, memory, interrupt, legacy=legacy, notify="deferred")
             slot = VirtioSlot(mmio, self.cpu.end_slice)
@@ -122,17 +137,45 @@ class Board:
         with memoryview(self.ram) as ram:
             return load_program(path, ram, at.RAM_BASE, address)
 
-    def start(self, entry: int, arguments: str = "") -> None:
+    def load_linux(self, path: Path) -> int:
+        """Put a Linux kernel into memory; the address it starts at. See :mod:`.kernel`."""
+        with memoryview(self.ram) as ram:
+            return load_linux(path, ram, at.RAM_BASE)
+
+    def start(self, entry: int, arguments: str = "", initrd: bytes = b"") -> None:
         """Start the hart at ``entry``, as QEMU's reset code does: in machine mode, its number in
         a0, the address of the device tree (which hands over ``arguments``) in a1.
+
+        ``initrd`` goes to the end of memory, just below the tree, which tells where it is.
         """
-        tree = flatten(describe(len(self.ram), arguments))
         where = len(self.ram) - _TREE_ROOM
+        place = None
+        if initrd:
+            below = (where - len(initrd)) & ~0xFFF
+            if below < 0:
+                raise ValueError(f"{len(initrd)} bytes of initrd do not fit into the memory")
+            self.ram[below : below + len(initrd)] = initrd
+            place = range(at.RAM_BASE + below, at.RAM_BASE + below + len(initrd))
+        tree = flatten(describe(len(self.ram), arguments, place))
         self.ram[where : where + len(tree)] = tree
         state = self.cpu.state
         state.load()
         state.pc = entry
         state.words[10], state.words[11] = 0, at.RAM_BASE + where
+        state.store()
+
+    def start_supervisor(self, entry: int, arguments: str = "", initrd: bytes = b"") -> None:
+        """Start the hart at ``entry`` as firmware would hand it to a kernel: in supervisor mode,
+        with :class:`.sbi.Sbi` below. The rest is as in :meth:`start`.
+        """
+        self.start(entry, arguments, initrd)
+        self.csrs.delegate_timer()
+        self.cpu.firmware = self.sbi.handle
+        state = self.cpu.state
+        state.load()
+        state.priv, state.mstatus, state.satp = SUPERVISOR, 0, 0
+        state.medeleg, state.mideleg = _DELEGATED_EXCEPTIONS, _DELEGATED_INTERRUPTS
+        state.mcounteren = state.scounteren = _ALL_COUNTERS
         state.store()
 
     # -- running -----------------------------------------------------------------------------
@@ -154,7 +197,7 @@ class Board:
             slot.poll()
         self._forget_overwritten_code()
         self._update_timers()
-        return stop is Stop.WAIT and not self.cpu.wakes
+        return stop is Stop.WAIT and self.power is None and not self.cpu.wakes
 
     def _on_access(self) -> None:
         """Accesses to devices take time, in which a timer may go off."""
@@ -176,6 +219,9 @@ class Board:
     def sleep(self, until: int | None = None) -> None:
         """Let the time pass up to the next timer, or up to tick ``until`` if that is sooner."""
         tick = self.next_event()
+        self._update_timers()
+        if self.cpu.wakes:
+            return  # a timer has gone off since the guest went to sleep
         if until is not None:
             tick = min(tick, until)
         if tick == NEVER:

@@ -90,6 +90,7 @@ class Cpu:
         self._ram = memoryview(ram)
         self._lines = 0
         self._stopped_by_device = False
+        self._waiting = False
         self._mappings: list[object] = []
         address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
         self.uc.mem_map_ptr(base, len(ram), u.UC_PROT_ALL, address)
@@ -135,9 +136,17 @@ class Cpu:
         The machine's bits are nothing but wires. The supervisor's can be set by software as well,
         so those follow a wire only when it is high or has just fallen.
         """
+        self.state.load()
+        self._set_pending(self.state.mip & ~(_MACHINE_LINES | fallen) | self._lines)
+
+    def interrupt_software(self, pending: bool = True) -> None:
+        """Set or clear the supervisor's software interrupt, as machine-mode firmware would."""
+        self.state.load()
+        bit = Interrupt.SUPERVISOR_SOFTWARE
+        self._set_pending(self.state.mip | bit if pending else self.state.mip & ~bit)
+
+    def _set_pending(self, wanted: int) -> None:
         state = self.state
-        state.load()
-        wanted = state.mip & ~(_MACHINE_LINES | fallen) | self._lines
         if wanted != state.mip:
             self.uc.reg_write(rv.UC_RISCV_REG_PRIV, MACHINE)
             self.uc.reg_write(rv.UC_RISCV_REG_MIP, _SUPERVISOR_BITS if wanted else 0)
@@ -149,7 +158,7 @@ class Cpu:
     def run(self, count: int) -> Stop:
         """Run at most ``count`` instructions."""
         self._show_lines()
-        self._stopped_by_device = False
+        self._stopped_by_device = self._waiting = False
         try:
             self.uc.emu_start(self.state.pc, 0, count=count)
         except u.UcError as error:
@@ -159,6 +168,8 @@ class Cpu:
                 return Stop.COUNT
         if self._stopped_by_device:
             return Stop.DEVICE
+        if self._waiting:
+            return Stop.WAIT
         state = self.state
         state.load()
         waits = fetch_word(state, self._ram, self._base, state.pc - 4) == _WFI
@@ -170,6 +181,11 @@ class Cpu:
         For use inside a device's ``write``, by devices that do not mind the repetition.
         """
         self._stopped_by_device = True
+        self.uc.emu_stop()
+
+    def wait_here(self) -> None:
+        """Have the slice end after the present ``ecall``, as a ``wfi`` would end it."""
+        self._waiting = True
         self.uc.emu_stop()
 
     @property
@@ -190,6 +206,10 @@ class Cpu:
         self.uc.reg_write(rv.UC_RISCV_REG_PRIV, MACHINE)
         self.uc.ctl_remove_cache(page, end)
         self.state.store()
+
+    def forget_translations(self) -> None:
+        """The guest's page tables have changed: what SFENCE.VMA does."""
+        self.uc.ctl(u.UC_CTL_TLB_FLUSH, u.UC_CTL_IO_WRITE)
 
     # -- exceptions --------------------------------------------------------------------------
 

@@ -38,6 +38,16 @@ class ExtraCsrs:
         """True while ``stimecmp`` decides about the supervisor timer interrupt."""
         return bool(self._menvcfg & _STCE)
 
+    def delegate_timer(self) -> None:
+        """Hand the supervisor its timer, as machine-mode firmware does."""
+        self._menvcfg |= _STCE
+        self.update()
+
+    def set_timer(self, mtime: int) -> None:
+        """Have the supervisor's timer go off at that time, if it has one."""
+        self._stimecmp = mtime
+        self.update()
+
     def deadline(self) -> int:
         """When the supervisor timer goes off next, in ticks of the clock."""
         if not self.has_timer or self._stimecmp == NEVER:
@@ -85,8 +95,9 @@ class ExtraCsrs:
 
     def _write(self, csr: int, value: int) -> None:
         if csr == _STIMECMP:
-            self._stimecmp = value
-        elif csr == _MENVCFG:
+            self.set_timer(value)
+            return
+        if csr == _MENVCFG:
             self._menvcfg = value & (_STCE | _FIOM)
             if not self.has_timer:
                 self._timer(False)

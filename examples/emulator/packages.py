@@ -1,7 +1,8 @@
 """Debian packages without being root: downloaded and unpacked into a folder, never installed.
 
 apt does the fetching, from the mirrors that this machine is set up for, and checks the signatures.
-Where the machine has no package lists (a fresh container), private ones are made in that folder.
+Where the machine has no package lists (a fresh container), or the packages are another
+architecture's or release's, private lists are made in that folder.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 __all__ = ["PackageError", "Packages"]
@@ -20,60 +23,119 @@ class PackageError(Exception):
 
 
 class Packages:
-    """Unpacked packages below ``folder``; each is fetched once."""
+    """Unpacked packages below ``folder``; each is fetched once.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
+    ``architecture`` and ``release`` (of Debian, by its code name) are this machine's if not given.
+    Both or neither have to be: packages for another machine come with lists of their own.
+    """
 
-    def get(self, name: str) -> Path:
-        """The folder that the package is unpacked in. Raises PackageError if it cannot be had."""
-        place = self._folder / name
-        if not place.is_dir():
-            self._fetch(name, place)
-        return place
+    def __init__(self, folder: Path, *, architecture: str = "", release: str = "") -> None:
+        if bool(architecture) != bool(release):
+            raise ValueError("architecture and release are to be given together")
+        self.folder = folder.resolve()
+        self._architecture = architecture
+        self._release = release
+        self._private: Sequence[str] | None = None
 
-    def _fetch(self, name: str, place: Path) -> None:
-        for tool in ("apt-get", "dpkg-deb"):
-            if shutil.which(tool) is None:
-                raise PackageError(f"{name}: this machine has no {tool}")
-        scratch = self._folder / f"{name}.{os.getpid()}.part"
+    def get(self, name: str, only: Sequence[str] = ()) -> Path:
+        """The folder that the package is unpacked in. Raises PackageError if it cannot be had.
+
+        ``only``: patterns of the files to be unpacked (``boot/vmlinux-*``), where a package is big;
+        they count when it is unpacked for the first time.
+        """
+        return self.get_all({name: only})[name]
+
+    def get_all(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+        """The same for several packages at once, which is quicker."""
+        missing = {name: only for name, only in wanted.items() if not (self.folder / name).is_dir()}
+        if missing:
+            self._fetch(missing)
+        return {name: self.folder / name for name in wanted}
+
+    def depends(self, name: str) -> list[str]:
+        """The packages that a package needs, alternatives and versions left out."""
+        _need_tools(name)
+        done = self._with_lists(["apt-cache"], ["depends", "--no-recommends", name])
+        lines = (line.strip() for line in done.stdout.splitlines())
+        return [line.split()[1] for line in lines if line.startswith("Depends: ")]
+
+    def _fetch(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        _need_tools(", ".join(wanted))
+        scratch = self.folder / f"{os.getpid()}.part"
         scratch.mkdir(parents=True, exist_ok=True)
         try:
-            archive = self._download(name, scratch)
-            unpacked = scratch / "unpacked"
-            self._run(["dpkg-deb", "--extract", str(archive), str(unpacked)], scratch)
-            if not place.is_dir():
-                unpacked.rename(place)
+            self._with_lists(["apt-get", *_QUIET], ["download", *wanted], scratch)
+            for name, only in wanted.items():
+                archives = list(scratch.glob(f"{name}_*.deb"))
+                if len(archives) != 1:
+                    raise PackageError(f"{name}: apt-get download left {len(archives)} files")
+                unpacked = scratch / name
+                if only:
+                    _extract(archives[0], unpacked, only)
+                else:
+                    self._run(["dpkg-deb", "--extract", str(archives[0]), str(unpacked)], scratch)
+                if not (self.folder / name).is_dir():
+                    unpacked.rename(self.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _download(self, name: str, scratch: Path) -> Path:
-        # First with the machine's own lists, then with fresh ones of ours.
-        first = self._try(["apt-get", *_QUIET, "download", name], scratch)
-        if first.returncode:
-            private = self._private_options()
-            updated = self._try(["apt-get", *_QUIET, *private, "update"], scratch)
-            second = self._try(["apt-get", *_QUIET, *private, "download", name], scratch)
-            if second.returncode:
-                reasons = "".join(run.stderr for run in (first, updated, second))
-                raise PackageError(f"{name}: cannot be downloaded\n{reasons}")
-        archives = list(scratch.glob("*.deb"))
-        if len(archives) != 1:
-            raise PackageError(f"{name}: apt-get download left {len(archives)} files")
-        return archives[0]
+    def _with_lists(
+        self, command: Sequence[str], arguments: Sequence[str], folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run apt on what it knows about packages; if it knows too little, fetch new lists."""
+        folder = folder or self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        reasons = []
+        if not self._architecture:
+            # First with the machine's own lists.
+            first = self._try([*command, *arguments], folder)
+            if first.returncode == 0:
+                return first
+            reasons.append(first.stderr)
+        if self._private is None:
+            self._private = self._private_options()
+        second = self._try([*command, *self._private, *arguments], folder)
+        if second.returncode:
+            updated = self._try(["apt-get", *_QUIET, *self._private, "update"], folder)
+            second = self._try([*command, *self._private, *arguments], folder)
+            reasons += [updated.stderr, second.stderr]
+        if second.returncode:
+            raise PackageError(f"{', '.join(arguments[1:])}: cannot be had\n{''.join(reasons)}")
+        return second
 
     def _private_options(self) -> Sequence[str]:
-        """apt's state in our folder; its sources and keys stay the machine's."""
-        apt = self._folder / "apt"
-        for folder in ("state/lists/partial", "cache/archives/partial"):
+        """apt's state in our folder; its mirrors and keys stay the machine's."""
+        apt = self.folder / "apt"
+        for folder in ("state/lists/partial", "cache/archives/partial", "parts"):
             (apt / folder).mkdir(parents=True, exist_ok=True)
         status = apt / "status"
         status.touch()
-        return (
+        options = [
             *("-o", f"Dir::State={apt / 'state'}"),
             *("-o", f"Dir::State::status={status}"),
             *("-o", f"Dir::Cache={apt / 'cache'}"),
-        )
+        ]
+        if self._architecture:
+            sources = apt / "sources.list"
+            key = f"[signed-by={_KEYS}] " if _KEYS.is_file() else ""
+            sources.write_text(f"deb {key}{self._mirror()} {self._release} main\n")
+            options += [
+                *("-o", f"APT::Architecture={self._architecture}"),
+                *("-o", f"APT::Architectures={self._architecture}"),
+                *("-o", f"Dir::Etc::sourcelist={sources}"),
+                *("-o", f"Dir::Etc::sourceparts={apt / 'parts'}"),
+            ]
+        return options
+
+    def _mirror(self) -> str:
+        """Where this machine gets Debian from."""
+        # apt reads its own sources, in whichever of their formats they are.
+        command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+        done = self._try(command, self.folder)
+        for uri in done.stdout.split():
+            if uri.rstrip("/").endswith("/debian"):
+                return uri
+        raise PackageError(f"this machine's apt knows no mirror of Debian{done.stderr}")
 
     @staticmethod
     def _try(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -94,6 +156,29 @@ class Packages:
             raise PackageError(f"{' '.join(command)}: {done.stderr}")
 
 
+def _need_tools(name: str) -> None:
+    for tool in ("apt-get", "apt-cache", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise PackageError(f"{name}: this machine has no {tool}")
+
+
+def _extract(archive: Path, target: Path, only: Sequence[str]) -> None:
+    """Unpack some files, reading the archive once."""
+    with (
+        subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE
+        ) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as tar,
+    ):
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if any(fnmatch(name, pattern) for pattern in only):
+                tar.extract(member, target, filter="data")
+    if process.returncode or not target.is_dir():
+        raise PackageError(f"{archive.name}: cannot be unpacked, or has none of {', '.join(only)}")
+
+
+_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _QUIET = (
     *("-o", "Acquire::Languages=none"),
     *("-o", "Acquire::Retries=3"),

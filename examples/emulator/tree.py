@@ -15,13 +15,19 @@ _CPU_INTC, _PLIC, _TEST = 1, 2, 3
 _M_SOFT, _S_TIMER, _M_TIMER, _S_EXT, _M_EXT = 3, 5, 7, 9, 11
 
 
-def describe(ram: int, arguments: str) -> Node:
-    """The tree for a board with ``ram`` bytes; ``arguments`` is the kernel's command line."""
+def describe(ram: int, arguments: str, initrd: range | None = None) -> Node:
+    """The tree for a board with ``ram`` bytes; ``arguments`` is the kernel's command line.
+
+    ``initrd``: the addresses where a first file system lies in memory.
+    """
     root = Node(compatible="riscv-virtio", model="riscv-virtio,qemu")
     root["#address-cells"], root["#size-cells"] = 2, 2
     chosen = root.add("chosen", bootargs=arguments, stdout_path=f"/soc/serial@{at.UART_BASE:x}")
     # Not a secret: a board must come up the same every time.
     chosen["rng-seed"] = hashlib.sha256(b"pyvirtio example board").digest()
+    if initrd is not None:
+        chosen["linux,initrd-start"] = wide(initrd.start)
+        chosen["linux,initrd-end"] = wide(initrd.stop)
     memory = root.add(f"memory@{at.RAM_BASE:x}")
     memory["device_type"] = "memory"
     memory["reg"] = wide(at.RAM_BASE, ram)

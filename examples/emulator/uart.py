@@ -55,6 +55,14 @@ class Uart:
         self._outside.extend(data)
         self._update()
 
+    def take(self, most: int) -> bytes:
+        """Up to ``most`` bytes that wait, for firmware that reads instead of the guest."""
+        data = bytearray()
+        while len(data) < most and (self._fifo or self._outside):
+            data.append((self._fifo or self._outside).popleft())
+        self._update()
+        return bytes(data)
+
     @property
     def waiting(self) -> int:
         """Bytes received that the guest has not read."""

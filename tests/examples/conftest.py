@@ -26,12 +26,12 @@ hang: j hang
 class Guest:
     """A board with a program in it."""
 
-    def __init__(self, source: str, **options: object) -> None:
+    def __init__(self, source: str, *, supervisor: bool = False, **options: object) -> None:
         self.output = bytearray()
         self.board = Board(self.output.append, ram=8 << 20, **options)  # type: ignore[arg-type]
         code = assemble(f"li s0, {RESULTS:#x}\n{source}\n{EPILOGUE}")
         self.board.ram[: len(code)] = code
-        self.board.start(RAM_BASE)
+        (self.board.start_supervisor if supervisor else self.board.start)(RAM_BASE)
 
     def run(self, steps: int = 2000, each: Callable[[], object] = lambda: None) -> list[int]:
         """Run until the guest powers off; the results. ``each`` is called between slices."""

@@ -118,6 +118,30 @@ def crash_images(
             yield len(log), image
 
 
+def power_cuts(
+    log: list[Event], start: bytes, positions: list[int], *, seed: int
+) -> Iterator[CrashImage]:
+    """One random image for each of the ``positions`` in ``log``, which are in ascending order.
+
+    The power fails after so many events. Every fourth time nothing since the last flush is there.
+    """
+    chance = random.Random(seed)
+    epoch = _Epoch(bytearray(start), len(start))
+    done = 0
+    for index, position in enumerate(positions):
+        for event in log[done:position]:
+            if event.kind == "flush":
+                epoch.settle()
+            elif event.kind != "mark":
+                _apply(epoch, done, event)
+            done += 1
+        if index % 4 == 3:
+            lost = epoch.build({}, epoch.durable_size)
+            yield CrashImage(position, "nothing since the flush", lost)
+        else:
+            yield _random(epoch, position, chance)
+
+
 def _apply(epoch: _Epoch, number: int, event: Event) -> None:
     end = event.offset + event.length
     if event.kind == "write":

@@ -211,6 +211,29 @@ class FaultyDisk(Filter):
         super()._flush()
 
 
+class BadSectorsDisk(Filter):
+    """Reads and writes that touch one of the ``bad`` bytes fail with EIO."""
+
+    def __init__(self, below: Disk, bad: range = range(0)) -> None:
+        super().__init__(below)
+        self.bad = bad
+        self.number = errno.EIO
+        self.failed = 0
+
+    def _meet(self, offset: int, length: int) -> None:
+        if offset < self.bad.stop and self.bad.start < offset + length:
+            self.failed += 1
+            raise BackendError(self.number, "a bad sector")
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet(offset, length)
+        super()._readv(offset, views, length)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self._meet(offset, length)
+        super()._writev(offset, views, length)
+
+
 class JitteryDisk(Filter):
     """Gives other threads a turn at random before and after each request."""
 

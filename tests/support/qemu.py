@@ -119,6 +119,10 @@ def qemu_read(path: Path | str, scratch: Path) -> bytes:
     return data
 
 
+_FAILURES = ("fail", "not found", "invalid", "error", "can't ", "cannot ")
+"""Words of which one is in whatever qemu-io says when it could not do it."""
+
+
 class QemuIo:
     """One long-lived qemu-io with an image open; commands go to its standard input.
 
@@ -161,7 +165,7 @@ class QemuIo:
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
         said = self._answer()
-        if "fail" in said or "not found" in said or "nvalid" in said or "rror" in said:
+        if any(word in said.lower() for word in _FAILURES):
             raise PeerError(f"{line}: {said.strip()}")
         return said
 

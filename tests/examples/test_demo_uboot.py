@@ -11,9 +11,10 @@ import pyvirtio
 pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
 from examples.emulator import second_reader
-from examples.emulator.demo import Demo, DemoError
+from examples.emulator.demo_uboot import Demo
 from examples.emulator.firmware import find_u_boot, packages
 from examples.emulator.packages import PackageError, Packages
+from examples.emulator.steps import DemoError
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,597 @@
+"""Twin images: one kept by us, one by QEMU, through the same operations; QEMU judges both.
+
+After each step the guest bytes that it touched are compared; now and then, and at the end,
+everything: what both hold, what both say is allocated, and ``qemu-img check`` of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyvirtio
+from pyvirtio import Disk, PyvirtioError
+from pyvirtio.qcow2 import Qcow2Disk
+
+from .qemu import (
+    PeerError,
+    QemuIo,
+    qemu_check,
+    qemu_create,
+    qemu_img,
+    qemu_img_json,
+)
+from .workload import first_difference, runs
+
+SECTOR = 512
+MAX_LENGTH = 1 << 19
+MAX_SNAPSHOTS = 3
+_NO_FLUSH = {"cache.no-flush": "on"}
+
+DELIBERATE = {
+    "stored zeroes": (
+        "Zeroes written to a part of a cluster that already reads as zeroes: QEMU makes or leaves "
+        "the whole of it a zero cluster, we may write the zeroes. In version 2 without a backing "
+        "file QEMU does with write_zeroes what it does with discard, we write the zeroes. Where a "
+        "part of a compressed cluster is zeroed, QEMU writes zeroes to all of the request, we "
+        "only to that part."
+    ),
+    "growing over a longer backing file in version 2": (
+        "QEMU refuses, for the backing file's data would show and there are no zero clusters to "
+        "hide it; we write zeroes. The twins do not try it."
+    ),
+    "compressed writes after a compressed cluster was freed": (
+        "QEMU 7.2 may go on writing into its host cluster though it was handed out again, and so "
+        "into somebody else's data. The twins open QEMU's image anew before compressed writes."
+    ),
+    "shrinking to the inside of a cluster": (
+        "QEMU leaves the rest of that cluster as it is, and growing again shows it; with us what "
+        "was cut off reads as zeroes. The twins shrink to whole clusters."
+    ),
+    "snapshots that refcounts of 1, 2 or 4 bits cannot count": (
+        "Where a limit is met depends on which compressed clusters share a host cluster, and QEMU "
+        "may leave the disk resized by a refused apply; with us it is as before. After a refusal "
+        "by either the twins go on from the state before."
+    ),
+}
+"""Where we differ from QEMU on purpose, and why."""
+
+WEIGHTS = {
+    "write": 92,
+    "zeroes": 24,
+    "unmap": 24,
+    "discard": 28,
+    "compressed": 4,
+    "grow": 3,
+    "shrink": 2,
+    "snapshot": 3,
+    "apply": 2,
+    "delete": 2,
+    "reopen": 2,
+}
+
+
+class Mismatch(AssertionError):
+    """We and QEMU do not agree."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an image is like: one value of each axis."""
+
+    compat: str = "1.1"
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    backing: str = "none"
+    """``none``, ``shorter`` or ``longer`` than the overlay, or ``chain`` (a qcow2 on a raw one)."""
+
+    @classmethod
+    def choose(cls, chance: random.Random) -> Features:
+        """Any combination that QEMU can make."""
+        cluster_size = 1 << chance.choice((9, 9, 10, 12, 12, 14, 15, 16, 16, 18, 21))
+        compat = chance.choice(("0.10", "1.1", "1.1"))
+        modern = compat == "1.1"
+        return cls(
+            compat=compat,
+            cluster_size=cluster_size,
+            refcount_bits=1 << chance.randrange(7) if modern else 16,
+            extended_l2=modern and cluster_size >= 1 << 14 and chance.random() < 0.6,
+            lazy_refcounts=modern and chance.random() < 0.3,
+            backing=chance.choice(("none", "none", "shorter", "longer", "chain")),
+        )
+
+    @property
+    def labels(self) -> list[str]:
+        """The values, for the matrix of what met what."""
+        size = self.cluster_size
+        return [
+            "v2" if self.compat == "0.10" else "v3",
+            f"{size // 1024}k" if size >= 1024 else f"{size}b",
+            f"rc{self.refcount_bits}",
+            *(["subcl"] if self.extended_l2 else []),
+            *(["lazy"] if self.lazy_refcounts else []),
+            f"b:{self.backing}",
+        ]
+
+    def options(self) -> dict[str, Any]:
+        """As our create and qemu-img both take them."""
+        chosen: dict[str, Any] = {
+            "compat": self.compat,
+            "cluster_size": self.cluster_size,
+            "refcount_bits": self.refcount_bits,
+        }
+        return chosen
+
+
+class Meetings:
+    """Which pairs of features and operations were there in one sequence."""
+
+    def __init__(self) -> None:
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        self.operations = 0
+
+    def add(self, labels: set[str]) -> None:
+        """One sequence had all of these."""
+        for one in labels:
+            for other in labels:
+                self.pairs[one, other] += 1
+
+    def table(self) -> str:
+        """The matrix, as text: in how many sequences the two met."""
+        names = sorted({name for name, _ in self.pairs}, key=_order)
+        width = max([4, *(len(name) for name in names)])
+        lines = [f"{'':{width}} " + " ".join(f"{i:>3}" for i in range(len(names)))]
+        for i, name in enumerate(names):
+            cells = [f"{self.pairs[name, other] or '.':>3}" for other in names[: i + 1]]
+            lines.append(f"{name:{width}} {' '.join(cells)}  {i}")
+        return "\n".join(lines)
+
+    def missing(self, labels: list[str]) -> list[tuple[str, str]]:
+        """Pairs of ``labels`` that never met."""
+        return [
+            (one, other)
+            for i, one in enumerate(labels)
+            for other in labels[:i]
+            if not self.pairs[one, other]
+        ]
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (list(WEIGHTS).index(name) if name in WEIGHTS else -1, name)
+
+
+class Twins:
+    """The two images, open: ours with us, the other with a long-lived qemu-io."""
+
+    def __init__(self, folder: Path, features: Features, *, seed: int) -> None:
+        self.features = features
+        self.chance = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self.story: list[str] = [f"{features}, seed {seed}"]
+        self.ours, self.theirs = folder / "ours.qcow2", folder / "theirs.qcow2"
+        self.names: list[str] = []
+        self._number = 0
+        cluster = features.cluster_size
+        self.largest = max(24 * cluster, 300 * SECTOR)
+        self.size = self.largest // 2 // SECTOR * SECTOR
+        if self.chance.random() < 0.5:
+            self.size -= SECTOR  # it does not end with a cluster
+        options = features.options()
+        options |= self._make_backing(folder)
+        ours = dict(options)
+        for name in ("extended_l2", "lazy_refcounts"):
+            if getattr(features, name):
+                ours[name] = True
+                options[name] = "on"
+        pyvirtio.create_disk(self.ours, self.size, format="qcow2", **ours).close()
+        qemu_create(self.theirs, self.size, **options)
+        self._open()
+
+    def _make_backing(self, folder: Path) -> dict[str, Any]:
+        kind = self.features.backing
+        if kind == "none":
+            return {}
+        length = {"shorter": self.size // 3, "longer": self.largest, "chain": self.size * 2 // 3}
+        raw = folder / "base.raw"
+        # No zeroes and no holes: what QEMU says of them is the file's matter, not the format's.
+        sectors = length[kind] // SECTOR
+        raw.write_bytes(b"".join(bytes([1 + i % 255]) * SECTOR for i in range(sectors)))
+        if kind != "chain":
+            return {"backing_file": raw.name, "backing_fmt": "raw"}
+        middle = folder / "middle.qcow2"
+        qemu_create(middle, self.size // 2 // SECTOR * SECTOR, backing_file=raw.name,
+                    backing_fmt="raw", cluster_size=4096)  # fmt: skip
+        with QemuIo(middle) as qemu:
+            qemu.write(0, self.size // 4, 0xAA)
+            if self.size >= 1 << 15:
+                qemu.write_zeroes(8192, 4096)
+        return {"backing_file": middle.name, "backing_fmt": "qcow2"}
+
+    # -- open and closed -------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        disk = pyvirtio.open_disk(self.ours, cache="unsafe")
+        assert isinstance(disk, Qcow2Disk)
+        self.disk = disk
+        self.qemu = self._qemu_io()
+
+    def _qemu_io(self) -> QemuIo:
+        return QemuIo(self.theirs, discard="unmap", **_NO_FLUSH)
+
+    def close(self) -> None:
+        """Close both."""
+        self.disk.close()
+        self.qemu.close()
+
+    def _closed(self, work: Callable[[], None]) -> None:
+        """Do something while neither is open."""
+        self.close()
+        try:
+            work()
+        finally:
+            self._open()
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One operation, of whatever kind, by both."""
+        kind = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        if kind in ("write", "zeroes", "unmap", "discard"):
+            self._request(kind)
+        else:
+            getattr(self, f"_{kind}")()
+
+    def _both(
+        self, kind: str, text: str, us: Callable[[], object], qemu: Callable[[], object]
+    ) -> bool:
+        """Have both do it; True if they did, False if both refused."""
+        self.story.append(f"{kind} {text}")
+        self.done[kind] += 1
+        refusals = []
+        for side in (us, qemu):
+            try:
+                side()
+                refusals.append(None)
+            except (PyvirtioError, PeerError, ValueError) as error:
+                refusals.append(error)
+        if (refusals[0] is None) != (refusals[1] is None):
+            self._fail(f"one refuses: we say {refusals[0]!r}, QEMU says {refusals[1]!r}")
+        return refusals[0] is None
+
+    def _where(self) -> tuple[int, int]:
+        chance, size, cluster = self.chance, self.disk.size, self.features.cluster_size
+        offset = chance.randrange(size // SECTOR) * SECTOR
+        length = chance.randint(1, max(1, min(4 * cluster, MAX_LENGTH) // SECTOR)) * SECTOR
+        how = chance.random()
+        if how < 0.5:
+            offset -= offset % cluster
+            length = -(-length // cluster) * cluster
+        elif how < 0.6:  # not even sectors
+            offset += chance.randrange(SECTOR)
+            length = max(1, length - chance.randrange(SECTOR))
+        return offset, min(length, size - offset)
+
+    def _request(self, kind: str) -> None:
+        offset, length = self._where()
+        value = self.chance.randint(1, 255)
+        disk, qemu = self.disk, self.qemu
+        if kind == "write":
+            self._both(
+                kind,
+                f"{offset} {length} {value}",
+                lambda: disk.write(offset, bytes([value]) * length),
+                lambda: qemu.write(offset, length, value),
+            )
+        elif kind == "discard":
+            self._both(
+                kind,
+                f"{offset} {length}",
+                lambda: disk.discard(offset, length),
+                lambda: qemu.discard(offset, length),
+            )
+        else:
+            unmap = kind == "unmap"
+            self._both(
+                kind,
+                f"{offset} {length}",
+                lambda: disk.write_zeroes(offset, length, unmap=unmap),
+                lambda: qemu.write_zeroes(offset, length, unmap=unmap),
+            )
+        self._compare_part(offset, length)
+
+    def _compressed(self) -> None:
+        """Compressed writes to clusters that neither has yet (QEMU refuses others)."""
+        cluster = self.features.cluster_size
+        free = [
+            offset
+            for offset in range(0, self.disk.size - cluster + 1, cluster)
+            if not _stored(self.disk, offset, cluster)
+        ]
+        if not free:
+            self._request("write")
+            return
+        offset = self.chance.choice(free)
+        value = self.chance.randint(1, 255)
+        command = f"write -c -P {value} {offset} {cluster}"
+        if type(self.disk)._write_compressed is Disk._write_compressed:
+            self.story.append(command)
+            self.done["compressed"] += 1
+
+            def by_qemu() -> None:
+                for path in (self.ours, self.theirs):
+                    with QemuIo(path, **_NO_FLUSH) as qemu:
+                        qemu.command(command)
+
+            self._closed(by_qemu)
+        else:
+            self.qemu.close()
+            self.qemu = self._qemu_io()
+            self._both(
+                "compressed",
+                command,
+                lambda: self.disk.write_compressed(offset, [bytes([value]) * cluster]),
+                lambda: self.qemu.command(command),
+            )
+        self._compare_part(offset, cluster)
+
+    def _grow(self) -> None:
+        old = self.disk.size
+        if self.features.compat == "0.10" and self.features.backing == "longer":
+            return
+        size = min(self.largest, old + self.chance.randint(1, old // 2 // SECTOR) * SECTOR)
+        if self._both(
+            "grow",
+            str(size),
+            lambda: self.disk.truncate(size),
+            lambda: self.qemu.command(f"truncate {size}"),
+        ):
+            start = max(0, old - self.features.cluster_size)
+            self._compare_part(start, min(size - start, 2 * MAX_LENGTH))
+
+    def _shrink(self) -> None:
+        old = self.disk.size
+        cluster = self.features.cluster_size
+        size = self.chance.randint(old // 2 // cluster, old // cluster) * cluster
+        if not size:
+            return
+        self._both(
+            "shrink",
+            str(size),
+            lambda: self.disk.truncate(size, shrink=True),
+            lambda: self.qemu.command(f"truncate {size}"),
+        )
+        if self.disk.size < self.largest // 4:
+            self._grow()
+
+    def _snapshot(self) -> None:
+        if len(self.names) == MAX_SNAPSHOTS:
+            self._delete()
+            return
+        self._number += 1
+        name = f"s{self._number}"
+        if self._snapshot_step("snapshot", "-c", name, lambda: self.disk.snapshots.create(name)):
+            self.names.append(name)
+
+    def _apply(self) -> None:
+        if not self.names:
+            self._snapshot()
+            return
+        name = self.chance.choice(self.names)
+        if self._snapshot_step("apply", "-a", name, lambda: self.disk.snapshots.apply(name)):
+            self.compare()
+
+    def _delete(self) -> None:
+        if not self.names:
+            self._snapshot()
+            return
+        name = self.chance.choice(self.names)
+        if self._snapshot_step("delete", "-d", name, lambda: self.disk.snapshots.delete(name)):
+            self.names.remove(name)
+
+    def _snapshot_step(self, kind: str, option: str, name: str, us: Callable[[], object]) -> bool:
+        def by_qemu() -> None:
+            self.qemu.close()
+            try:
+                image = f"driver=qcow2,file.filename={self.theirs},cache.no-flush=on"
+                qemu_img("snapshot", option, name, "--image-opts", image)
+            finally:
+                self.qemu = self._qemu_io()
+
+        if self.features.refcount_bits >= 8:
+            return self._both(kind, name, us, by_qemu)
+        self.close()
+        before = [path.read_bytes() for path in (self.ours, self.theirs)]
+        self._open()
+        try:
+            done = self._both(kind, name, us, by_qemu)
+        except Mismatch:
+            done = False
+        if not done:
+            self.story.append("  (refused, and taken back)")
+            self.close()
+            for path, contents in zip((self.ours, self.theirs), before, strict=True):
+                path.write_bytes(contents)
+            self._open()
+        return done
+
+    def _reopen(self) -> None:
+        self.story.append("reopen")
+        self.done["reopen"] += 1
+        self._closed(lambda: None)
+
+    # -- comparing -------------------------------------------------------------------------------
+
+    def _fail(self, what: str) -> None:
+        raise Mismatch(what + "\n  after " + "\n        ".join(self.story))
+
+    def _compare_part(self, offset: int, length: int) -> None:
+        """The bytes of some clusters, as we read ours and as QEMU reads its own."""
+        cluster = self.features.cluster_size
+        start = offset // cluster * cluster
+        end = min(self.disk.size, -(-(offset + length) // cluster) * cluster)
+        start, end = max(start, offset - MAX_LENGTH), min(end, offset + length + MAX_LENGTH)
+        for at, size, value in runs(self.disk.read(start, end - start)):
+            try:
+                self.qemu.verify(start + at, size, value)
+            except PeerError as error:
+                self._fail(f"we read {size} bytes of {value:#x} at {start + at}, QEMU: {error}")
+
+    def compare(self) -> None:
+        """Everything that both hold, and where they say it is."""
+        self.disk.flush()
+        self.qemu.flush()
+        done = qemu_img(
+            "compare", "-U", "-f", "qcow2", "-F", "qcow2", self.ours, self.theirs, check=False
+        )
+        if done.returncode:
+            self._fail(f"qemu-img compare: {done.stdout} {done.stderr}")
+        ours = qemu_map(self.ours)
+        theirs = qemu_map(self.theirs)
+        said = our_map(self.disk)
+        if said != ours:
+            self._fail(f"of our image we say (-), qemu-img map (+):\n{_changes(said, ours)}")
+        mine, its = self._without_stored_zeroes(ours, theirs), _states(theirs)
+        if mine != its:
+            self._fail(f"qemu-img map of ours (-), of QEMU's (+):\n{_changes(mine, its)}")
+
+    def _without_stored_zeroes(self, ours: Extents, theirs: Extents) -> Extents:
+        """The states of ours, with QEMU's where one of us has stored nothing but zeroes."""
+        result: Extents = []
+        for start, length, depth, state in _cut(_states(ours), _states(theirs)):
+            its = next(e for e in theirs if e[0] <= start < e[0] + e[1])
+            if {state, its[3]} == {"data", "zero"} and not any(self.disk.read(start, length)):
+                depth, state = its[2], its[3]
+            result.append((start, length, depth, state, None))
+        return _joined(result)
+
+    def finish(self) -> None:
+        """Compare all of it, snapshots too, close, and have qemu-img check ours."""
+        self.compare()
+        for name in list(self.names):
+            self._snapshot_step("apply", "-a", name, lambda n=name: self.disk.snapshots.apply(n))
+            self.compare()
+        found = self.disk.check()
+        if not found.clean:
+            self._fail(f"our check finds {found}")
+        self.close()
+        listed = [
+            [(s["id"], s["name"]) for s in qemu_img_json("info", path).get("snapshots", [])]
+            for path in (self.ours, self.theirs)
+        ]
+        if listed[0] != listed[1]:
+            self._fail(f"snapshots {listed[0]}, with QEMU {listed[1]}")
+        try:
+            qemu_check(self.ours)
+        except AssertionError as error:
+            self._fail(str(error))
+        with (
+            pyvirtio.open_disk(self.ours, read_only=True) as ours,
+            pyvirtio.open_disk(self.theirs, read_only=True) as theirs,
+        ):
+            difference = first_difference(ours.read(0, ours.size), theirs.read(0, theirs.size))
+            if difference:
+                self._fail(f"we read our image and QEMU's: {difference}")
+            said, its = our_map(theirs), qemu_map(self.theirs)
+            if said != its:
+                self._fail(f"of QEMU's image we say (-), qemu-img map (+):\n{_changes(said, its)}")
+
+
+Extents = list[tuple[int, int, int, str, int | None]]
+"""(start, length, depth, state, host offset)"""
+
+
+def _stored(disk: Disk, offset: int, length: int) -> bool:
+    return any(extent.allocated and not extent.depth for extent in disk.extents(offset, length))
+
+
+def qemu_map(path: Path) -> Extents:
+    """What ``qemu-img map`` says."""
+    found = []
+    for entry in qemu_img_json("map", "-U", "-f", "qcow2", path):
+        # A hole in the file below makes QEMU add "zero" to stored data.
+        state = "data" if entry["data"] else "zero" if entry["zero"] else "nothing"
+        host = entry.get("offset") if state == "data" else None
+        found.append((entry["start"], entry["length"], entry["depth"], state, host))
+    return _joined(found)
+
+
+def our_map(disk: Disk) -> Extents:
+    """The same from our ``block_status``."""
+    found = []
+    start = 0
+    for extent in disk.extents():
+        state = "data" if extent.data else "zero" if extent.zero else "nothing"
+        host = extent.host_offset if state == "data" else None
+        found.append((start, extent.length, extent.depth, state, host))
+        start += extent.length
+    return _joined(found)
+
+
+def _joined(extents: Extents) -> Extents:
+    """Neighbours in one state as one."""
+    joined: Extents = []
+    for start, length, depth, state, host in extents:
+        if joined:
+            first, before, last_depth, last_state, last_host = joined[-1]
+            follows = host == last_host if host is None or last_host is None else (
+                host == last_host + before
+            )  # fmt: skip
+            if (depth, state) == (last_depth, last_state) and follows:
+                joined[-1] = (first, before + length, depth, state, last_host)
+                continue
+        joined.append((start, length, depth, state, host))
+    return joined
+
+
+def _states(extents: Extents) -> Extents:
+    """Without the host offsets, which each is free to choose."""
+    return _joined(
+        [(start, length, depth, state, None) for start, length, depth, state, _ in extents]
+    )
+
+
+def _cut(one: Extents, other: Extents) -> Iterator[tuple[int, int, int, str]]:
+    """``one`` cut where the extents of either end: (start, length, depth, state)."""
+    places = sorted({place for start, length, *_ in other for place in (start, start + length)})
+    for start, length, depth, state, _ in one:
+        end = start + length
+        inside = places[bisect_right(places, start) : bisect_left(places, end)]
+        for first, last in pairwise([start, *inside, end]):
+            yield first, last - first, depth, state
+
+
+def _changes(one: Extents, other: Extents) -> str:
+    """Where two maps differ."""
+    lines = [[str(extent) for extent in extents] for extents in (one, other)]
+    return "\n".join(difflib.unified_diff(*lines, lineterm="", n=0))
+
+
+def run_sequence(
+    folder: Path, *, seed: int, steps: int, meetings: Meetings, every: int = 52
+) -> None:
+    """One pair of twins through ``steps`` operations; everything is compared after each ``every``
+    of them. Raises Mismatch."""
+    chance = random.Random(seed)
+    chosen = Features.choose(chance)
+    twins = Twins(folder, chosen, seed=seed)
+    try:
+        for number in range(1, steps + 1):
+            twins.step()
+            if number % every == 0:
+                twins.compare()
+        twins.finish()
+    except BaseException:
+        twins.close()
+        raise
+    finally:
+        meetings.operations += twins.done.total()
+        meetings.add({*chosen.labels, *twins.done})
