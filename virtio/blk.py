@@ -43,6 +43,7 @@ class VirtioBlk(VirtioDevice):
     ``serial``: what GET_ID answers, at most 20 ASCII characters.
     ``read_only``: None is what the disk is.
     ``queue_size``: entries of each of ``num_queues`` queues, a power of two.
+    ``packed``: offer packed queues, too; a driver that knows them will choose them.
     ``logical_block_size``: bytes; a hint to the driver, requests are in units of 512 anyway.
     ``strict``: errors of the driver raise GuestError, too, for those who write one.
 
@@ -61,6 +62,7 @@ class VirtioBlk(VirtioDevice):
         queue_size: int = 256,
         num_queues: int = 1,
         logical_block_size: int = 512,
+        packed: bool = False,
         strict: bool = False,
     ) -> None:
         if read_only is None:
@@ -92,6 +94,7 @@ class VirtioBlk(VirtioDevice):
             features=self._block_features(num_queues),
             num_queues=num_queues,
             queue_size=queue_size,
+            packed=packed,
             strict=strict,
         )
         self.was_reset()

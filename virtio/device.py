@@ -32,11 +32,14 @@ from .layout import (
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
     ByteOrder,
     Structs,
 )
 from .memory import GuestMemory
+from .packed import PackedRing
 from .ring import Chain, QueueState, Ring
 from .split import SplitRing
 
@@ -102,9 +105,15 @@ class VirtioDevice(ABC):
     device_id: int
 
     def __init__(
-        self, *, features: int, num_queues: int, queue_size: int, strict: bool = False
+        self,
+        *,
+        features: int,
+        num_queues: int,
+        queue_size: int,
+        packed: bool = False,
+        strict: bool = False,
     ) -> None:
-        """``features``: those of the device type, as a bit mask.
+        """``features``: those of the device type, as a bit mask. ``packed``: offer packed queues.
 
         With ``strict`` an error of the driver raises GuestError after the device has answered it,
         and an error of our own is raised as it is.
@@ -118,7 +127,10 @@ class VirtioDevice(ABC):
         self.structs: Structs = LITTLE
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
+        self._transport_features = 0
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
+        if packed:
+            self._type_features |= 1 << VIRTIO_F_RING_PACKED
         self._memory: GuestMemory = _NO_MEMORY
         self._transport: Transport | None = None
         self._defer = False
@@ -136,11 +148,13 @@ class VirtioDevice(ABC):
         legacy: bool = False,
         order: ByteOrder = "little",
         defer: bool = False,
+        features: int = 0,
     ) -> None:
         """Attach the device to guest memory and to its transport; a device has one of each.
 
         ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``.
-        ``defer``: a kick only marks its queue, :meth:`poll` serves it.
+        ``defer``: a kick only marks its queue, :meth:`poll` serves it. ``features``: what the
+        transport adds to those of the device, as a bit mask.
         """
         if self._transport is not None:
             raise ValueError("the device is attached already")
@@ -151,6 +165,7 @@ class VirtioDevice(ABC):
         self.legacy = legacy
         self.structs = LITTLE if order == "little" else BIG
         self._defer = defer
+        self._transport_features = features
         self.reset()
 
     # -- features ----------------------------------------------------------------------------
@@ -158,9 +173,10 @@ class VirtioDevice(ABC):
     @property
     def offered_features(self) -> int:
         """What the device offers, as a bit mask; a legacy driver sees 32 bits."""
+        features = self._type_features | self._transport_features
         if self.legacy:
-            return (self._type_features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
-        return self._type_features | 1 << VIRTIO_F_VERSION_1
+            return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
+        return features | 1 << VIRTIO_F_VERSION_1
 
     def accepted(self, feature: int) -> bool:
         """The driver has accepted feature (bit number) ``feature``."""
@@ -231,12 +247,15 @@ class VirtioDevice(ABC):
         self._violation = None
         self.resets += 1
         for queue in self.queues:
-            max_size = queue.state.max_size
-            queue.state = QueueState(max_size, max_size)
-            queue.ring = None
-            queue.pending = False
+            self._forget(queue)
         state.queues = [queue.state for queue in self.queues]
         self.was_reset()
+
+    def _forget(self, queue: Queue) -> None:
+        max_size = queue.state.max_size
+        queue.state = QueueState(max_size, max_size)
+        queue.ring = None
+        queue.pending = False
 
     def guest_error(self, error: GuestError) -> None:
         """The driver has done what only a reset can mend (BF-07): stop until then."""
@@ -282,7 +301,22 @@ class VirtioDevice(ABC):
         queue.ring = None
         queue.pending = False
         state.ready = False
-        state.next_avail = state.used_index = 0
+        state.rewind()
+
+    def reset_queue(self, index: int) -> None:
+        """Queue ``index`` is as after a reset of the device (§2.6.1; BF-38 to BF-40).
+
+        It is complete unless :meth:`resetting`: a request that is being done at that moment (this
+        is called from inside it) is done to its end. Ignored unless RING_RESET was accepted.
+        """
+        if self.accepted(VIRTIO_F_RING_RESET):
+            self._forget(self.queues[index])
+            self.state.queues[index] = self.queues[index].state
+
+    def resetting(self, index: int) -> bool:
+        """A request that was being done when queue ``index`` was reset still is (MMIO-12)."""
+        queue = self.queues[index]
+        return queue.serving and not queue.state.ready
 
     def _may_serve(self) -> bool:
         """Queues may be served: after DRIVER_OK (BF-05), on a legacy device always (BF-54)."""
@@ -310,12 +344,12 @@ class VirtioDevice(ABC):
 
     def _make_ring(self, state: QueueState, features: int) -> Ring:
         """A ring for a queue, under the features that the driver has accepted."""
+        indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
+        event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+        if features >> VIRTIO_F_RING_PACKED & 1:
+            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
         return SplitRing(
-            state,
-            self._memory,
-            indirect=bool(features >> VIRTIO_F_INDIRECT_DESC & 1),
-            event_idx=bool(features >> VIRTIO_F_EVENT_IDX & 1),
-            structs=self.structs,
+            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
         )
 
     # -- serving -----------------------------------------------------------------------------

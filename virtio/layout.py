@@ -59,6 +59,19 @@ VIRTQ_DESC_F_INDIRECT: Final = 4
 VIRTQ_AVAIL_F_NO_INTERRUPT: Final = 1
 VIRTQ_USED_F_NO_NOTIFY: Final = 1
 
+# -- §2.8 packed virtqueues --------------------------------------------------------------------
+
+VIRTQ_DESC_F_AVAIL: Final = 1 << 7
+VIRTQ_DESC_F_USED: Final = 1 << 15
+
+VIRTQ_EVENT_ALIGN: Final = 4
+VIRTQ_EVENT_SIZE: Final = 4
+"""Bytes of an event suppression structure: off_wrap, flags."""
+
+RING_EVENT_FLAGS_ENABLE: Final = 0
+RING_EVENT_FLAGS_DISABLE: Final = 1
+RING_EVENT_FLAGS_DESC: Final = 2
+
 # -- §4.2.2 virtio over MMIO: register offsets -------------------------------------------------
 
 MMIO_MAGIC_VALUE: Final = 0x000
@@ -159,6 +172,7 @@ class Structs:
         "blk_segment",
         "desc",
         "order",
+        "packed_used",
         "three_desc",
         "used_elem",
         "word",
@@ -168,13 +182,15 @@ class Structs:
         mark = "<" if order == "little" else ">"
         self.order: ByteOrder = order
         self.desc = Struct(mark + "QIHH")
-        """addr, len, flags, next (§2.7.5)."""
+        """addr, len, flags, next (§2.7.5); of a packed queue: addr, len, id, flags."""
         self.three_desc = Struct(mark + 3 * "QIHH")
         """Three descriptors that are neighbours."""
         self.word = Struct(mark + "H")
         """The fields of both rings, but for the used elements."""
         self.used_elem = Struct(mark + "II")
         """id, len (§2.7.8)."""
+        self.packed_used = Struct(mark + "IH")
+        """len, id: what the device writes of a used packed descriptor besides its flags."""
         self.blk_request = Struct(mark + "IIQ")
         """type, reserved (legacy: ioprio), sector (§5.2.6)."""
         self.blk_segment = Struct(mark + "QII")

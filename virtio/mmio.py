@@ -34,6 +34,9 @@ class VirtioMmio:
     ``notify="inline"`` serves a queue inside the write to QueueNotify; ``"deferred"`` leaves it to
     :meth:`poll`, for emulators whose MMIO callbacks must not take long.
 
+    ``notification_data`` offers that: a kick then says how far the ring is filled. The device has
+    no use for it; it is for emulators that watch QueueNotify.
+
     ``legacy`` is version 1 of the interface; ``order`` is then the guest's byte order.
     """
 
@@ -50,11 +53,12 @@ class VirtioMmio:
         order: ByteOrder = "little",
         notify: Literal["inline", "deferred"] = "inline",
         vendor_id: int = at.VENDOR_QEMU,
+        notification_data: bool = False,
     ) -> None:
         if notify not in ("inline", "deferred"):
             raise ValueError(f"notify is {notify!r}, must be 'inline' or 'deferred'")
         self.device = device
-        self._kick = device.kick
+        self._kick: Callable[[int], None] = device.kick
         self.legacy = legacy
         self.vendor_id = vendor_id
         self._order: ByteOrder = order
@@ -64,7 +68,15 @@ class VirtioMmio:
         self._page_size = 0  # not reset: Linux writes it once, before the first reset
         self._select_registers()
         self._reset_registers()
-        device.connect(memory, self, legacy=legacy, order=order, defer=notify == "deferred")
+        device.connect(
+            memory,
+            self,
+            legacy=legacy,
+            order=order,
+            defer=notify == "deferred",
+            features=1 << at.VIRTIO_F_RING_RESET
+            | notification_data << at.VIRTIO_F_NOTIFICATION_DATA,
+        )
 
     # -- the plug ----------------------------------------------------------------------------
 
@@ -158,10 +170,12 @@ class VirtioMmio:
             return
         self._readers |= {
             at.MMIO_QUEUE_READY: self._read_queue_ready,
+            at.MMIO_QUEUE_RESET: self._read_queue_reset,
             at.MMIO_CONFIG_GENERATION: lambda: device.state.config_generation,
         }
         self._readers |= dict.fromkeys(_NO_SHARED_MEMORY, lambda: 0xFFFF_FFFF)  # MMIO-41
         self._writers[at.MMIO_QUEUE_READY] = self._write_queue_ready
+        self._writers[at.MMIO_QUEUE_RESET] = self._write_queue_reset
         for low, area in (
             (at.MMIO_QUEUE_DESC_LOW, "descriptor_area"),
             (at.MMIO_QUEUE_DRIVER_LOW, "driver_area"),
@@ -200,6 +214,12 @@ class VirtioMmio:
             self._update_level()
         else:
             self.device.set_status(value & 0xFF)
+        data = self.device.accepted(at.VIRTIO_F_NOTIFICATION_DATA)
+        self._kick = self._kick_with_data if data else self.device.kick
+
+    def _kick_with_data(self, value: int) -> None:
+        """The queue, and in the upper half where the next chain goes: all is read from the ring."""
+        self.device.kick(value & 0xFFFF)
 
     def _write_interrupt_ack(self, value: int) -> None:
         self._interrupt_status &= ~value
@@ -278,6 +298,16 @@ class VirtioMmio:
             self.device.enable_queue(queue.index)
         elif queue.state.ready:
             self.device.disable_queue(queue.index)
+
+    def _read_queue_reset(self) -> int:
+        """1 while a reset goes on, 0 before and after (MMIO-09, MMIO-10, MMIO-12, MMIO-13)."""
+        queue = self._selected()
+        return 0 if queue is None else int(self.device.resetting(queue.index))
+
+    def _write_queue_reset(self, value: int) -> None:
+        queue = self._selected()
+        if queue is not None and value == 1:  # MMIO-11
+            self.device.reset_queue(queue.index)
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
         keep = 0xFFFF_FFFF << (32 - shift)

@@ -64,7 +64,7 @@ def make_parser(memory: GuestMemory, structs: Structs) -> Callable[[Chain], Bloc
     load_header = memory.loader(structs.blk_request)
 
     def parse(chain: Chain) -> BlockRequest:
-        _, readable, writable = chain
+        _, readable, writable, _ = chain
         if readable and writable:
             address, length = readable[0]
             status, one = writable[-1]
@@ -85,7 +85,7 @@ def parse_request(chain: Chain, memory: GuestMemory, structs: Structs) -> BlockR
     Raises GuestError for a chain that has no status byte or no whole header, or whose header is not
     in RAM.
     """
-    _, readable, writable = chain
+    _, readable, writable, _ = chain
     ending = split_last_byte(writable)
     if ending is None:
         raise GuestError("a request without a status byte")

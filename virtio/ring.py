@@ -13,7 +13,14 @@ from typing import NamedTuple, Self
 from ..backend.state import StateReader, StateWriter
 from .memory import Segment
 
-__all__ = ["Chain", "QueueState", "Ring"]
+__all__ = ["MAX_INDIRECT", "Chain", "QueueState", "Ring"]
+
+MAX_INDIRECT = 1024
+"""Descriptors of an indirect table that are followed even where the queue is smaller than that.
+
+§2.7.5.3.1 forbids drivers more than the queue size, but Linux goes by ``seg_max`` alone
+when it has made the queue smaller; QEMU's limit is the same.
+"""
 
 
 @dataclass(slots=True)
@@ -29,13 +36,23 @@ class QueueState:
     descriptor_area: int = 0
     """Guest physical address, as the next two."""
     driver_area: int = 0
-    """The available ring of a split queue."""
+    """The available ring of a split queue, the driver's event suppression of a packed one."""
     device_area: int = 0
-    """The used ring of a split queue."""
+    """The used ring of a split queue, the device's event suppression of a packed one."""
     next_avail: int = 0
-    """Free-running number of the next chain to take (16 bits)."""
+    """Free-running number of the next chain to take (16 bits); packed: its place in the ring."""
     used_index: int = 0
-    """Free-running number of the next used element (16 bits), published or not."""
+    """Free-running number of the next used element (16 bits), published or not; packed: its place
+    in the ring."""
+    avail_wrap: bool = True
+    """Packed: the wrap counter that goes with ``next_avail``."""
+    used_wrap: bool = True
+    """Packed: the wrap counter that goes with ``used_index``."""
+
+    def rewind(self) -> None:
+        """Nothing has been taken or used."""
+        self.next_avail = self.used_index = 0
+        self.avail_wrap = self.used_wrap = True
 
     def save(self, stream: StateWriter) -> None:
         """Write all of it."""
@@ -47,6 +64,8 @@ class QueueState:
         stream.u64(self.device_area)
         stream.u16(self.next_avail)
         stream.u16(self.used_index)
+        stream.flag(self.avail_wrap)
+        stream.flag(self.used_wrap)
 
     @classmethod
     def load(cls, stream: StateReader, max_size: int) -> Self:
@@ -60,6 +79,8 @@ class QueueState:
             device_area=stream.u64(),
             next_avail=stream.u16(),
             used_index=stream.u16(),
+            avail_wrap=stream.flag(),
+            used_wrap=stream.flag(),
         )
         if state.max_size != max_size:
             raise stream.malformed(f"has a queue of {state.max_size} entries, not {max_size}")
@@ -75,6 +96,8 @@ class Chain(NamedTuple):
     """What the device may read, in order."""
     writable: list[Segment]
     """What it may write, in order."""
+    slots: int = 1
+    """Places of a packed ring that it takes."""
 
 
 class Ring(ABC):

@@ -29,16 +29,9 @@ from .layout import (
     Structs,
 )
 from .memory import GuestMemory, Segment
-from .ring import Chain, QueueState, Ring
+from .ring import MAX_INDIRECT, Chain, QueueState, Ring
 
 __all__ = ["SplitRing", "legacy_layout"]
-
-MAX_INDIRECT = 1024
-"""Descriptors of an indirect table that are followed even where the queue is smaller than that.
-
-§2.7.5.3.1 forbids drivers more than the queue size, but Linux goes by ``seg_max`` alone when it has
-made the queue smaller; QEMU's limit is the same.
-"""
 
 _NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE
 
@@ -165,7 +158,7 @@ class SplitRing(Ring):
                     break
         else:
             raise GuestError("a chain of more descriptors than the queue has")
-        return tuple.__new__(Chain, (head, readable, writable))  # what Chain() would end in
+        return tuple.__new__(Chain, (head, readable, writable, 1))  # what Chain() would end in
 
     def _follow(
         self, address: int, length: int, readable: list[Segment], writable: list[Segment]

@@ -71,6 +71,7 @@ class Machine:
         legacy: bool = False,
         order: str = "little",
         notify: str = "inline",
+        notification_data: bool = False,
         queue_size: int = 16,
         driver: dict[str, Any] | None = None,
         **device: Any,
@@ -92,6 +93,7 @@ class Machine:
             legacy=legacy,
             order=order,
             notify=notify,
+            notification_data=notification_data,
         )
         self.registers = Registers(self.mmio.read, self.mmio.write)
         self.arena = Arena(BASE, RAM_SIZE)

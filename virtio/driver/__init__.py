@@ -1,8 +1,8 @@
 """The guest's side: a small, correct driver in Python, for tests of devices (ours or anybody's).
 
-:class:`BlockDriver` brings a device up through its registers and does requests on a split ring that
-lies in guest memory. Under it :class:`DriverRing` writes any ring at all: wrong ones, too, on
-purpose.
+:class:`BlockDriver` brings a device up through its registers and does requests on a ring that
+lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDriverRing` write any
+ring at all: wrong ones, too, on purpose.
 
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
@@ -13,6 +13,7 @@ purpose.
 from __future__ import annotations
 
 from .blk import BlockDriver, Completion, DriverError
+from .packed import PackedDriverRing
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 
@@ -23,5 +24,6 @@ __all__ = [
     "Completion",
     "DriverError",
     "DriverRing",
+    "PackedDriverRing",
     "Registers",
 ]

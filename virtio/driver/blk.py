@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .. import layout as at
 from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
 from ..memory import GuestMemory
+from .packed import PackedDriverRing
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 
@@ -23,6 +24,9 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_INDIRECT_DESC,
         at.VIRTIO_F_EVENT_IDX,
         at.VIRTIO_F_VERSION_1,
+        at.VIRTIO_F_RING_PACKED,
+        at.VIRTIO_F_RING_RESET,
+        at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
         at.VIRTIO_BLK_F_SEG_MAX,
         at.VIRTIO_BLK_F_GEOMETRY,
@@ -64,6 +68,7 @@ class _Pending:
 class BlockDriver:
     """A driver on one queue of a virtio block device behind MMIO registers.
 
+    The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
     masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
     devices that work when polled). ``legacy`` and ``order`` are as for the device.
@@ -93,7 +98,7 @@ class BlockDriver:
         self.order: ByteOrder = order
         self.page_size = page_size
         self.structs = LITTLE if order == "little" else BIG
-        self.ring: DriverRing
+        self.ring: DriverRing | PackedDriverRing
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
 
@@ -137,14 +142,7 @@ class BlockDriver:
         size = min(self.queue_size, largest)
         if not size:
             raise DriverError(f"there is no queue {self.queue_index}")
-        self.ring = ring = DriverRing.allocate(
-            self.memory,
-            self.arena,
-            size,
-            event_idx=bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1),
-            order=self.order,
-            align=self.page_size if self.legacy else None,
-        )
+        self.ring = ring = self._allocate_ring(size)
         self._pending = {}
         if self.legacy:
             ready = registers.enable_legacy_queue(
@@ -154,6 +152,19 @@ class BlockDriver:
             ready = registers.enable_queue(size, ring.descriptors, ring.available, ring.used)
         if not ready:
             raise DriverError("the device does not take the queue")
+
+    def _allocate_ring(self, size: int) -> DriverRing | PackedDriverRing:
+        event_idx = bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1)
+        if self.features >> at.VIRTIO_F_RING_PACKED & 1:
+            return PackedDriverRing.allocate(self.memory, self.arena, size, event_idx=event_idx)
+        return DriverRing.allocate(
+            self.memory,
+            self.arena,
+            size,
+            event_idx=event_idx,
+            order=self.order,
+            align=self.page_size if self.legacy else None,
+        )
 
     @property
     def capacity(self) -> int:
@@ -209,7 +220,8 @@ class BlockDriver:
     def kick(self) -> None:
         """Publish what was added, and notify the device if it wants that."""
         if self.ring.publish():
-            self.registers.notify(self.queue_index)
+            with_data = self.features >> at.VIRTIO_F_NOTIFICATION_DATA & 1
+            self.registers.notify(self.queue_index, self.ring.next_place if with_data else 0)
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
@@ -221,8 +233,7 @@ class BlockDriver:
                 used_length,
                 self.memory.read(pending.incoming, pending.length),
             )
-        if self.ring.event_idx:
-            self.ring.used_event = self.ring.used_index
+        self.ring.want_next_interrupt()
         self.registers.take_interrupt()
         return done
 

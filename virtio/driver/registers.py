@@ -75,9 +75,14 @@ class Registers:
         self.store(at.MMIO_QUEUE_PFN, address // page)
         return self.load(at.MMIO_QUEUE_PFN) == address // page
 
-    def notify(self, index: int) -> None:
-        """Kick queue ``index``."""
-        self.store(at.MMIO_QUEUE_NOTIFY, index)
+    def reset_queue(self) -> bool:
+        """Reset the selected queue (RING_RESET negotiated); whether that is complete (MMIO-34)."""
+        self.store(at.MMIO_QUEUE_RESET, 1)
+        return self.load(at.MMIO_QUEUE_RESET) == 0 and self.load(at.MMIO_QUEUE_READY) == 0
+
+    def notify(self, index: int, data: int = 0) -> None:
+        """Kick queue ``index``; ``data`` goes with it where NOTIFICATION_DATA was negotiated."""
+        self.store(at.MMIO_QUEUE_NOTIFY, data << 16 | index)
 
     def take_interrupt(self) -> int:
         """Read the interrupt status and acknowledge what it says."""

@@ -175,6 +175,16 @@ class DriverRing:
         """Set ``flags`` of the available ring (§2.7.7); without event index."""
         self.store16(self.available, 0 if wanted else VIRTQ_AVAIL_F_NO_INTERRUPT)
 
+    @property
+    def next_place(self) -> int:
+        """The upper half of notification data: the available index."""
+        return self._next_avail
+
+    def want_next_interrupt(self) -> None:
+        """With event index: ask for an interrupt for what is used next."""
+        if self.event_idx:
+            self.used_event = self.used_index
+
     # -- chains ------------------------------------------------------------------------------
 
     def add(self, buffers: list[Buffer]) -> int:
