@@ -60,7 +60,9 @@ class Successor:
         return driver
 
 
-@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"legacy": True, "order": "big"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"packed": True}, {"legacy": True}, {"legacy": True, "order": "big"}]
+)
 def test_a_queue_goes_on_on_another_device(
     make_started: Any, make_disk: Any, options: dict[str, Any]
 ) -> None:
