@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from pyvirtio import BackendError, ImageError, MemoryDisk
+from pyvirtio.qcow2 import sharing
 from pyvirtio.qcow2.header import read_header
 from pyvirtio.qcow2.snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
 from support.images import (
@@ -41,6 +44,34 @@ def test_a_run_that_is_ours_only_in_part_is_not_written_in_place() -> None:
     disk.write(0, b"c" * 8 * CLUSTER)
     disk.snapshots.apply("s")
     assert disk.read(0, 8 * CLUSTER) == b"a" * 8 * CLUSTER
+
+
+@pytest.mark.parametrize("window", [16, 64, 1 << 12])
+def test_flags_are_right_in_tables_without_any_order(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Clusters in and behind those that are looked up together."""
+    monkeypatch.setattr(sharing, "_CHUNK_BITS", 4)
+    monkeypatch.setattr(sharing, "_CHUNK", 16)
+    monkeypatch.setattr(sharing, "WINDOW", window)
+    chance = random.Random(window)
+    file, disk = new_image(1 << 17)
+    order = list(range(256))
+    for name in ("one", "two", "three"):
+        chance.shuffle(order)
+        for cluster in order[:150]:
+            disk.write(cluster * CLUSTER, name.encode().ljust(CLUSTER, b"."))
+        disk.snapshots.create(name)
+    for cluster in order[:40]:
+        disk.write(cluster * CLUSTER, b"last".ljust(CLUSTER, b"."))
+    for step, name in ((disk.snapshots.delete, "two"), (disk.snapshots.apply, "one")):
+        step(name)
+        disk.flush()
+        assert_clean(file)
+    disk.snapshots.delete("three")
+    disk.snapshots.delete("one")
+    disk.close()
+    assert_clean(file)
 
 
 def test_a_write_inside_one_shared_cluster_leaves_the_snapshot_alone() -> None:
