@@ -82,6 +82,12 @@ def test_tables_in_order_of_the_file_are_counted_as_runs() -> None:
     assert found == Counter([*first, *first, *range(100 + ENTRIES - 5, 100 + 2 * ENTRIES - 5)])
 
 
+def test_a_run_is_one_in_its_middle_too() -> None:
+    clusters = [*range(100, 100 + ENTRIES)]
+    clusters[7], clusters[8] = clusters[8], clusters[7]
+    assert progression(pack_table([entry(cluster) for cluster in clusters]), 4096) is None
+
+
 def test_a_cluster_referred_to_very_often_keeps_its_exact_count() -> None:
     counts, found = counting()
     counts.add_clusters([7] * 254)
