@@ -264,6 +264,19 @@ class Qcow2Disk(Disk):
                 self._write_zero_bytes(offset, stop - offset)
             offset = stop
 
+    def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
+        backed = self._header.backing_file is not None
+        try:
+            with self.bitmaps.recording(offset, length):
+                if zeroing.write_zeroes_in_part(
+                    self.reader, offset, length, unmap=unmap, backed=backed
+                ):
+                    return
+        except CorruptionError as error:
+            _report(error)
+            raise
+        self._write_zero_bytes(offset, length)
+
     def _discard(self, offset: int, length: int) -> None:
         backed = self._header.backing_file is not None
         keep = self._options.discard_no_unref
@@ -420,6 +433,7 @@ class Qcow2Disk(Disk):
             preallocation,
             backing_size=0 if backing is None else backing.size,
             hide=self._zero_past_end,
+            hide_stored=self._zero_stored_past_end,
         )
         if size < old_size:
             resize_data_file(metadata, old_size, size, "off")
@@ -435,6 +449,12 @@ class Qcow2Disk(Disk):
             zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False, backed=True)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
+
+    def _zero_stored_past_end(self, offset: int, length: int) -> None:
+        data = bytearray(length)
+        self._readv(offset, [memoryview(data)], length)
+        if any(data):
+            self._zero_past_end(offset, length)
 
     def reopen(self, *, read_only: bool) -> None:
         """Change between read-only and read-write, the file below included.
