@@ -41,17 +41,26 @@ def translate(state: HartState, ram: memoryview, base: int, address: int) -> int
 
 
 def fetch_word(state: HartState, ram: memoryview, base: int, pc: int) -> int | None:
-    """The instruction at ``pc``: 16 bits if it is a compressed one, else 32. None if not in RAM.
-
-    The two halves are fetched one by one, for they may lie in different pages.
-    """
-    word = 0
-    for half in (0, 1):
-        physical = translate(state, ram, base, pc + 2 * half)
-        if physical is None or not 0 <= physical - base <= len(ram) - 2:
-            return None
-        where = physical - base
-        word |= int.from_bytes(ram[where : where + 2], "little") << (16 * half)
+    """The instruction at ``pc``: 16 bits if it is a compressed one, else 32. None if not in RAM."""
+    where = _place(state, ram, base, pc)
+    if where is None:
+        return None
+    if pc & 0xFFF == 0xFFE:
+        # The other half lies in another page.
+        word = int.from_bytes(ram[where : where + 2], "little")
         if word & 3 != 3:
-            break
-    return word
+            return word
+        where = _place(state, ram, base, pc + 2)
+        if where is None:
+            return None
+        return word | int.from_bytes(ram[where : where + 2], "little") << 16
+    word = int.from_bytes(ram[where : where + 4], "little")
+    return word if word & 3 == 3 else word & 0xFFFF
+
+
+def _place(state: HartState, ram: memoryview, base: int, pc: int) -> int | None:
+    """Where in ``ram`` the code at ``pc`` lies."""
+    physical = translate(state, ram, base, pc)
+    if physical is None or not 0 <= physical - base <= len(ram) - 2:
+        return None
+    return physical - base
