@@ -47,6 +47,7 @@ class VirtioBlk(VirtioDevice):
     ``errors``: what becomes of requests that the disk cannot do; see :attr:`on_stop`.
     ``in_order``, ``access_platform``: offer these features.
     ``iommu``: translates the driver's addresses, see :mod:`.iommu`.
+    ``io_threads``: serve the queues in so many threads, see :mod:`.workers`; 0 is in the caller's.
     ``strict``: errors of the driver raise GuestError, too, for those who write one.
 
     Limits and alignments that the driver is told are the disk's; a ZonedDisk's zones are offered.
@@ -74,6 +75,7 @@ class VirtioBlk(VirtioDevice):
         in_order: bool = False,
         access_platform: bool = False,
         iommu: Translate | None = None,
+        io_threads: int = 0,
         strict: bool = False,
     ) -> None:
         if read_only is None:
@@ -114,13 +116,15 @@ class VirtioBlk(VirtioDevice):
             in_order=in_order,
             access_platform=access_platform,
             iommu=iommu,
+            io_threads=io_threads,
             strict=strict,
         )
         self.was_reset()
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
-        """Stop following changes of the disk's size; the device is not used any more."""
+        """The device is not used any more: end its threads, and stop following the disk's size."""
+        self.close()
         self._stop_listening()
 
     # -- features and configuration ------------------------------------------------------------
@@ -147,15 +151,18 @@ class VirtioBlk(VirtioDevice):
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See :class:`VirtioDevice`."""
-        return self._config[offset : offset + length].ljust(length, b"\0")
+        with self.lock:
+            config = self._config
+        return config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See :class:`VirtioDevice`. ``writeback`` alone can be written (BLK-47)."""
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
         if 0 <= where < len(data) and allowed:
-            self.writeback = bool(data[where])
-            self._refresh_config()
+            with self.lock:
+                self.writeback = bool(data[where])
+                self._refresh_config()
 
     def connect(self, memory: GuestMemory, transport: Transport, **options: Any) -> None:
         """See :class:`VirtioDevice`. Zones that must be written in order need a driver that knows
@@ -185,9 +192,10 @@ class VirtioBlk(VirtioDevice):
         self._refresh_config()
 
     def _resized(self, size: int) -> None:
-        self.capacity = size // SECTOR_SIZE
-        self._refresh_config()
-        self.config_changed()
+        with self.holding():
+            self.capacity = size // SECTOR_SIZE
+            self._refresh_config()
+            self.config_changed()
 
     def save_own(self, stream: StateWriter) -> None:
         """See :class:`VirtioDevice`."""

@@ -37,6 +37,9 @@ HELD = -1
 class Service:
     """Serves the queues of ``device`` in the thread that calls."""
 
+    inline = True
+    """Requests are done inside the kick or :meth:`poll`."""
+
     def __init__(self, device: VirtioDevice) -> None:
         self._device = device
         self._queues = device.queues
@@ -96,12 +99,17 @@ class Service:
                 else:
                     self.kick(queue.index)
 
-    def drain(self) -> None:
-        """Wait until no request is under way, but for one that this is called from inside of."""
+    def drain(self, queue: Queue | None = None) -> None:
+        """Wait until no request (of one queue, or any) is under way, but for one that this is
+        called from inside of."""
 
     def idle(self) -> bool:
         """No request is under way."""
         return not any(queue.serving for queue in self._queues)
+
+    def inside(self) -> bool:
+        """This is called from inside a request."""
+        return not self.idle()
 
     def close(self) -> None:
         """The device is not used any more."""
@@ -131,6 +139,7 @@ class Service:
         finally:
             queue.serving = False
             queue.parked = None
+        self._device.announce()
         # Interrupts only now: what they call may come back to this device, or reset it.
         if queue.interrupt:
             self._device.interrupt(queue.index)
