@@ -123,9 +123,13 @@ class VirtioBlk(VirtioDevice):
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
-        """The device is not used any more: end its threads, and stop following the disk's size."""
+        """The device is not used any more: end its threads, and stop following the disk's size.
+
+        A second call does nothing.
+        """
         self.close()
         self._stop_listening()
+        self._stop_listening = lambda: None
 
     # -- features and configuration ------------------------------------------------------------
 
