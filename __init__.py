@@ -51,6 +51,8 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "ErrorPolicy": "virtio.error_policy",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "UnsupportedError",
     "VirtioBlk",
     "VirtioMmio",
+    "ZonedDisk",
     "__version__",
     "create_disk",
     "open_disk",
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
     from .backend.rebase import rebase
     from .backend.registry import Measurement
     from .backend.stream import stream
+    from .backend.zoned import ZonedDisk
     from .errors import (
         BackendError,
         GuestError,
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk
+    from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
 
