@@ -10,12 +10,14 @@ from ..backend.disk import Disk
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
-from .device import BUDGET, Queue, VirtioDevice
+from .device import VirtioDevice
 from .express import make_express
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
+from .queue import Queue
 from .request import BlockRequest, make_parser
 from .ring import Chain, Ring
+from .service import BUDGET
 from .split import SplitRing
 
 __all__ = ["VirtioBlk"]
@@ -167,6 +169,10 @@ class VirtioBlk(VirtioDevice):
         """See :class:`VirtioDevice`."""
         self.writeback = True
         self._config = self._make_config()
+        self.memory_changed()
+
+    def memory_changed(self) -> None:
+        """See :class:`VirtioDevice`."""
         self._parse = make_parser(self._memory, self.structs)
 
     def negotiated(self) -> None:

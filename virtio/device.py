@@ -1,8 +1,9 @@
 """The core of a virtio device: status, features, queues, configuration (virtio 1.4 §2, §3).
 
 It knows nothing of registers: a transport (MMIO, another engine) translates its own into the
-methods here and is told about interrupts through the two of :class:`Transport`. What a driver can
-see and change is plain data in :class:`DeviceState`.
+methods here, as :class:`~.transport.TransportDevice` has them, and is told about interrupts through
+the two of :class:`~.transport.Transport`. What a driver can see and change is plain data in
+:class:`DeviceState`. Serving the queues is :mod:`.service`'s, saving and loading :mod:`.saving`'s.
 
 A device is driven by one thread at a time. Its methods may be called again from inside an
 interrupt callback.
@@ -13,12 +14,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from ..backend.state import StateReader, StateWriter
-from ..errors import GuestError, UnsupportedError
+from ..errors import GuestError
 from .layout import (
     BIG,
     LITTLE,
@@ -40,10 +38,14 @@ from .layout import (
 )
 from .memory import GuestMemory
 from .packed import PackedRing
+from .queue import DeviceState, Queue
 from .ring import Chain, QueueState, Ring
+from .saving import load_device, save_device
+from .service import Service
 from .split import SplitRing
+from .transport import Transport
 
-__all__ = ["DeviceState", "Queue", "Transport", "VirtioDevice"]
+__all__ = ["VirtioDevice"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,51 +54,8 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
-BUDGET = 1024
-"""Chains that one kick serves, to the end of the batch in which that is reached; what is left is
-for :meth:`VirtioDevice.poll` or the next kick. Only a driver that runs at the same time can have
-that many more, or one that has the device write to its own rings."""
-
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
-
-
-class Transport(Protocol):
-    """What a device needs of the thing it is reached through."""
-
-    def queue_interrupt(self, index: int) -> None:
-        """Queue ``index`` has used buffers that the driver wants to hear of."""
-
-    def config_interrupt(self) -> None:
-        """The configuration, or DEVICE_NEEDS_RESET, has changed."""
-
-
-@dataclass(slots=True)
-class DeviceState:
-    """Everything there is to know of a device outside guest memory and its configuration."""
-
-    queues: list[QueueState]
-    status: int = 0
-    driver_features: int = 0
-    config_generation: int = 0
-    broken: bool = False
-    """Stopped by an error until the driver resets it."""
-
-
-@dataclass(slots=True)
-class Queue:
-    """A virtqueue: its state, and its ring while it may be served."""
-
-    index: int
-    state: QueueState
-    ring: Ring | None = field(default=None, repr=False)
-    express: Callable[[], None] | None = field(default=None, repr=False)
-    """A short way to serve it, if there is one; see :meth:`VirtioDevice.make_express`."""
-    pending: bool = False
-    """Kicked, and not served to the end yet."""
-    serving: bool = False
-    interrupt: bool = False
-    """While serving: the driver wants to hear of what was published."""
 
 
 class VirtioDevice(ABC):
@@ -133,10 +92,17 @@ class VirtioDevice(ABC):
             self._type_features |= 1 << VIRTIO_F_RING_PACKED
         self._memory: GuestMemory = _NO_MEMORY
         self._transport: Transport | None = None
-        self._defer = False
         self._violation: GuestError | None = None
         self.resets = 0
         """How often the device was reset: a request looks whether that happened under it."""
+        self.wrap_ring: Callable[[int, Ring], Ring] | None = None
+        """Given a queue's index and new ring, gives the ring to be used: for who wants to see what
+        is taken and used (vhost-user's inflight tracking). Set before queues are enabled."""
+        self.service = Service(self)
+        self.kick: Callable[[int], None] = self.service.kick
+        """See :class:`~.transport.TransportDevice`."""
+        self.poll: Callable[[], bool] = self.service.poll
+        """See :class:`~.transport.TransportDevice`."""
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -164,9 +130,21 @@ class VirtioDevice(ABC):
         self._transport = transport
         self.legacy = legacy
         self.structs = LITTLE if order == "little" else BIG
-        self._defer = defer
+        self.service.defer = defer
         self._transport_features = features
         self.reset()
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Guest memory is another now; requests under way are done with the old one first.
+
+        A queue whose rings do not lie in the new one breaks the device.
+        """
+        paused = self.service.paused
+        self.pause()
+        self._memory = memory
+        self.memory_changed()
+        if not paused:
+            self.resume()
 
     # -- features ----------------------------------------------------------------------------
 
@@ -233,7 +211,7 @@ class VirtioDevice(ABC):
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
-                if self._defer:
+                if self.service.defer:
                     queue.pending = queue.ring is not None
                 else:
                     self.kick(queue.index)
@@ -254,28 +232,37 @@ class VirtioDevice(ABC):
     def _forget(self, queue: Queue) -> None:
         max_size = queue.state.max_size
         queue.state = QueueState(max_size, max_size)
-        queue.ring = None
-        queue.pending = False
+        queue.drop()
 
     def guest_error(self, error: GuestError) -> None:
         """The driver has done what only a reset can mend (BF-07): stop until then."""
         _log.warning("%s needs a reset: %s", type(self).__name__, error)
-        self._break()
+        self.stop_working()
         if self.strict:
             raise error
 
-    def _break(self) -> None:
+    def stop_working(self) -> None:
+        """An error was met that only a reset can mend: let go of the queues, and say so."""
         state = self.state
         state.broken = True
         for queue in self.queues:
-            queue.ring = None
-            queue.pending = False
+            queue.drop()
         if not self.legacy and not state.status & STATUS_NEEDS_RESET:
             state.status |= STATUS_NEEDS_RESET
             if state.status & STATUS_DRIVER_OK and self._transport is not None:
                 self._transport.config_interrupt()  # BF-08
 
     # -- queues ------------------------------------------------------------------------------
+
+    @property
+    def num_queues(self) -> int:
+        """How many there are."""
+        return len(self.queues)
+
+    def queue_state(self, index: int) -> QueueState | None:
+        """Queue ``index`` as plain data, None if there is none; see
+        :class:`~.transport.TransportDevice`."""
+        return self.queues[index].state if 0 <= index < len(self.queues) else None
 
     def enable_queue(self, index: int) -> None:
         """The driver has set up queue ``index`` (its :class:`QueueState`) and enables it.
@@ -286,7 +273,7 @@ class VirtioDevice(ABC):
         if queue.state.ready or self.state.broken:
             return
         try:
-            ring = self._make_ring(queue.state, self.state.driver_features)
+            ring = self.make_ring(queue.state, self.state.driver_features)
         except GuestError as error:
             self.guest_error(error)
             return
@@ -296,12 +283,17 @@ class VirtioDevice(ABC):
 
     def disable_queue(self, index: int) -> None:
         """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
+        self.stop_queue(index)
+        self.queues[index].state.rewind()
+
+    def stop_queue(self, index: int) -> None:
+        """Stop using queue ``index`` when its requests under way are done; its indices stay.
+
+        A request that is held for a retry is dropped: it is the driver's to give again.
+        """
         queue = self.queues[index]
-        state = queue.state
-        queue.ring = None
-        queue.pending = False
-        state.ready = False
-        state.rewind()
+        queue.drop()
+        queue.state.ready = False
 
     def reset_queue(self, index: int) -> None:
         """Queue ``index`` is as after a reset of the device (§2.6.1; BF-38 to BF-40).
@@ -321,7 +313,7 @@ class VirtioDevice(ABC):
     def _may_serve(self) -> bool:
         """Queues may be served: after DRIVER_OK (BF-05), on a legacy device always (BF-54)."""
         state = self.state
-        if state.broken or state.status & STATUS_FAILED:
+        if state.broken or state.status & STATUS_FAILED or self.service.paused:
             return False
         return self.legacy or bool(state.status & STATUS_DRIVER_OK)
 
@@ -330,134 +322,57 @@ class VirtioDevice(ABC):
         live = self._may_serve()
         for queue in self.queues:
             if not (live and queue.state.ready):
-                queue.ring = None
+                queue.ring = queue.express = None
             elif queue.ring is None:
                 try:
-                    self._go_live(queue, self._make_ring(queue.state, self.state.driver_features))
+                    self._go_live(queue, self.make_ring(queue.state, self.state.driver_features))
                 except GuestError as error:
                     self.guest_error(error)
                     return
 
     def _go_live(self, queue: Queue, ring: Ring) -> None:
+        if self.wrap_ring is not None:
+            ring = self.wrap_ring(queue.index, ring)
         queue.ring = ring
         queue.express = self.make_express(queue, ring)
 
-    def _make_ring(self, state: QueueState, features: int) -> Ring:
-        """A ring for a queue, under the features that the driver has accepted."""
-        indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
-        event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
-        if features >> VIRTIO_F_RING_PACKED & 1:
-            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
-        return SplitRing(
-            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
-        )
-
     # -- serving -----------------------------------------------------------------------------
 
-    def kick(self, index: int) -> None:
-        """The driver says that queue ``index`` has something available.
+    def pause(self) -> None:
+        """Stop serving: returns when requests under way are done (but for one that this is called
+        from inside of). What the driver kicks for meanwhile is served at :meth:`resume`.
 
-        Serves it here and now, or leaves it to :meth:`poll`. An index that is none, a queue that is
-        not enabled, a device that is not started: nothing happens (VQ-S-53).
+        A device that is paused can be saved. It answers the driver's other actions as ever.
         """
-        if not 0 <= index < len(self.queues):
+        self.service.pause()
+        self.service.drain()
+
+    def resume(self) -> None:
+        """Go on serving. What an error has stopped is tried again, first."""
+        if not self.service.paused:
             return
-        queue = self.queues[index]
-        ring = queue.ring
-        if ring is None:
-            return
-        if not self._defer and not queue.serving:
-            self._serve(queue, ring)
-        elif not queue.pending:
-            # To be polled, or called from inside an interrupt: the loop outside goes on.
-            queue.pending = True
-            if not queue.serving:
-                self._suppress(ring)
+        if not self.service.idle():
+            raise ValueError("a device is not resumed from inside one of its requests")
+        self.service.paused = False
+        self._refresh_rings()
+        self.service.resume()
 
-    def poll(self) -> bool:
-        """Serve every queue that was kicked and is not done yet; True if there was one."""
-        worked = False
-        for queue in self.queues:
-            ring = queue.ring
-            if queue.pending and ring is not None and not queue.serving:
-                worked = True
-                self._serve(queue, ring)
-        return worked
+    @property
+    def paused(self) -> bool:
+        """Between :meth:`pause` (or a stop by an error) and :meth:`resume`."""
+        return self.service.paused
 
-    def _suppress(self, ring: Ring) -> None:
-        try:
-            ring.suppress()
-        except GuestError as error:
-            self.guest_error(error)
+    def interrupt(self, index: int) -> None:
+        """Tell the driver of what was used on queue ``index``."""
+        if self._transport is not None:
+            self._transport.queue_interrupt(index)
 
-    def _serve(self, queue: Queue, ring: Ring) -> None:
-        """Do everything that is available on ``queue``, within bounds."""
-        queue.serving = True
-        queue.interrupt = False
-        failure: Exception | None = None
-        try:
-            if ring.suppressed:
-                ring.publish()
-            if queue.express is not None:
-                queue.express()
-            else:
-                self._serve_rounds(queue, ring)
-            if queue.ring is not ring:
-                return
-        except Exception as error:
-            failure = error
-            self._fail(error, queue, ring)
-        finally:
-            queue.serving = False
-        # Interrupts only now: what they call may come back to this device, or reset it.
-        if queue.interrupt and self._transport is not None:
-            self._transport.queue_interrupt(queue.index)
+    def after_serving(self, failure: Exception | None) -> None:
+        """A kick was served, up to an error of the driver's or our own, if there was one."""
         if failure is not None or self._violation is not None:
-            self._raise_strict(failure)
-
-    def _serve_rounds(self, queue: Queue, ring: Ring) -> None:
-        """Round after round, until nothing is available or the budget is used up.
-
-        Notes in ``queue`` whether the driver wants an interrupt, and whether something may be left.
-        Ends at once where the device is reset from inside.
-        """
-        budget = BUDGET
-        while budget > 0 and (count := ring.ready()):
-            budget -= count
-            for _ in range(count):
-                self.process_next(queue, ring)
-                if queue.ring is not ring:
-                    return
-            queue.interrupt |= ring.publish()
-        queue.pending = budget <= 0
-
-    def process_next(self, queue: Queue, ring: Ring) -> None:
-        """Do the next chain; there is one."""
-        chain = ring.pop()
-        written = self.process(chain)
-        if queue.ring is ring:  # not reset from inside
-            ring.push(chain, written)
-
-    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
-        """Stop for an error of the driver's or our own."""
-        if queue.ring is ring:
-            with suppress(GuestError):  # what was done before it is the driver's to see
-                queue.interrupt |= ring.publish()
-        if isinstance(failure, GuestError):
-            _log.warning("%s needs a reset: %s", type(self).__name__, failure)
-        else:
-            _log.error(
-                "%s: error while serving queue %d",
-                type(self).__name__,
-                queue.index,
-                exc_info=failure,
-            )
-        self._break()
-
-    def _raise_strict(self, failure: Exception | None) -> None:
-        error, self._violation = failure or self._violation, None
-        if self.strict and error is not None:
-            raise error
+            error, self._violation = failure or self._violation, None
+            if self.strict and error is not None:
+                raise error
 
     def violation(self, error: GuestError) -> None:
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
@@ -466,34 +381,19 @@ class VirtioDevice(ABC):
 
     # -- saving and loading --------------------------------------------------------------------
 
-    state_version = 1
+    state_version = 2
     """Of what :meth:`save_state` writes."""
 
     def save_state(self, stream: StateWriter) -> None:
         """Write everything but guest memory and the transport's registers.
 
-        No request is under way between two calls of the device's methods, and none may be now:
-        what the driver has made available and was not served is in guest memory.
+        No request may be under way: none is between two calls of the device's methods, unless it
+        has worker threads; :meth:`pause` it then. What the driver has made available and was not
+        taken is in guest memory; what was taken and is held is written.
         """
-        if any(queue.serving for queue in self.queues):
+        if not self.service.idle():
             raise ValueError("a device is not saved from inside one of its requests")
-        state = self.state
-        stream.u32(self.device_id)
-        stream.u32(self.state_version)
-        stream.flag(self.legacy)
-        stream.flag(self.structs is BIG)
-        stream.u64(self.offered_features)
-        stream.u64(state.driver_features & 0xFFFF_FFFF_FFFF_FFFF)
-        stream.u64(state.driver_features >> 64 & 0xFFFF_FFFF_FFFF_FFFF)
-        stream.u8(state.status)
-        stream.u32(state.config_generation)
-        stream.flag(state.broken)
-        stream.u16(len(self.queues))
-        for queue in self.queues:
-            queue.state.save(stream)
-            stream.flag(queue.pending)
-            stream.flag(queue.ring is not None and queue.ring.suppressed)
-        self.save_own(stream)
+        save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:
         """Read what :meth:`save_state` has written; returns how to put it in force.
@@ -502,61 +402,41 @@ class VirtioDevice(ABC):
         of one with other queues or features, or attached in another way; UnsupportedError for a
         newer one.
         """
-        device_id, version = stream.u32(), stream.u32()
-        if device_id != self.device_id:
-            raise stream.malformed(f"is of a device of type {device_id}, not {self.device_id}")
-        if version > self.state_version:
-            raise UnsupportedError(
-                f"Device state of version {version}, known are up to {self.state_version}",
-                feature=f"device state version {version}",
-            )
-        if (stream.flag(), stream.flag()) != (self.legacy, self.structs is BIG):
-            raise stream.malformed("is of another virtio version or byte order")
-        offered = stream.u64()
-        features = stream.u64() | stream.u64() << 64
-        status = stream.u8()
-        missing = features & ~self.offered_features
-        if not status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
-            missing &= offered  # what a driver tries out before is its own affair
-        if missing:
-            raise stream.malformed(f"needs features {missing:#x}, which are not offered")
-        if status & ~(_DRIVER_BITS | STATUS_NEEDS_RESET):
-            raise stream.malformed(f"has a status of {status:#x}")
-        state = DeviceState([], status, features, stream.u32(), stream.flag())
-        count = stream.u16()
-        if count != len(self.queues):
-            raise stream.malformed(f"has {count} queues, not {len(self.queues)}")
-        flags = []
-        for queue in self.queues:
-            state.queues.append(QueueState.load(stream, queue.state.max_size))
-            flags.append((stream.flag(), stream.flag()))
-        adopt_own = self.load_own(stream)
-        if not state.broken:
-            self._check_rings(state, stream)
+        state, flags, held, adopt_own = load_device(self, stream)
 
         def adopt() -> None:
+            self.service.drain()
             self.state = state
             self._violation = None
             self.resets += 1
             for queue, queue_state in zip(self.queues, state.queues, strict=True):
-                queue.state, queue.ring = queue_state, None
+                queue.drop()
+                queue.state = queue_state
             self._refresh_rings()
-            for queue, (pending, suppressed) in zip(self.queues, flags, strict=True):
-                queue.pending = pending and queue.ring is not None
+            for queue, (pending, suppressed), chains in zip(self.queues, flags, held, strict=True):
+                queue.held[:] = chains
+                queue.pending = (pending or bool(chains)) and queue.ring is not None
+                queue.suppressed = suppressed
                 if queue.ring is not None:
                     queue.ring.suppressed = suppressed
             adopt_own()
+            if not self.service.defer:
+                for queue in self.queues:
+                    if queue.held:
+                        self.kick(queue.index)
 
         return adopt
 
-    def _check_rings(self, state: DeviceState, stream: StateReader) -> None:
-        """Raise ImageError if a queue that is enabled in ``state`` could not work."""
-        for index, queue in enumerate(state.queues):
-            if queue.ready:
-                try:
-                    self._make_ring(queue, state.driver_features)
-                except GuestError as error:
-                    raise stream.malformed(f"has a queue {index} that cannot be: {error}") from None
+    def make_ring(self, state: QueueState, features: int) -> Ring:
+        """A ring for a queue, under the features that the driver has accepted. Raises GuestError
+        for a queue that cannot work."""
+        indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
+        event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+        if features >> VIRTIO_F_RING_PACKED & 1:
+            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
+        return SplitRing(
+            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
+        )
 
     # -- what a kind of device provides --------------------------------------------------------
 
@@ -573,11 +453,13 @@ class VirtioDevice(ABC):
     def process(self, chain: Chain) -> int:
         """Do one request and give the number of bytes written into the chain.
 
-        Raises GuestError for a chain that cannot be answered.
+        :data:`~.service.HELD` for one that is to be done again, when the device is resumed: it is
+        paused then. Raises GuestError for a chain that cannot be answered.
         """
 
     def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
-        """A function that serves a queue as :meth:`_serve_rounds` does, only faster; or None."""
+        """A function that serves a queue as :class:`~.service.Service` does, only faster; or
+        None."""
         return None
 
     @abstractmethod
@@ -589,12 +471,21 @@ class VirtioDevice(ABC):
         """Everything is as it was at the start again."""
 
     @abstractmethod
+    def memory_changed(self) -> None:
+        """Guest memory is another one now."""
+
+    @abstractmethod
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of device configuration; zeroes where there is none."""
 
     @abstractmethod
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes device configuration; ignored where it may not."""
+
+    @property
+    def config_generation(self) -> int:
+        """Another number after every change of the configuration that the driver did not make."""
+        return self.state.config_generation
 
     def config_changed(self) -> None:
         """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65)."""

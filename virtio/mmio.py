@@ -12,10 +12,11 @@ from typing import Literal
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
 from . import layout as at
-from .device import Queue, VirtioDevice
 from .layout import MMIO_INTERRUPT_USED_BUFFER, MMIO_QUEUE_NOTIFY, ByteOrder
 from .memory import GuestMemory
+from .ring import QueueState
 from .split import legacy_layout
+from .transport import TransportDevice
 
 __all__ = ["VirtioMmio"]
 
@@ -45,7 +46,7 @@ class VirtioMmio:
 
     def __init__(
         self,
-        device: VirtioDevice,
+        device: TransportDevice,
         memory: GuestMemory,
         interrupt: Callable[[bool], object] | None = None,
         *,
@@ -118,13 +119,13 @@ class VirtioMmio:
     # -- the device's side (Transport) ---------------------------------------------------------
 
     def queue_interrupt(self, index: int) -> None:
-        """See :class:`~.device.Transport`."""
+        """See :class:`~.transport.Transport`."""
         self._interrupt_status |= MMIO_INTERRUPT_USED_BUFFER
         if not self._level:
             self._update_level()
 
     def config_interrupt(self) -> None:
-        """See :class:`~.device.Transport`."""
+        """See :class:`~.transport.Transport`."""
         self._interrupt_status |= at.MMIO_INTERRUPT_CONFIG_CHANGE
         self._update_level()
 
@@ -171,7 +172,7 @@ class VirtioMmio:
         self._readers |= {
             at.MMIO_QUEUE_READY: self._read_queue_ready,
             at.MMIO_QUEUE_RESET: self._read_queue_reset,
-            at.MMIO_CONFIG_GENERATION: lambda: device.state.config_generation,
+            at.MMIO_CONFIG_GENERATION: lambda: device.config_generation,
         }
         self._readers |= dict.fromkeys(_NO_SHARED_MEMORY, lambda: 0xFFFF_FFFF)  # MMIO-41
         self._writers[at.MMIO_QUEUE_READY] = self._write_queue_ready
@@ -269,54 +270,52 @@ class VirtioMmio:
 
     # -- registers of the selected queue -------------------------------------------------------
 
-    def _selected(self) -> Queue | None:
-        queues = self.device.queues
-        return queues[self._queue_sel] if self._queue_sel < len(queues) else None
+    def _selected(self) -> QueueState | None:
+        return self.device.queue_state(self._queue_sel)
 
     def _write_queue_sel(self, value: int) -> None:
         self._queue_sel = value
 
     def _read_queue_size_max(self) -> int:
         queue = self._selected()
-        return 0 if queue is None else queue.state.max_size
+        return 0 if queue is None else queue.max_size
 
     def _write_queue_size(self, value: int) -> None:
         # Checked when the queue is enabled (MMIO-27); not changed while it is (MMIO-28).
         queue = self._selected()
-        if queue is not None and not queue.state.ready:
-            queue.state.size = value
+        if queue is not None and not queue.ready:
+            queue.size = value
 
     def _read_queue_ready(self) -> int:
         queue = self._selected()
-        return 0 if queue is None else int(queue.state.ready)
+        return 0 if queue is None else int(queue.ready)
 
     def _write_queue_ready(self, value: int) -> None:
         queue = self._selected()
         if queue is None:
             return
         if value & 1:
-            self.device.enable_queue(queue.index)
-        elif queue.state.ready:
-            self.device.disable_queue(queue.index)
+            self.device.enable_queue(self._queue_sel)
+        elif queue.ready:
+            self.device.disable_queue(self._queue_sel)
 
     def _read_queue_reset(self) -> int:
         """1 while a reset goes on, 0 before and after (MMIO-09, MMIO-10, MMIO-12, MMIO-13)."""
-        queue = self._selected()
-        return 0 if queue is None else int(self.device.resetting(queue.index))
+        if self._selected() is None:
+            return 0
+        return int(self.device.resetting(self._queue_sel))
 
     def _write_queue_reset(self, value: int) -> None:
-        queue = self._selected()
-        if queue is not None and value == 1:  # MMIO-11
-            self.device.reset_queue(queue.index)
+        if self._selected() is not None and value == 1:  # MMIO-11
+            self.device.reset_queue(self._queue_sel)
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
         keep = 0xFFFF_FFFF << (32 - shift)
 
         def write(value: int) -> None:
             queue = self._selected()
-            if queue is not None and not queue.state.ready:
-                state = queue.state
-                setattr(state, area, getattr(state, area) & keep | value << shift)
+            if queue is not None and not queue.ready:
+                setattr(queue, area, getattr(queue, area) & keep | value << shift)
 
         return write
 
@@ -332,24 +331,24 @@ class VirtioMmio:
         return self._queue_pfn.get(self._queue_sel, 0)
 
     def _write_queue_pfn(self, value: int) -> None:
+        index = self._queue_sel
         queue = self._selected()
         if queue is None:
             return
         if value == 0:
-            self._queue_pfn.pop(queue.index, None)
-            self.device.disable_queue(queue.index)
+            self._queue_pfn.pop(index, None)
+            self.device.disable_queue(index)
             return
-        if queue.state.ready:
+        if queue.ready:
             return
-        align = self._queue_align.get(queue.index, _DEFAULT_ALIGN)
+        align = self._queue_align.get(index, _DEFAULT_ALIGN)
         page = self._page_size
         for name, number in (("GuestPageSize", page), ("QueueAlign", align)):
             if number <= 0 or number & (number - 1):  # MMIO-50, MMIO-51
                 self.device.guest_error(GuestError(f"{name} is {number}, no power of two"))
                 return
-        state = queue.state
-        areas = legacy_layout(value * page, state.size, align)
-        state.descriptor_area, state.driver_area, state.device_area = areas
-        self.device.enable_queue(queue.index)
-        if queue.state.ready:
-            self._queue_pfn[queue.index] = value
+        areas = legacy_layout(value * page, queue.size, align)
+        queue.descriptor_area, queue.driver_area, queue.device_area = areas
+        self.device.enable_queue(index)
+        if queue.ready:
+            self._queue_pfn[index] = value
