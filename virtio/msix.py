@@ -41,9 +41,7 @@ class MsixTable:
 
     def notify(self, vector: int) -> None:
         """Send the message of a vector, now or when that is possible again."""
-        address, data, control = at.MSIX_ENTRY.unpack_from(
-            self._table, at.MSIX_ENTRY_SIZE * vector
-        )
+        address, data, control = at.MSIX_ENTRY.unpack_from(self._table, at.MSIX_ENTRY_SIZE * vector)
         if self.open and not control & at.MSIX_MASKED:
             self._pending &= ~(1 << vector)
             self._send(address, data)

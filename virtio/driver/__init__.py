@@ -4,7 +4,8 @@
 lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDriverRing` write any
 ring at all: wrong ones, too, on purpose.
 
-A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO, others beside it.
+A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO,
+:class:`VhostUserFrontEnd` for vhost-user, others beside them.
 
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
@@ -19,6 +20,7 @@ from .packed import PackedDriverRing
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 from .transport import DriverError, DriverTransport
+from .vhost_user import Link, SharedRam, VhostUserFrontEnd
 
 __all__ = [
     "Arena",
@@ -28,6 +30,9 @@ __all__ = [
     "DriverError",
     "DriverRing",
     "DriverTransport",
+    "Link",
     "PackedDriverRing",
     "Registers",
+    "SharedRam",
+    "VhostUserFrontEnd",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import layout as at
+from ..fence import make_fence
 from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
 from ..memory import GuestMemory
 from .packed import PackedDriverRing
@@ -66,8 +67,8 @@ class BlockDriver:
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
-    devices that work when polled).
+    masks what it accepts of what is offered. ``wait`` is called while a request is not done, for devices
+    that work when polled or in a process of their own, until it gives something false.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class BlockDriver:
         self.ring: DriverRing | PackedDriverRing
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
+        self._fence = make_fence()
 
     # -- bringing the device up ----------------------------------------------------------------
 
@@ -212,6 +214,13 @@ class BlockDriver:
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
+        done = self._collect()
+        self.ring.want_next_interrupt()
+        self.registers.take_interrupt()
+        self._fence()
+        return done | self._collect()  # what was used before it could interrupt
+
+    def _collect(self) -> dict[int, Completion]:
         done = {}
         for head, used_length in self.ring.collect():
             pending = self._pending.pop(head)
@@ -220,8 +229,6 @@ class BlockDriver:
                 used_length,
                 self.memory.read(pending.incoming, pending.length),
             )
-        self.ring.want_next_interrupt()
-        self.registers.take_interrupt()
         return done
 
     def request(
@@ -239,9 +246,8 @@ class BlockDriver:
         head = self.submit(kind, sector, outgoing, incoming, cuts=cuts, indirect=indirect)
         self.kick()
         done = self.collect()
-        if head not in done and self._wait is not None:
-            self._wait()
-            done = self.collect()
+        while head not in done and self._wait is not None and self._wait():
+            done |= self.collect()
         if head not in done:
             raise DriverError("the request did not come back")
         self.arena.give_back(mark)
