@@ -67,8 +67,8 @@ class BlockDriver:
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done, for devices
-    that work when polled or in a process of their own, until it gives something false.
+    masks what it accepts of what is offered. ``wait`` is called while a request is not
+    done, until it gives something false: for devices that are polled, or in another process.
     """
 
     def __init__(
