@@ -26,6 +26,8 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_EVENT_IDX,
         at.VIRTIO_F_VERSION_1,
         at.VIRTIO_F_RING_PACKED,
+        at.VIRTIO_F_IN_ORDER,
+        at.VIRTIO_F_ACCESS_PLATFORM,
         at.VIRTIO_F_RING_RESET,
         at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
@@ -147,13 +149,17 @@ class BlockDriver:
 
     def _allocate_ring(self, size: int) -> DriverRing | PackedDriverRing:
         event_idx = bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1)
+        in_order = bool(self.features >> at.VIRTIO_F_IN_ORDER & 1)
         if self.features >> at.VIRTIO_F_RING_PACKED & 1:
-            return PackedDriverRing.allocate(self.memory, self.arena, size, event_idx=event_idx)
+            return PackedDriverRing.allocate(
+                self.memory, self.arena, size, event_idx=event_idx, in_order=in_order
+            )
         return DriverRing.allocate(
             self.memory,
             self.arena,
             size,
             event_idx=event_idx,
+            in_order=in_order,
             order=self.order,
             align=self.page_size if self.legacy else None,
         )
