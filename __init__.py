@@ -51,6 +51,7 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "VhostUserServer": "virtio.vhost_user.server",
 }
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "PyvirtioError",
     "RawDisk",
     "UnsupportedError",
+    "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
     "__version__",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from .virtio.blk import VirtioBlk
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.vhost_user.server import VhostUserServer
 
 
 def __getattr__(name: str) -> Any:
