@@ -4,6 +4,9 @@
 lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDriverRing` write any
 ring at all: wrong ones, too, on purpose.
 
+A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO,
+:class:`VhostUserFrontEnd` for vhost-user, others beside them.
+
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
     driver.start()
@@ -12,10 +15,12 @@ ring at all: wrong ones, too, on purpose.
 
 from __future__ import annotations
 
-from .blk import BlockDriver, Completion, DriverError
+from .blk import BlockDriver, Completion
 from .packed import PackedDriverRing
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
+from .transport import DriverError, DriverTransport
+from .vhost_user import Link, SharedRam, VhostUserFrontEnd
 
 __all__ = [
     "Arena",
@@ -24,6 +29,10 @@ __all__ = [
     "Completion",
     "DriverError",
     "DriverRing",
+    "DriverTransport",
+    "Link",
     "PackedDriverRing",
     "Registers",
+    "SharedRam",
+    "VhostUserFrontEnd",
 ]

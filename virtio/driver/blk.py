@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import layout as at
+from ..fence import make_fence
 from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
 from ..memory import GuestMemory
 from .packed import PackedDriverRing
-from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
+from .transport import DriverError, DriverTransport
 
 __all__ = ["BlockDriver", "Completion", "DriverError"]
 
@@ -48,10 +49,6 @@ UNDERSTOOD = sum(
 """The features that this driver knows, as a bit mask."""
 
 
-class DriverError(Exception):
-    """The device did not do what the driver needs; says what."""
-
-
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What came back of a request."""
@@ -71,25 +68,23 @@ class _Pending:
 
 
 class BlockDriver:
-    """A driver on one queue of a virtio block device behind MMIO registers.
+    """A driver on one queue of a virtio block device, reached through ``registers``.
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
-    devices that work when polled). ``legacy`` and ``order`` are as for the device.
+    masks what it accepts of what is offered. ``wait`` is called while a request is not
+    done, until it gives something false: for devices that are polled, or in another process.
     """
 
     def __init__(
         self,
-        registers: Registers,
+        registers: DriverTransport,
         memory: GuestMemory,
         arena: Arena,
         *,
         features: int = UNDERSTOOD,
         queue_index: int = 0,
         queue_size: int = 16,
-        legacy: bool = False,
-        order: ByteOrder = "little",
         page_size: int = 4096,
         wait: Callable[[], object] | None = None,
     ) -> None:
@@ -99,13 +94,14 @@ class BlockDriver:
         self.features = features
         self.queue_index = queue_index
         self.queue_size = queue_size
-        self.legacy = legacy
-        self.order: ByteOrder = order
+        self.legacy = registers.legacy
+        self.order: ByteOrder = registers.order
         self.page_size = page_size
-        self.structs = LITTLE if order == "little" else BIG
+        self.structs = LITTLE if self.order == "little" else BIG
         self.ring: DriverRing | PackedDriverRing
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
+        self._fence = make_fence()
 
     # -- bringing the device up ----------------------------------------------------------------
 
@@ -119,11 +115,7 @@ class BlockDriver:
     def identify(self) -> None:
         """Check that there is a block device, reset it and say that it was found."""
         registers = self.registers
-        found = [registers.load(each) for each in (at.MMIO_MAGIC_VALUE, at.MMIO_VERSION)]
-        if found != [at.MMIO_MAGIC, 1 if self.legacy else 2]:
-            raise DriverError(f"no virtio device of that version: {found}")
-        if registers.load(at.MMIO_DEVICE_ID) != at.VIRTIO_ID_BLOCK:
-            raise DriverError("not a block device")
+        registers.identify(at.VIRTIO_ID_BLOCK)
         registers.status = 0
         if registers.status:
             raise DriverError("the device does not reset")
@@ -178,9 +170,6 @@ class BlockDriver:
     @property
     def capacity(self) -> int:
         """Of the disk, in sectors of 512 bytes."""
-        if self.order == "big":
-            high = self.registers.read(at.MMIO_CONFIG, 4)
-            return high << 32 | self.registers.read(at.MMIO_CONFIG + 4, 4)
         return self.registers.config(0, 8)
 
     # -- requests ----------------------------------------------------------------------------
@@ -230,10 +219,17 @@ class BlockDriver:
         """Publish what was added, and notify the device if it wants that."""
         if self.ring.publish():
             with_data = self.features >> at.VIRTIO_F_NOTIFICATION_DATA & 1
-            self.registers.notify(self.queue_index, self.ring.next_place if with_data else 0)
+            self.registers.notify(self.queue_index, self.ring.next_place if with_data else None)
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
+        done = self._collect()
+        self.ring.want_next_interrupt()
+        self.registers.take_interrupt()
+        self._fence()
+        return done | self._collect()  # what was used before it could interrupt
+
+    def _collect(self) -> dict[int, Completion]:
         done = {}
         for head, used_length in self.ring.collect():
             pending = self._pending.pop(head)
@@ -242,8 +238,6 @@ class BlockDriver:
                 used_length,
                 self.memory.read(pending.incoming, pending.length),
             )
-        self.ring.want_next_interrupt()
-        self.registers.take_interrupt()
         return done
 
     def request(
@@ -261,9 +255,8 @@ class BlockDriver:
         head = self.submit(kind, sector, outgoing, incoming, cuts=cuts, indirect=indirect)
         self.kick()
         done = self.collect()
-        if head not in done and self._wait is not None:
-            self._wait()
-            done = self.collect()
+        while head not in done and self._wait is not None and self._wait():
+            done |= self.collect()
         if head not in done:
             raise DriverError("the request did not come back")
         self.arena.give_back(mark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..fence import make_fence
 from ..layout import (
     LITTLE,
     RING_EVENT_FLAGS_DESC,
@@ -62,6 +63,7 @@ class PackedDriverRing:
         self._taken = 0
         self._added = 0
         self._first: tuple[int, int] | None = None
+        self._fence = make_fence()
 
     @classmethod
     def allocate(
@@ -205,9 +207,11 @@ class PackedDriverRing:
         """Show the device what was added; whether it wants a kick for it."""
         added, self._added = self._added, 0
         if self._first is not None:
+            self._fence()  # chains before what makes them available
             slot, flags = self._first
             self.store16(self.descriptors + VIRTQ_DESC_SIZE * slot + 14, flags)
             self._first = None
+        self._fence()  # before the device's field is looked at (§2.8.21)
         event, flags = self.device_event
         if flags == RING_EVENT_FLAGS_DESC and self.event_idx:
             around = 2 * self.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..fence import make_fence
 from ..layout import (
     BIG,
     LITTLE,
@@ -89,6 +90,7 @@ class DriverRing:
         self._next_avail = 0
         self._published = 0
         self._next_used = 0
+        self._fence = make_fence()
 
     @classmethod
     def allocate(
@@ -249,8 +251,10 @@ class DriverRing:
     def publish(self) -> bool:
         """Show the device what was added; whether it wants a kick for it."""
         old, new = self._published, self._next_avail
+        self._fence()  # chains before what makes them available
         self.available_index = new
         self._published = new
+        self._fence()  # before the device's field is looked at (§2.7.13.4.1)
         if self.event_idx:
             return (new - self.available_event - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not self.used_flags & VIRTQ_USED_F_NO_NOTIFY
