@@ -258,6 +258,8 @@ def _open(
     offset: int = 0,
     size: int | None = None,
     probed: bool = False,
+    no_io: bool = False,
+    for_check: bool = False,
 ) -> Disk:
     return RawDisk(file, offset=offset, size=size, read_only=read_only, guarded=probed)
 
