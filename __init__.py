@@ -9,12 +9,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .backend.registry import register_driver as _register_driver
 from .backend.registry import register_format as _register_format
 
 __version__ = "0.1.0"
 
 _register_format("qcow2", f"{__name__}.qcow2")
 _register_format("raw", f"{__name__}.backend.raw")
+# Drivers that are no formats: module, attribute, and the prefixes of their file names.
+for _name, _module, _attribute, _prefixes in (
+    ("file", "protocols", "FILE", ("file",)),
+    ("host_device", "protocols", "HOST_DEVICE", ("host_device",)),
+    ("null-co", "null", "NULL_CO", ("null-co",)),
+    ("null-aio", "null", "NULL_AIO", ("null-aio",)),
+):
+    _register_driver(_name, f"{__name__}.backend.{_module}", _attribute, prefixes=_prefixes)
 
 # Public name -> module. Imported at first use, so that `import pyvirtio` stays quick.
 _HOMES = {
