@@ -22,6 +22,7 @@ for _name, _module, _attribute, _prefixes in (
     ("host_device", "protocols", "HOST_DEVICE", ("host_device",)),
     ("null-co", "null", "NULL_CO", ("null-co",)),
     ("null-aio", "null", "NULL_AIO", ("null-aio",)),
+    ("blkdebug", "blkdebug", "DRIVER", ("blkdebug",)),
 ):
     _register_driver(_name, f"{__name__}.backend.{_module}", _attribute, prefixes=_prefixes)
 

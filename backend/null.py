@@ -69,6 +69,11 @@ class NullDisk(Disk):
         )
 
     @property
+    def filename(self) -> str:
+        """QEMU's name for such a disk."""
+        return f"{self.format_name}://"
+
+    @property
     def has_zero_init(self) -> bool:
         """Whether reads give zeroes."""
         return self.read_zeroes
