@@ -6,11 +6,12 @@ A virtio-blk device model on top, a qcow2 driver below, and a block layer betwee
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from .backend.names import register_driver as _register_driver
+from .backend.names import register_format as _register_format
 
-from .backend.registry import register_driver as _register_driver
-from .backend.registry import register_format as _register_format
+TYPE_CHECKING = False  # as type checkers know it; importing typing would double the time to start
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -124,6 +125,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value

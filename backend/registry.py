@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .disk import Disk
+from .names import driver_loaders as _drivers
+from .names import loaders as _loaders
+from .names import protocols as _protocols
+from .names import register_driver, register_format
 
 if TYPE_CHECKING:
     from .node import Node
@@ -90,26 +93,6 @@ class Driver:
     """Puts what a file name says into the options. Raises ValueError."""
     needs_filename: bool = False
     """The option ``filename`` is the driver's own, and it cannot do without."""
-
-
-_loaders: dict[str, Callable[[], Format]] = {}
-_drivers: dict[str, Callable[[], Driver]] = {}
-_protocols: dict[str, str] = {}
-
-
-def register_format(name: str, module: str, attribute: str = "FORMAT") -> None:
-    """Have format ``name`` found as ``attribute`` of ``module``, which is imported when needed."""
-    _loaders[name] = cache(lambda: getattr(import_module(module), attribute))
-
-
-def register_driver(
-    name: str, module: str, attribute: str = "DRIVER", *, prefixes: tuple[str, ...] = ()
-) -> None:
-    """Have driver ``name`` found as ``attribute`` of ``module``; file names that begin with one of
-    the ``prefixes`` and a colon are its own."""
-    _drivers[name] = cache(lambda: getattr(import_module(module), attribute))
-    for prefix in prefixes:
-        _protocols[prefix] = name
 
 
 @cache
