@@ -1,5 +1,5 @@
-"""Command lines as GNU's ``getopt_long`` takes them apart: options anywhere, clusters of short ones,
-long ones abbreviated."""
+"""Command lines as GNU's ``getopt_long`` takes them apart: options anywhere, clusters of
+short ones, long ones abbreviated."""
 
 from __future__ import annotations
 

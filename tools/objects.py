@@ -6,7 +6,8 @@ import base64
 import binascii
 import re
 
-from .messages import Failure
+from ..backend.node import Graph
+from .messages import Failure, say_more, warn
 from .optlist import split
 
 __all__ = ["Objects"]
@@ -31,6 +32,8 @@ class Objects:
 
     def __init__(self) -> None:
         self.secrets: dict[str, bytes] = {}
+        self.graph = Graph(secrets=self.secrets, warn=_warn)
+        """For every image opened in this run."""
         self._known: set[str] = set()
 
     def add(self, text: str) -> None:
@@ -93,12 +96,19 @@ class Objects:
         return data
 
 
+def _warn(message: str) -> None:
+    if message.startswith("Image format was not specified"):
+        say_more("WARNING: " + "\n         ".join(message.splitlines()) + "\n")
+    else:
+        warn(message)
+
+
 def _contents(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(1 << 20)
     except OSError as error:
-        raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}")
+        raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}") from error
 
 
 def _base64(text: str | bytes) -> bytes:

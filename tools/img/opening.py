@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..messages import Failure, say_more, text_of
+from ...errors import PyvirtioError
+from ..messages import Failure, text_of, warn
 from ..objects import Objects
-from ..optlist import split
-from .formats import is_driver
 
 if TYPE_CHECKING:
     from ...backend.disk import Disk
@@ -60,48 +59,48 @@ def open_image(
     cache: CacheChoice | None = None,
     backing: bool = True,
     unmap: bool = False,
+    secrets: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> Disk:
-    """Open an image; without ``backing`` it stands alone. ``arguments`` are the format's own.
+    """Open an image; without ``backing`` it stands alone. ``secrets`` are options that name some,
+    ``arguments`` the format's own.
 
     Raises Failure with the message that the user reads.
     """
-    from ...backend.open import open_disk
-    from ...errors import PyvirtioError
+    from ...backend.blockdev import Context, open_node
 
-    warnings.showwarning = _show_warning
-    options: dict[str, Any] = {}
-    name, format = source.name, source.format
+    options: dict[str, Any] = dict(secrets or {})
     if source.image_opts:
-        if format is not None:
+        if source.format is not None:
             raise Failure("--image-opts and --format are mutually exclusive")
-        options = dict(split(source.name, "file"))
-        format = options.pop("driver", None)
-        name = options.pop("file", options.pop("file.filename", ""))
-    if format is not None and not is_driver(format):
-        raise Failure(f"Could not open '{source.name}': Unknown driver '{format}'")
-    secret = options.pop("encrypt.key-secret", None)
-    if secret is not None:
-        options["passphrase"] = objects.secret(secret)
-    if not backing:
-        options["backing"] = lambda reference: (
-            None if reference.role == "backing" else reference.name
-        )
+        options = _image_options(source, objects)
+    elif source.format is not None:
+        options["driver"] = source.format
+    mode = "writeback" if cache is None else cache.mode
+    context = Context(
+        objects.graph,
+        read_only=not writable,
+        direct=mode == "none",
+        no_flush=mode == "unsafe",
+        discard="unmap" if unmap else "ignore",
+        force_share=source.force_share,
+        no_backing=not backing,
+    )
     try:
-        return open_disk(
-            name,
-            format=format,
-            read_only=not writable,
-            cache="writeback" if cache is None else cache.mode,
-            locking=not source.force_share,
-            discard="unmap" if unmap else "ignore",
-            **options,
-            **arguments,
+        return open_node(
+            context, None if source.image_opts else source.name, options, arguments=arguments
         )
     except (PyvirtioError, ValueError, OSError) as error:
         raise Failure(f"Could not open '{source.name}': {text_of(error)}") from error
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    lines = str(message).splitlines()
-    say_more("WARNING: " + "\n         ".join(lines) + "\n")
+def _image_options(source: Source, objects: Objects) -> dict[str, Any]:
+    from ...backend.options import parse_keyval
+
+    try:
+        options = parse_keyval(source.name, implied="file", warn=objects.graph.warn or warn)
+    except ValueError as error:
+        raise Failure(text_of(error)) from error
+    if source.force_share and options.get("force-share", "on") != "on":
+        raise Failure("--force-share/-U conflicts with image options")
+    return dict(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from time import monotonic
+from typing import Self
 
 from ..getopt import Option, UsageError
 from ..messages import Failure
@@ -63,7 +64,7 @@ class Meter:
         self._terminal = shown and sys.stdout.isatty()
         self._width = 0
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> Self:
         self.percent(0.0)
         return self
 

@@ -62,7 +62,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
 
 
 def _change(disk: Disk, action: str, name: str) -> None:
-    snapshots: Snapshots | None = getattr(disk, "snapshots", None)
+    snapshots: Snapshots = getattr(disk, "snapshots", None)
     if snapshots is None:
         _refuse(action, name)
     verb = {"-a": "apply", "-c": "create", "-d": "delete"}[action]
