@@ -6,6 +6,7 @@ A virtio-blk device model on top, a qcow2 driver below, and a block layer betwee
 
 from __future__ import annotations
 
+from .backend.names import register_driver as _register_driver
 from .backend.names import register_format as _register_format
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing would double the time to start
@@ -16,6 +17,15 @@ __version__ = "0.1.0"
 
 _register_format("qcow2", f"{__name__}.qcow2")
 _register_format("raw", f"{__name__}.backend.raw")
+# Drivers that are no formats: module, attribute, and the prefixes of their file names.
+for _name, _module, _attribute, _prefixes in (
+    ("file", "protocols", "FILE", ("file",)),
+    ("host_device", "protocols", "HOST_DEVICE", ("host_device",)),
+    ("null-co", "null", "NULL_CO", ("null-co",)),
+    ("null-aio", "null", "NULL_AIO", ("null-aio",)),
+    ("blkdebug", "blkdebug", "DRIVER", ("blkdebug",)),
+):
+    _register_driver(_name, f"{__name__}.backend.{_module}", _attribute, prefixes=_prefixes)
 
 # Public name -> module. Imported at first use, so that `import pyvirtio` stays quick.
 _HOMES = {

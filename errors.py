@@ -29,6 +29,8 @@ __all__ = [
     "PassphraseError",
     "PyvirtioError",
     "UnsupportedError",
+    "message_of",
+    "prefixed",
 ]
 
 
@@ -93,3 +95,26 @@ class GuestError(PyvirtioError):
     Never leaves the device: it becomes a status byte or DEVICE_NEEDS_RESET, unless the device was
     made with ``strict=True``.
     """
+
+
+def message_of(error: BaseException) -> str:
+    """The message alone: without the number and the file name that an OSError shows with it."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
+    return str(error)
+
+
+def prefixed(prefix: str, error: PyvirtioError) -> PyvirtioError:
+    """The same error with words before its message."""
+    message = prefix + message_of(error)
+    if isinstance(error, InUseError):
+        return InUseError(message, error.filename)
+    if isinstance(error, OSError):
+        return BackendError(error.errno or _errno.EIO, message, error.filename)
+    if isinstance(error, ImageError):
+        return ImageError(message, field=error.field, value=error.value, limit=error.limit)
+    if isinstance(error, UnsupportedError):
+        return UnsupportedError(message, feature=error.feature)
+    if isinstance(error, PassphraseError):
+        return PassphraseError(message)
+    return error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["as_views", "clear", "copy_in", "gather", "split", "total"]
+__all__ = ["as_views", "clear", "copy_in", "gather", "is_zero", "split", "total"]
 
 _ZEROES = bytes(1 << 16)
 
@@ -78,3 +78,13 @@ def clear(views: Iterable[memoryview]) -> None:
         for start in range(0, size, len(_ZEROES)):
             part = min(len(_ZEROES), size - start)
             view[start : start + part] = _ZEROES[:part]
+
+
+def is_zero(views: Iterable[memoryview]) -> bool:
+    """True if there is nothing but zero bytes in ``views``."""
+    for view in views:
+        for start in range(0, len(view), len(_ZEROES)):
+            part = view[start : start + len(_ZEROES)]
+            if part != _ZEROES[: len(part)]:
+                return False
+    return True

@@ -26,6 +26,9 @@ class Overlay(Protocol):
     def replace_backing(self, backing: Disk | None) -> Disk | None:
         """Read from another one, which the overlay then owns; returns the former."""
 
+    def ignore_backing(self) -> None:
+        """Read zeroes where the backing file's data would show, though the image names one."""
+
     def make_empty(self) -> None:
         """Forget all data of this layer."""
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
-from .buffers import as_views, clear, split
+from .buffers import as_views, clear, is_zero, split
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -111,6 +111,11 @@ class Disk(ABC):
         self.read_only = read_only
         self.limits = limits if limits is not None else Limits()
         self.closed = False
+        self.discards = True
+        """False if discards are ignored, and zeroes never give space back (``discard=ignore``)."""
+        self.detect_zeroes = "off"
+        """``on`` if written data that are all zeroes become zero clusters, ``unmap`` if those may
+        give space back."""
         self._resize_listeners: list[Callable[[int], None]] = []
 
     # -- reading and writing -----------------------------------------------------------------
@@ -133,7 +138,9 @@ class Disk(ABC):
         views, length = as_views(buffers)
         if self.closed or self.read_only or offset < 0 or offset + length > self.size:
             self._refuse(offset, length, writing=True)
-        if length:
+        if self.detect_zeroes != "off" and is_zero(views):
+            self.write_zeroes(offset, length, unmap=self.detect_zeroes == "unmap")
+        elif length:
             self._writev(offset, views, length)
         if fua:
             self._flush()
@@ -162,6 +169,7 @@ class Disk(ABC):
         """
         if self.closed or self.read_only or offset < 0 or length < 0 or offset + length > self.size:
             self._refuse(offset, length, writing=True)
+        unmap = unmap and self.discards
         start, end = self._aligned(offset, length, self.limits.write_zeroes_alignment)
         stop = offset + length
         head = min(start, stop)
@@ -188,7 +196,7 @@ class Disk(ABC):
             self._refuse(offset, length, writing=True)
             length = self.size - offset
         start, end = self._aligned(offset, length, self.limits.discard_alignment)
-        if start < end:
+        if start < end and self.discards:
             self._discard(start, end - start)
 
     def flush(self) -> None:

@@ -44,7 +44,8 @@ class FileDisk(Disk):
 
     ``size`` is the exact length in bytes. ``growable`` is for a file below a format, see
     :attr:`Disk.growable`; a block device never grows. ``locking`` takes the locks that QEMU takes
-    for such a use of an image: writing excludes everybody else, reading excludes writers.
+    for such a use of an image: writing excludes everybody else, reading excludes writers, unless
+    with ``force_share``, which bears everything.
 
     Raises BackendError with QEMU's message if the file cannot be opened, InUseError if it is
     locked.
@@ -61,6 +62,7 @@ class FileDisk(Disk):
         locking: bool = True,
         discard: DiscardMode = "unmap",
         growable: bool = False,
+        force_share: bool = False,
     ) -> None:
         _check_modes(cache, discard)
         self._path = os.fsdecode(path)
@@ -68,7 +70,7 @@ class FileDisk(Disk):
         self._straight_read_end = self._straight_write_end = _NO_STRAIGHT
         self._fd = fd = _open(self._path, read_only, cache)
         try:
-            self._setup(fd, read_only, cache, locking, discard, growable)
+            self._setup(fd, read_only, cache, locking, discard, growable, force_share)
         except BaseException:
             self._fd = -1
             os.close(fd)
@@ -82,6 +84,7 @@ class FileDisk(Disk):
         locking: bool,
         discard: DiscardMode,
         growable: bool,
+        force_share: bool,
     ) -> None:
         self._is_device = _kind_checked(os.fstat(fd), self._path)
         self._cache: CacheMode = cache
@@ -92,9 +95,10 @@ class FileDisk(Disk):
         self._grow_lock = threading.Lock()
         self._cache_lost: BackendError | None = None
         self._locks = FileLocks(fd, self._path)
+        self._force_share = force_share
         if locking:
             try:
-                self._locks.acquire(*permissions_for(read_only))
+                self._locks.acquire(*permissions_for(read_only, force_share))
             except InUseError:
                 raise
             except OSError as error:
@@ -194,6 +198,7 @@ class FileDisk(Disk):
                 offset + length <= self._straight_write_end
                 and offset >= 0
                 and not fua
+                and self.detect_zeroes == "off"
                 and os.pwritev(self._fd, views, offset) == length
             ):
                 return
@@ -393,14 +398,14 @@ class FileDisk(Disk):
             raise self._failed(error, f"Could not reopen '{self._path}'") from error
         try:
             if self._locking:
-                self._locks.acquire(*permissions_for(read_only))
+                self._locks.acquire(*permissions_for(read_only, self._force_share))
                 self._locks.copy_to(fd)
             # The number of the descriptor stays and the change is atomic: requests under way go
             # on with the file as it was open before.
             os.dup2(fd, self._fd, inheritable=False)
         except OSError as error:
             if self._locking:
-                self._locks.acquire(*permissions_for(self.read_only))
+                self._locks.acquire(*permissions_for(self.read_only, self._force_share))
             if isinstance(error, InUseError):
                 raise
             raise self._failed(error, f"Could not reopen '{self._path}'") from error

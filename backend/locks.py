@@ -44,12 +44,13 @@ _NAMES = {
 }
 
 
-def permissions_for(read_only: bool) -> tuple[Permission, Permission]:
-    """What an image that is open needs, and what it cannot have others do meanwhile."""
+def permissions_for(read_only: bool, force_share: bool = False) -> tuple[Permission, Permission]:
+    """What an image that is open needs, and what it cannot have others do meanwhile: nothing,
+    with ``force_share``."""
     used = Permission.CONSISTENT_READ
     if not read_only:
         used |= Permission.WRITE | Permission.RESIZE
-    return used, Permission.WRITE | Permission.RESIZE
+    return used, Permission(0) if force_share else Permission.WRITE | Permission.RESIZE
 
 
 class FileLocks:

@@ -1,70 +1,23 @@
-"""Opening and creating disks by name: protocols, probing, and what an image may name itself."""
+"""Opening and creating disks by name: what a caller of the library asks for."""
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import stat
-import sys
-import warnings
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ..errors import (
-    BackendError,
-    ImageError,
-    InUseError,
-    PassphraseError,
-    PyvirtioError,
-    UnsupportedError,
-)
+from ..errors import BackendError, UnsupportedError
+from .blockdev import Context, Graph, open_node, path_options
 from .disk import Disk
-from .file import CacheMode, DiscardMode, FileDisk, file_identity
-from .registry import CERTAIN, PROBE_SIZE, Format, find_format, formats
+from .file import CacheMode, DiscardMode, FileDisk
+from .references import FileReference, Policy, protocol_prefix
+from .registry import find_format
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
 
-__all__ = ["MAX_CHAIN", "FileReference", "Policy", "create_disk", "open_disk"]
-
-MAX_CHAIN = 200
-"""Files in one backing chain. QEMU has no such limit, and runs out of stack; Python's recursion
-limit may be met before."""
-
-_PROTOCOL = re.compile(r"([^/:]*):")
-
-_WARNING = """\
-Image format was not specified for '{name}' and probing guessed raw.
-Automatically detecting the format is dangerous for raw images, write operations on block 0 will \
-be restricted.
-Specify the 'raw' format explicitly to remove the restrictions."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileReference:
-    """A file that an image names inside itself.
-
-    A format driver fills in the first three; who named it is added on the way to the policy.
-    """
-
-    name: str
-    """As it stands in the image."""
-    format: str | None = None
-    """The format the image says it has, if it says."""
-    role: str = "backing"
-    """``backing`` or ``data-file``."""
-    parent: str | None = None
-    """File name of the image that names it."""
-    depth: int = 0
-    """How deep in the chain: 1 for what the image opened by the caller names, and so on."""
-
-
-Policy = Callable[[FileReference], "Disk | StrPath | None"]
-"""Decides about a file that an image names: a Disk to use (the image then owns it), a path to open
-instead (taken as it is, with the format named in the image, or probed), or None not to open it."""
+__all__ = ["FileReference", "Policy", "create_disk", "open_disk"]
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -83,199 +36,47 @@ def open_disk(
 ) -> Disk:
     """Open a disk image.
 
-    ``source`` is a path (as a string also with QEMU's ``file:`` prefix) or a Disk that holds the
-    image, which the result then owns. Without ``format`` the image's first bytes decide. Files that
-    the image names are opened read-only as QEMU does, unless the policy ``backing`` decides
-    otherwise. ``cache``, ``locking`` and ``discard`` are FileDisk's, ``options`` the format's.
+    ``source`` is a path, as a string also any other of QEMU's file names (``nbd://…``,
+    ``json:{…}``), or a Disk that holds the image, which the result then owns. Without ``format``
+    the image's first bytes decide. Files that the image names are opened read-only as QEMU does,
+    unless the policy ``backing`` decides otherwise. ``cache``, ``locking`` and ``discard`` are
+    FileDisk's, ``options`` the format's.
 
     Raises BackendError, InUseError, ImageError or UnsupportedError, with QEMU's messages.
     """
-    opener = _Opener(backing or _as_qemu, cache, locking, discard, read_only)
+    context = _context(backing, cache, locking, discard, read_only)
+    name: str | None = None
+    given: dict[str, Any] = {}
     if isinstance(source, Disk):
-        return opener.open_image(source, format, options)
-    return opener.open_path(_path_of(source), format, options)
+        given = {"file": source}
+    elif isinstance(source, str):
+        name = source
+    else:
+        given = path_options(source)
+    if format is not None:
+        given["driver"] = find_format(format).name
+    return open_node(context, name, given, arguments=options)
 
 
-@dataclass(frozen=True, slots=True)
-class _Opener:
-    """How files are opened for one image, and which files lead to it."""
-
-    policy: Policy
-    cache: CacheMode
-    locking: bool
-    discard: DiscardMode
-    read_only: bool
-    parent: str | None = None
-    chain: tuple[tuple[int, int], ...] = ()
-    """The identities of the files from the first image down to the one that names the next."""
-    depth: int = 0
-
-    def open_path(self, path: str, format: str | None, options: dict[str, Any]) -> Disk:
-        """Open the image at ``path``."""
-        file = self.open_file(path)
-        try:
-            return self.open_image(file, format, options)
-        except BaseException:
-            file.close()
-            raise
-
-    def open_file(self, path: str) -> FileDisk:
-        """Open the file at ``path``; it must not be one of those that lead here."""
-        # Looked at before it is opened: our own lock would refuse it with the wrong reason.
-        if self.chain:
-            try:
-                identity = file_identity(os.stat(path))
-            except (OSError, ValueError):
-                pass  # opening it says what is wrong
-            else:
-                self._check_loop(path, identity)
-        file = FileDisk(
-            path,
-            read_only=self.read_only,
-            cache=self.cache,
-            locking=self.locking,
-            discard=self.discard,
-            growable=True,
-        )
-        try:
-            self._check_loop(path, file.identity)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def open_image(self, file: Disk, format: str | None, options: dict[str, Any]) -> Disk:
-        """Open the image in ``file``."""
-        probed = format is None
-        kind = probe(file) if format is None else find_format(format)
-        read_only = self.read_only or file.read_only
-        if probed and kind.name == "raw":
-            options = {**options, "probed": True}
-            if not read_only:
-                warnings.warn(_WARNING.format(name=file.filename), UserWarning, stacklevel=4)
-        identity = (file.identity,) if isinstance(file, FileDisk) else ((-2, id(file)),)
-        below = replace(
-            self,
-            parent=file.filename,
-            chain=self.chain + identity,
-            depth=self.depth + 1,
-            read_only=read_only,
-        )
-        return kind.open(file, read_only=read_only, policy=below.resolve, **options)
-
-    def resolve(self, reference: FileReference) -> Disk | None:
-        """Open what the image names, if the policy wants it; None if it does not."""
-        reference = replace(reference, parent=self.parent, depth=self.depth)
-        if len(self.chain) >= MAX_CHAIN:
-            raise ImageError(
-                f"The backing chain is longer than {MAX_CHAIN} files",
-                field="backing file",
-                value=reference.name,
-                limit=MAX_CHAIN,
-            )
-        try:
-            decision = self.policy(reference)
-            if decision is None or isinstance(decision, Disk):
-                return decision
-            path = os.fsdecode(decision)
-            if reference.role == "data-file":  # QEMU opens this as a bare file, too
-                return self.open_file(path)
-            if reference.format is not None:
-                try:
-                    find_format(reference.format)
-                except ValueError as error:
-                    raise UnsupportedError(str(error), feature=reference.format) from None
-            return replace(self, read_only=True).open_path(path, reference.format, {})
-        except RecursionError:
-            if self.depth > 1:
-                raise  # told where the stack is short again
-            raise ImageError(
-                "The backing chain is too long for Python's recursion limit",
-                field="backing file",
-                value=reference.name,
-                limit=sys.getrecursionlimit(),
-            ) from None
-        except PyvirtioError as error:
-            role = "backing file" if reference.role == "backing" else reference.role
-            _raise_prefixed(f"Could not open {role}: ", error)
-
-    def _check_loop(self, path: str, identity: tuple[int, int]) -> None:
-        if identity in self.chain:
-            raise ImageError(
-                f"'{path}' is already part of this backing chain: it is a loop",
-                field="backing file",
-                value=path,
-            )
-
-
-def probe(file: Disk) -> Format:
-    """The format of the image in ``file``: the one that is surest of its first bytes."""
-    start = file.read(0, min(PROBE_SIZE, file.size))
-    best, sure = None, -1
-    for kind in formats():
-        certainty = kind.probe(start)
-        if certainty > sure:
-            best, sure = kind, certainty
-        if sure >= CERTAIN:
-            break  # others are not even looked for
-    if best is None:
-        raise UnsupportedError("No image format is registered")
-    return best
-
-
-def _raise_prefixed(prefix: str, error: PyvirtioError) -> NoReturn:
-    """Raise the same error with words before its message."""
-    if isinstance(error, InUseError):
-        raise InUseError(prefix + str(error.strerror), error.filename) from error
-    if isinstance(error, OSError):
-        number = error.errno or errno.EIO
-        raise BackendError(number, prefix + str(error.strerror), error.filename) from error
-    if isinstance(error, ImageError):
-        raise ImageError(
-            prefix + str(error), field=error.field, value=error.value, limit=error.limit
-        ) from error
-    if isinstance(error, UnsupportedError):
-        raise UnsupportedError(prefix + str(error), feature=error.feature) from error
-    if isinstance(error, PassphraseError):
-        raise PassphraseError(prefix + str(error)) from error
-    raise error
-
-
-# -- names -----------------------------------------------------------------------------------------
-
-
-def _as_qemu(reference: FileReference) -> str:
-    """The default policy: what QEMU would open."""
-    name = reference.name
-    if not name or "\0" in name:
-        raise ImageError(
-            f"Invalid {reference.role} file name", field=f"{reference.role} file", value=name
-        )
-    if _PROTOCOL.match(name) or reference.role == "data-file":
-        return _strip_protocol(name)  # not relative to the image, in QEMU
-    if os.path.isabs(name):
-        return name
-    if reference.parent is None:
-        raise ImageError(
-            f"Cannot resolve the relative file name '{name}': the image has no file name itself",
-            field=f"{reference.role} file",
-            value=name,
-        )
-    return os.path.join(os.path.dirname(reference.parent), name)
-
-
-def _path_of(source: StrPath) -> str:
-    """The path that a caller means: strings are QEMU's file names, path objects are paths."""
-    return _strip_protocol(source) if isinstance(source, str) else os.fsdecode(source)
-
-
-def _strip_protocol(name: str) -> str:
-    match = _PROTOCOL.match(name)
-    if match is None:
-        return name
-    if match[1] != "file":
-        raise UnsupportedError(f"Unknown protocol '{match[1]}'", feature=match[1])
-    return name[len("file:") :]
+def _context(
+    policy: Policy | None,
+    cache: CacheMode,
+    locking: bool,
+    discard: DiscardMode,
+    read_only: bool,
+) -> Context:
+    if cache not in ("writeback", "none", "unsafe"):
+        raise ValueError(f"Invalid cache option: {cache}")
+    if discard not in ("unmap", "ignore"):
+        raise ValueError(f"Invalid discard option: {discard}")
+    return Context(
+        Graph(policy),
+        read_only=read_only,
+        direct=cache == "none",
+        no_flush=cache == "unsafe",
+        discard=discard,
+        locking=locking,
+    )
 
 
 # -- creating --------------------------------------------------------------------------------------
@@ -303,11 +104,11 @@ def create_disk(
     kind = find_format(format)
     if kind.create is None:
         raise UnsupportedError(f"Format driver '{format}' does not support image creation")
-    opener = _Opener(backing or _as_qemu, cache, locking, discard, read_only=False)
+    context = _context(backing, cache, locking, discard, read_only=False)
     shared = {name: options[name] for name in kind.shared_options if name in options}
     if isinstance(target, Disk):
         kind.create(target, size, **options)
-        return opener.open_image(target, format, shared)
+        return open_node(context, None, {"driver": format, "file": target}, arguments=shared)
     path = _path_of(target)
 
     def make(name: str) -> FileDisk:
@@ -328,7 +129,7 @@ def create_disk(
         cleanup.callback(file.close)
         file.filename = path  # what it names itself is relative to this
         kind.create(file, size, **options)
-        disk = opener.open_image(file, format, shared)
+        disk = open_node(context, None, {"driver": format, "file": file}, arguments=shared)
         if old is not None:
             cleanup.callback(disk.close)
             disk.flush()
@@ -336,6 +137,16 @@ def create_disk(
             old.close()
         cleanup.pop_all()
         return disk
+
+
+def _path_of(target: StrPath) -> str:
+    """The path that a caller means: strings are QEMU's file names, path objects are paths."""
+    prefix = protocol_prefix(target) if isinstance(target, str) else None
+    if prefix is None:
+        return os.fsdecode(target)
+    if prefix != "file":
+        raise UnsupportedError(f"Unknown protocol '{prefix}'", feature=prefix)
+    return os.fsdecode(target)[len("file:") :]
 
 
 def _replaceable(path: str, locking: bool) -> FileDisk | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BackendError, ImageError, UnsupportedError
 from .buffers import gather, split
 from .disk import Disk, DiskInfo, Extent
+from .options import Options
 from .registry import PROBE_SIZE, Format, Measurement, formats
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class RawDisk(Disk):
             and len(buffers) == 1
             and type(view := buffers[0]) is memoryview
             and self._straight_write_start <= offset <= self._straight_write_end - view.nbytes
+            and self.detect_zeroes == "off"
         ):
             self.file.writev(self.offset + offset, buffers, fua=fua)
         else:
@@ -255,10 +257,15 @@ def _open(
     *,
     read_only: bool = False,
     policy: object = None,
-    offset: int = 0,
-    size: int | None = None,
     probed: bool = False,
+    no_io: bool = False,
+    for_check: bool = False,
+    **options: Any,
 ) -> Disk:
+    values = Options(options)
+    offset, size = values.size("offset") or 0, values.size("size")
+    for name in values.left:
+        raise ValueError(f"Block format 'raw' does not support the option '{name}'")
     return RawDisk(file, offset=offset, size=size, read_only=read_only, guarded=probed)
 
 

@@ -37,4 +37,13 @@ def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: A
     _create(file, size, CreateOptions(**options), data_disk)
 
 
-FORMAT = Format("qcow2", probe, Qcow2Disk.open, create, measure, shared_options=("passphrase",))
+FORMAT = Format(
+    "qcow2",
+    probe,
+    Qcow2Disk.open,
+    create,
+    measure,
+    shared_options=("passphrase",),
+    secret_options={"encrypt.key-secret": "passphrase"},
+    renamed_options={"encrypt.format": "encrypt_format"},
+)

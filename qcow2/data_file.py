@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..backend.disk import Disk, Extent
 from ..backend.file import FileDisk
-from ..backend.open import FileReference
+from ..backend.references import FileReference
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
 from .cache import CacheFull

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
-from ..backend.open import FileReference
+from ..backend.references import FileReference
 from ..errors import BackendError, UnsupportedError
 from . import amend, emptying, header_update, info, layout, opening, resize, zeroing
 from .bitmaps import Bitmaps
@@ -175,7 +175,8 @@ class Qcow2Disk(Disk):
     def _make_reader(self, metadata: Metadata) -> Reader:
         """A reader of other tables of this image: a snapshot's."""
         backing = self.reader.backing
-        return Reader(metadata, backing, None if backing else self._header.backing_file)
+        known = backing is not None or self.reader.backing_known
+        return Reader(metadata, backing, None if known else self._header.backing_file)
 
     def _repair_if_dirty(self) -> None:
         """Refcounts of a dirty image may be wrong: they are put right before anything is
@@ -217,6 +218,7 @@ class Qcow2Disk(Disk):
                 if (
                     0 <= offset <= self.size - length
                     and not (fua or self.read_only or self.closed or bitmaps.tracking)
+                    and self.detect_zeroes == "off"
                     and self._writer.write_in_place(offset, buffers, length)
                 ):
                     if bitmaps.tracking:  # since a moment ago
@@ -345,6 +347,11 @@ class Qcow2Disk(Disk):
         """
         with self._metadata.gate.exclusive():
             return self.reader.replace_backing(backing, self._header.backing_file)
+
+    def ignore_backing(self) -> None:
+        """Read zeroes where the backing file's data would show, though the image names one."""
+        with self._metadata.gate.exclusive():
+            self.reader.replace_backing(None, None)
 
     def make_empty(self) -> None:
         """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""

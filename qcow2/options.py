@@ -7,11 +7,11 @@ and ``.`` (``overlap_check_template``). Values may be Python's or the texts that
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..backend.options import Options
 from . import layout
 from .geometry import Geometry
 from .overlap import TEMPLATES, Section
@@ -37,8 +37,6 @@ _SECTION_OPTIONS = {
     "inactive_l2": Section.INACTIVE_L2,
     "bitmap_directory": Section.BITMAP_DIRECTORY,
 }
-
-_SIZE = re.compile(r"(\d+)(?:\.0*)?([bkmgtpe]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +84,16 @@ class RuntimeOptions:
 
         Raises ValueError for what is unknown, wrong, or contradicts itself.
         """
-        values = _Values(given)
-        lazy = values.boolean("lazy_refcounts", lazy_refcounts)
+        values = Options(given)
+        lazy = values.boolean("lazy-refcounts", lazy_refcounts)
         if lazy and geometry.version < 3:
             raise ValueError(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
             )
-        no_unref = values.boolean("discard_no_unref", False)
+        no_unref = values.boolean("discard-no-unref", False)
         if no_unref and geometry.version < 3:
             raise ValueError("discard-no-unref is only supported since qcow2 version 3")
-        interval = values.number("cache_clean_interval", 0)
+        interval = values.number("cache-clean-interval", 0)
         if interval > 0xFFFF_FFFF:
             raise ValueError("Cache clean interval too big")
         options = cls(
@@ -103,80 +101,19 @@ class RuntimeOptions:
             cache_clean_interval=interval,
             overlap_check=_sections(values),
             lazy_refcounts=lazy,
-            pass_discard_request=values.boolean("pass_discard_request", discards),
-            pass_discard_snapshot=values.boolean("pass_discard_snapshot", True),
-            pass_discard_other=values.boolean("pass_discard_other", False),
+            pass_discard_request=values.boolean("pass-discard-request", discards),
+            pass_discard_snapshot=values.boolean("pass-discard-snapshot", True),
+            pass_discard_other=values.boolean("pass-discard-other", False),
             discard_no_unref=no_unref,
         )
-        values.refuse_unknown()
+        for name in values.left:
+            raise ValueError(f"Block format 'qcow2' does not support the option '{name}'")
         return options
 
 
-class _Values:
-    """Takes the options that are known out of those that were given."""
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._left = {re.sub(r"[-.]", "_", name): value for name, value in given.items()}
-
-    def take(self, name: str) -> Any:
-        """The value of an option; None if it was not given."""
-        return self._left.pop(name, None)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        """True or False, or QEMU's words for them."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if isinstance(value, bool):
-            return value
-        if value in ("on", "yes", "true", "y"):
-            return True
-        if value in ("off", "no", "false", "n"):
-            return False
-        raise ValueError(f"Parameter '{_qemu_name(name)}' expects 'on' or 'off'")
-
-    def number(self, name: str, default: int) -> int:
-        """A number that is not negative."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-            raise ValueError(f"Parameter '{_qemu_name(name)}' expects a number")
-        return value
-
-    def size(self, name: str) -> int | None:
-        """Bytes, as a number or a text like ``64k``."""
-        value = self.take(name)
-        if value is None:
-            return None
-        if isinstance(value, str):
-            match = _SIZE.fullmatch(value)
-            if match:
-                value = int(match[1]) << (10 * "bkmgtpe".index(match[2].lower() or "b"))
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-            raise ValueError(
-                f"Parameter '{_qemu_name(name)}' expects a non-negative number below 2^64"
-            )
-        return value
-
-    def refuse_unknown(self) -> None:
-        """Raise ValueError if something is left."""
-        for name in self._left:
-            raise ValueError(f"Block format 'qcow2' does not support the option '{name}'")
-
-
-def _qemu_name(name: str) -> str:
-    prefix = "overlap_check_"
-    if name.startswith(prefix):
-        return "overlap-check." + name[len(prefix) :].replace("_", "-")
-    return name.replace("_", "-")
-
-
-def _sections(values: _Values) -> Section:
+def _sections(values: Options) -> Section:
     """``overlap-check``, as a template and section by section."""
-    short, template = values.take("overlap_check"), values.take("overlap_check_template")
+    short, template = values.take("overlap-check"), values.take("overlap-check.template")
     if short is not None and template is not None and short != template:
         raise ValueError(
             f"Conflicting values for qcow2 options 'overlap-check' ('{short}') and "
@@ -190,23 +127,23 @@ def _sections(values: _Values) -> Section:
         )
     sections = TEMPLATES[name]
     for option, section in _SECTION_OPTIONS.items():
-        if values.boolean(f"overlap_check_{option}", bool(sections & section)):
+        if values.boolean(f"overlap-check.{option.replace('_', '-')}", bool(sections & section)):
             sections |= section
         else:
             sections &= ~section
     return sections
 
 
-def _cache_sizes(values: _Values, geometry: Geometry, size: int) -> CacheSizes:
+def _cache_sizes(values: Options, geometry: Geometry, size: int) -> CacheSizes:
     """Share the memory as QEMU's ``read_cache_sizes`` does."""
     cluster_size = geometry.cluster_size
     # What the L2 tables of the whole disk take.
     tables = geometry.l1_entries(size)
     all_l2 = tables * cluster_size
     min_refcount = _MIN_REFCOUNT_CLUSTERS * cluster_size
-    both = values.size("cache_size")
-    l2, refcount = values.size("l2_cache_size"), values.size("refcount_cache_size")
-    entry = values.size("l2_cache_entry_size")
+    both = values.size("cache-size")
+    l2, refcount = values.size("l2-cache-size"), values.size("refcount-cache-size")
+    entry = values.size("l2-cache-entry-size")
     if both is not None:
         if l2 is not None and refcount is not None:
             raise ValueError(

@@ -1,0 +1,248 @@
+"""The filter ``blkdebug``: errors, limits and breakpoints at will, for tests."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+from ..errors import UnsupportedError
+from .blkdebug_rules import Rule, Rules, make_rule, read_config, rules_from_options
+from .buffers import copy_in, gather, split
+from .disk import Disk, DiskInfo, Extent, Limits
+from .filter import FilterDisk
+from .node import Node, Role
+from .registry import Driver
+
+__all__ = ["DRIVER", "BlkdebugDisk", "debug_node"]
+
+_INT_MAX = 0x7FFF_FFFF
+
+
+class BlkdebugDisk(FilterDisk):
+    """Lets requests to the disk below fail, or wait, as its rules say.
+
+    ``limits`` are what it pretends to like: unlike other disks it sees to it that the disk below
+    meets no request outside of them.
+    """
+
+    format_name = "blkdebug"
+    child_name = "image"
+
+    def __init__(
+        self,
+        below: Disk,
+        rules: list[Rule] | None = None,
+        *,
+        limits: Limits | None = None,
+        max_write_zeroes: int = 0,
+        max_discard: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(below, limits=limits)
+        self.rules = Rules(list(rules or []))
+        self._align = self.limits.request_alignment
+        self._max_transfer = self.limits.max_transfer
+        self._max_write_zeroes = max_write_zeroes
+        self._max_discard = max_discard
+        self._name = name
+        self._padding = threading.Lock()
+
+    @property
+    def filename(self) -> str | None:
+        """A file name that says the same, if there is one."""
+        return self._name
+
+    def debug_event(self, name: str) -> None:
+        """Acted on; the disk below does not hear of it."""
+        self.rules.happen(name)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        start, end = self._padded(offset, length)
+        if (start, end) == (offset, offset + length):
+            self._read_pieces(start, views, length)
+            return
+        data = bytearray(end - start)
+        self._read_pieces(start, [memoryview(data)], end - start)
+        copy_in(views, memoryview(data)[offset - start : offset - start + length])
+
+    def _read_pieces(self, offset: int, views: list[memoryview], length: int) -> None:
+        step = self._max_transfer or length
+        for done in range(0, length, step):
+            part = min(step, length - done)
+            self.rules.check(offset + done, part, "read")
+            super()._readv(offset + done, split(views, done, part), part)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        start, end = self._padded(offset, length)
+        if (start, end) == (offset, offset + length):
+            self._write_pieces(start, views, length)
+            return
+        with self._padding:
+            data = bytearray(end - start)
+            for at in {start, end - self._align}:
+                piece = memoryview(data)[at - start : at - start + self._align]
+                inside = max(0, min(self.size - at, len(piece)))
+                self._read_pieces(at, [piece[:inside]], inside)
+            data[offset - start : offset - start + length] = gather(views)
+            self._write_pieces(start, [memoryview(data)], end - start)
+
+    def _write_pieces(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.rules.happen("pwritev")
+        step = self._max_transfer or length
+        for done in range(0, length, step):
+            part = min(step, length - done)
+            self.rules.check(offset + done, part, "write")
+            super()._writev(offset + done, split(views, done, part), part)
+        self.rules.happen("pwritev_done")
+
+    def _padded(self, offset: int, length: int) -> tuple[int, int]:
+        """The range around a request that is aligned; the end of the disk counts as aligned."""
+        end = offset + length
+        if end != self.size or self.growable:
+            end = -(-end // self._align) * self._align
+            if not self.growable:
+                end = min(end, self.size)
+        return offset // self._align * self._align, end
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        if length < self._align:
+            raise UnsupportedError("blkdebug: less than its alignment", feature="zeroes")
+        self.rules.happen("pwritev_zero")
+        step = self._max_write_zeroes or length
+        for done in range(0, length, step):
+            part = min(step, length - done)
+            self.rules.check(offset + done, part, "write-zeroes")
+            super()._write_zeroes(offset + done, part, unmap)
+        self.rules.happen("pwritev_done")
+
+    def _discard(self, offset: int, length: int) -> None:
+        step = self._max_discard or length
+        for done in range(0, length, step):
+            part = min(step, length - done)
+            self.rules.check(offset + done, part, "discard")
+            super()._discard(offset + done, part)
+
+    def _flush(self) -> None:
+        self.rules.check(0, 0, "flush")
+        super()._flush()
+
+    def _block_status(self, offset: int, length: int) -> Extent:
+        self.rules.check(offset, length, "block-status")
+        extent = super()._block_status(offset, length)
+        if self._align == 1:
+            return extent
+        return _aligned_extent(self, extent, offset, length)
+
+    def info(self) -> DiskInfo:
+        return DiskInfo(self.format_name, self.size, None, self.filename)
+
+    def _close(self) -> None:
+        self.rules.resume_all()
+        super()._close()
+
+
+def _aligned_extent(disk: BlkdebugDisk, first: Extent, offset: int, length: int) -> Extent:
+    """Runs shorter than the alignment show as one: data if any of them is."""
+    align = disk.limits.request_alignment
+    wanted = min(length, align - offset % align)
+    run = first.length
+    if run >= wanted:
+        end = offset + run
+        whole = end if end == disk.size else end // align * align
+        return replace(first, length=max(whole - offset, wanted))
+    while run < wanted:
+        below = disk.below.block_status(offset + run, wanted - run)
+        first = replace(
+            first,
+            data=first.data or below.data,
+            zero=first.zero and below.zero,
+            allocated=first.allocated or below.allocated,
+            host_offset=None,
+        )
+        run += below.length
+    return replace(first, length=wanted)
+
+
+def debug_node(disk: Disk) -> BlkdebugDisk | None:
+    """The blkdebug below a disk that breakpoints are set in; None if there is none."""
+    while not isinstance(disk, BlkdebugDisk):
+        children = disk.children
+        below = children.get("file") or children.get("image") or children.get("raw")
+        if below is None:
+            return None
+        disk = below
+    return disk
+
+
+# -- opening ---------------------------------------------------------------------------------------
+
+
+def _parse_filename(name: str, options: dict[str, Any]) -> None:
+    rest = name.removeprefix("blkdebug:")
+    if rest == name:
+        options["x-image"] = name
+        return
+    config, colon, image = rest.partition(":")
+    if not colon:
+        raise ValueError("blkdebug requires both config file and image path")
+    if config:
+        options["config"] = config
+    options["x-image"] = image
+
+
+def _open(node: Node) -> Disk:
+    options = node.options
+    config = options.text("config")
+    rules = [] if config is None else [make_rule(*group) for group in read_config(config)]
+    rules += rules_from_options(options)
+    named = not options.left.keys() - {"x-image", "image", "image.driver", "image.filename"}
+    below = node.required("image", Role.FILTERED, filename=options.text("x-image"))
+    limits, max_write_zeroes, max_discard = _limits(node, below)
+    for group in ("take-child-perms", "unshare-child-perms"):
+        for value in options.group(f"{group}.").values():
+            if value not in ("consistent-read", "write", "write-unchanged", "resize"):
+                raise ValueError(f"Parameter 'null' does not accept value '{value}'")
+    name = f"blkdebug:{config or ''}:{below.filename}" if named and below.filename else None
+    return BlkdebugDisk(
+        below,
+        rules,
+        limits=limits,
+        max_write_zeroes=max_write_zeroes,
+        max_discard=max_discard,
+        name=name,
+    )
+
+
+def _limits(node: Node, below: Disk) -> tuple[Limits, int, int]:
+    """What the disk likes, and the largest write of zeroes and discard."""
+    options = node.options
+    own = options.size("align") or 0
+    if own and (own >= _INT_MAX or own & (own - 1)):
+        raise ValueError(f"Cannot meet constraints with align {own}")
+    align = max(own, below.limits.request_alignment)
+    values: dict[str, int] = {}
+    for name, unit in (
+        ("max-transfer", align),
+        ("opt-write-zero", align),
+        ("max-write-zero", 0),
+        ("opt-discard", align),
+        ("max-discard", 0),
+    ):
+        unit = unit or max(values[name.replace("max", "opt")], align)
+        value = values[name] = options.size(name) or 0
+        if value and (value >= _INT_MAX or value % unit):
+            raise ValueError(f"Cannot meet constraints with {name} {value}")
+    limits = replace(
+        below.limits,
+        request_alignment=align,
+        write_zeroes_alignment=max(
+            values["opt-write-zero"] or below.limits.write_zeroes_alignment, align
+        ),
+        discard_alignment=max(values["opt-discard"] or below.limits.discard_alignment, align),
+        max_transfer=values["max-transfer"] or below.limits.max_transfer,
+    )
+    return limits, values["max-write-zero"], values["max-discard"]
+
+
+DRIVER = Driver("blkdebug", _open, protocol=True, parse_filename=_parse_filename)

@@ -1,0 +1,95 @@
+"""What all filters have in common: they hand on what the disk below holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .disk import Disk, DiskInfo, Extent, Limits
+
+__all__ = ["FilterDisk"]
+
+
+class FilterDisk(Disk):
+    """Hands every request on to the disk ``below``, which it owns; a filter overrides what it is
+    there for."""
+
+    format_name = "filter"
+    child_name = "file"
+    """What QEMU calls the disk below."""
+
+    def __init__(self, below: Disk, *, limits: Limits | None = None) -> None:
+        super().__init__(below.size, read_only=below.read_only, limits=limits or below.limits)
+        self.below = below
+        self.growable = below.growable
+
+    @property
+    def children(self) -> Mapping[str, Disk]:
+        """The disk below."""
+        return {self.child_name: self.below}
+
+    @property
+    def filename(self) -> str | None:
+        """That of the disk below."""
+        return self.below.filename
+
+    @property
+    def has_zero_init(self) -> bool:
+        """As the disk below."""
+        return self.below.has_zero_init
+
+    def info(self) -> DiskInfo:
+        """Facts about the disk; QEMU does not count the space of what lies below a filter."""
+        return DiskInfo(self.format_name, self.size, None, self.filename)
+
+    def _follow(self) -> None:
+        """The disk below may have changed its size."""
+        self._set_size(self.below.size)
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.readv(offset, views)
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.writev(offset, views)
+        self._follow()
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self.below.write_zeroes(offset, length, unmap=unmap, fallback=False)
+        self._follow()
+
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.write_compressed(offset, views)
+        self._follow()
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.below.discard(offset, length)
+
+    def _flush(self) -> None:
+        self.below.flush()
+
+    def _block_status(self, offset: int, length: int) -> Extent:
+        return self.below.block_status(offset, length)
+
+    def _truncate(self, size: int, preallocation: str) -> None:
+        self.below.truncate(size, preallocation=preallocation, shrink=True)
+        self._follow()
+
+    def drain(self) -> None:
+        """Wait until no request is under way below."""
+        self.below.drain()
+
+    def reopen(self, *, read_only: bool) -> None:
+        """Reopen the disk below, too."""
+        self.below.reopen(read_only=read_only)
+        self.read_only = read_only
+
+    def invalidate(self) -> None:
+        """Somebody else has changed what lies below."""
+        self.below.invalidate()
+        self._follow()
+
+    def debug_event(self, name: str) -> None:
+        """Passed on."""
+        self.below.debug_event(name)
+
+    def _close(self) -> None:
+        self.below.close()
