@@ -39,6 +39,8 @@ class ReferenceVector:
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
+        self.refcounts = metadata.refcounts
+        """Those whose layout it has."""
         self._geometry = geometry = metadata.geometry
         self._bits = metadata.refcounts.slice_bits
         self._mask = (1 << self._bits) - 1

@@ -125,16 +125,19 @@ def lower_references(metadata: Metadata, l1: Sequence[int], kind: DiscardKind) -
     walk_references(metadata, l1, lower)
 
 
-def strip_copied(metadata: Metadata) -> None:
-    """Clear the COPIED flag in all of the active L1 and L2 tables (lock held).
+def strip_copied(metadata: Metadata) -> bool:
+    """Clear the COPIED flag in all of the active L1 and L2 tables (lock held); true if there were
+    any.
 
     Changed L2 tables are written straight to the file: an entry without the flag is right at any
     moment. A compressed entry has no such flag, and the bit is clear there too.
     """
-    strip_tables(metadata, metadata.tables.l1, active=True)
+    any_changed = strip_tables(metadata, metadata.tables.l1, active=True)
     for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
         if metadata.tables.l1[index] != offset:
             metadata.tables.set_l1(index, offset)
+            any_changed = True
+    return any_changed
 
 
 def strip_tables(metadata: Metadata, l1: Sequence[int], *, active: bool = False) -> bool:

@@ -23,6 +23,7 @@ from . import layout
 from .aside import Base, Draft, locked
 from .data_file import refuse_with_data_file
 from .header import read_header
+from .known_references import KnownReferences
 from .metadata import Metadata
 from .past_end import drop_tables
 from .quarantine import DiscardKind
@@ -63,6 +64,7 @@ class Snapshots:
         self._drafts: list[Draft] = []
         self._base: Base | None = None
         """The snapshot made last, if made of a draft: the next is likely based on it."""
+        self._active = KnownReferences(metadata)
         self.tables_written = 0
         """Bytes of L1 and snapshot tables written so far."""
         metadata.overlap.snapshots = lambda: (self._list, self._table_length)
@@ -212,13 +214,14 @@ class Snapshots:
             check_size(len(self._list) + 1, self._table_length + 8 + len(snapshot.pack()))
             used = metadata.geometry.l1_entries(metadata.header.size)
             with metadata.lock:
-                strip_copied(metadata)
+                stripped = strip_copied(metadata)
                 metadata.write_l1_flags()
-            metadata.file.flush()
+            if stripped:
+                metadata.file.flush()
             undo.callback(self._restore_copied)
             with metadata.lock:
                 l1 = metadata.tables.l1 if draft is None else metadata.tables.l1[:used]
-                undo.callback(locked(metadata, self._raise(l1)))
+                undo.callback(locked(metadata, self._raise(l1, self._active)))
                 if draft is not None:
                     l1 = l1 + array("Q", bytes(8 * (used - len(l1)))) + draft.finish(undo)
                 snapshot.l1_size = len(l1)
@@ -307,7 +310,7 @@ class Snapshots:
             if stripped:
                 metadata.file.flush()
             with metadata.lock:
-                undo.callback(locked(metadata, self._raise(coming)))
+                undo.callback(locked(metadata, self._raise(coming, KnownReferences(metadata))))
                 offset = self._write_table(pack_table(target), undo)
             metadata.flush_alone()
             undo.pop_all()
@@ -353,14 +356,14 @@ class Snapshots:
         l1 = load_table(metadata.file, snapshot.l1_table_offset, snapshot.l1_size)
         return array("Q", [entry & ~layout.COPIED for entry in l1])
 
-    def _raise(self, l1: array[int]) -> Callable[[], None]:
+    def _raise(self, l1: array[int], known: KnownReferences) -> Callable[[], None]:
         """One reference more to all that an L1 table reaches, or an error and nothing (lock held).
 
         Returns how to take them back.
         """
         metadata = self._metadata
         try:
-            return Base.read(metadata, None, l1).references.raise_refcounts()
+            return known.count(l1).raise_refcounts()
         except VectorTooLong:
             raise_references(metadata, l1)
             return lambda: lower_references(metadata, l1, DiscardKind.NEVER)
