@@ -1,4 +1,4 @@
-"""RAM in a section: the pages that are not zero.
+"""RAM inside the stream: version 1 of a section ``ram/NAME``, the pages that are not zero.
 
     8    bytes of RAM
     4    bytes of a page: 4096
@@ -17,18 +17,18 @@ from itertools import groupby
 from ..backend.buffers import clear
 from ..backend.zeroes import zero_runs
 from ..errors import ImageError
-from .stream import CHUNK, Known, StreamReader, StreamWriter, scattered
+from .dirty import PAGE
+from .stream import CHUNK, StreamReader, StreamWriter, scattered
 
-__all__ = ["PAGE", "RAM_VERSION", "check_ram", "known_ram", "load_ram", "save_ram"]
+__all__ = ["RAM_VERSION", "check_ram", "load_ram", "packed_length", "save_ram"]
 
-PAGE = 4096
 RAM_VERSION = 1
 _HEAD = struct.Struct("<QI")
 
 
-def known_ram(ram: memoryview) -> Known:
-    """The section that a RAM of this size can have."""
-    return Known(RAM_VERSION, _HEAD.size + _bitmap_length(len(ram)) + len(ram))
+def packed_length(size: int) -> int:
+    """The most bytes that the section for so many bytes of RAM can have."""
+    return _HEAD.size + _bitmap_length(size) + size
 
 
 def save_ram(writer: StreamWriter, name: str, ram: memoryview) -> None:

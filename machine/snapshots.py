@@ -1,43 +1,72 @@
-"""Snapshots of a whole machine: savevm, loadvm, delvm, listvm.
+"""Snapshots of a whole machine: savevm, loadvm, delvm, listvm, and the tree they form.
 
 As in QEMU, the machine's state is kept as the VM state of one of its disks, inside a snapshot of
 that disk; a snapshot of the same name on each other disk belongs to it. The order:
 
-savevm  stream into the VM state | snapshots of the other disks | the snapshot that takes the state
-loadvm  stream checked whole | all disks go back | RAM, components
+savevm  what changed goes aside | snapshots of the other disks | the snapshot that takes the state
+loadvm  stream and pages checked whole | all disks go back | RAM, components
 delvm   the snapshot with the state | those of the other disks
 
 So a machine snapshot that is listed is whole, and a cut leaves disk snapshots without one at worst;
-:meth:`MachineSnapshots.delvm` removes those, too.
+:meth:`MachineSnapshots.delvm` removes those, too. RAM never is in the tables of the running disk.
 """
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal
 
-from ..errors import BackendError, UnsupportedError
+from ..errors import BackendError, ImageError, UnsupportedError
 from ..qcow2.driver import Qcow2Disk
+from ..qcow2.snapshot_view import SnapshotDisk
 from ..qcow2.snapshots import Snapshot
+from .dirty import ByComparison, ByHash, Tracker
+from .increment import Increments, SaveFigures
+from .lineage import Lineage, read_lineage
 from .state import Machine
 
-__all__ = ["MachineSnapshots"]
+__all__ = ["MachineSnapshots", "Node"]
 
 _WAY_BACK = "pyvirtio: before loadvm"
 """Name of the disk snapshots that exist while several disks go back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A snapshot in the tree."""
+
+    snapshot: Snapshot
+    parent: Snapshot | None
+    """The one it came from; its nearest ancestor still there, where that was deleted."""
+
+
 class MachineSnapshots:
     """The snapshots of ``machine`` with its ``disks``: all that the guest can write, in any order
-    that stays. The state goes on the first one, or on ``state_disk``.
+    that stays. The state goes on the first one, or on ``state_disk``, which may be an image for
+    nothing else (with clusters of 4 KiB, a page each, best).
+
+    A snapshot shares with the last one that was saved or loaded what has not changed since. How
+    that is known: for each RAM that ``dirty`` names, by its tracker (a :class:`DirtyPages` that the
+    emulator keeps); for others by comparing with a copy, or (``find_dirty``) with hashes. Who
+    changes RAM behind a tracker's back says so with :meth:`forget`. ``compress``: pages are
+    compressed, by the state disk's method (create it with ``compression_type="zstd"``).
 
     The machine must stand still in all that follows, with no request to a disk under way.
     """
 
     def __init__(
-        self, machine: Machine, disks: Sequence[Qcow2Disk], *, state_disk: Qcow2Disk | None = None
+        self,
+        machine: Machine,
+        disks: Sequence[Qcow2Disk],
+        *,
+        state_disk: Qcow2Disk | None = None,
+        dirty: Mapping[str, Tracker] | None = None,
+        find_dirty: Literal["compare", "hash"] = "compare",
+        compress: bool = False,
     ) -> None:
         for disk in disks:
             if not isinstance(disk, Qcow2Disk):
@@ -47,10 +76,23 @@ class MachineSnapshots:
         if not disks or len({id(disk) for disk in disks}) < len(disks):
             raise ValueError("a machine has disks, and each of them once")
         self._machine = machine
+        self._given = list(disks)
         self._state_disk = disks[0] if state_disk is None else state_disk
         self._others = [disk for disk in disks if disk is not self._state_disk]
         if len(self._others) == len(disks):
             raise ValueError("the state goes on one of the disks")
+        trackers: dict[str, Tracker] = {
+            name: ByHash() if find_dirty == "hash" else ByComparison()
+            for name in machine.ram_views()
+        }
+        for ram, tracker in (dirty or {}).items():
+            if f"ram/{ram}" not in trackers:
+                raise ValueError(f"the machine has no RAM {ram!r}")
+            trackers[f"ram/{ram}"] = tracker
+        self._increments = Increments(machine, self._state_disk, trackers, compress)
+        self._lineages: dict[tuple[str, int, int, int], Lineage | None] = {}
+        self.last_save: SaveFigures | None = None
+        """What the last :meth:`savevm` did."""
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -62,6 +104,50 @@ class MachineSnapshots:
             if snapshot.vm_state_size
             and all(_find(disk, snapshot.name) is not None for disk in self._others)
         ]
+
+    def tree(self) -> list[Node]:
+        """Those of :meth:`listvm`, and which one each came from.
+
+        One that was saved after the machine had been set up anew, or by another program, has none.
+        """
+        listed = self.listvm()
+        lineages = {id(snapshot): self._lineage(snapshot) for snapshot in listed}
+        by_uuid = {
+            lineage.uuid: snapshot
+            for snapshot in listed
+            if (lineage := lineages[id(snapshot)]) is not None
+        }
+        nodes = []
+        for snapshot in listed:
+            lineage = lineages[id(snapshot)]
+            ancestors = () if lineage is None else lineage.ancestors
+            there = (by_uuid[uuid] for uuid in ancestors if uuid in by_uuid)
+            nodes.append(Node(snapshot, next(there, None)))
+        return nodes
+
+    def _lineage(self, snapshot: Snapshot) -> Lineage | None:
+        key = snapshot.id, snapshot.l1_table_offset, snapshot.date_sec, snapshot.date_nsec
+        if key not in self._lineages:
+            with self._state_disk.snapshots.open(snapshot) as view:
+                try:
+                    self._lineages[key] = read_lineage(view.vmstate)
+                except ImageError:  # another program's
+                    self._lineages[key] = None
+        return self._lineages[key]
+
+    def open(self, name_or_id: str) -> list[SnapshotDisk]:
+        """The disks as a snapshot has them, read-only, beside those that go on running: in the
+        order in which they were given. Close them when done: as long as they are open the snapshot
+        cannot be deleted. Raises KeyError where a disk has no such snapshot.
+        """
+        name = self._state_disk.snapshots.find(name_or_id).name
+        views: list[SnapshotDisk] = []
+        with ExitStack() as stack:
+            for disk in self._given:
+                views.append(disk.snapshots.open(disk.snapshots.find_by(name=name)))
+                stack.callback(views[-1].close)
+            stack.pop_all()
+        return views
 
     # -- doing ---------------------------------------------------------------------------------
 
@@ -85,22 +171,34 @@ class MachineSnapshots:
                 raise ValueError(f"Snapshot '{name}' already exists in one or more devices")
         if date is None:
             date = time.time()
-        state = self._state_disk.vmstate
+        pending = None
         try:
-            state.discard()  # what a program that died may have left
-            size = self._machine.save(state)
+            pending = self._increments.write()
             for disk in self._others:
                 disk.snapshots.create(name, vm_clock=vm_clock, icount=icount, date=date)
-            return self._state_disk.snapshots.create(
-                name, vm_clock=vm_clock, icount=icount, date=date, vm_state_size=size
+            snapshot = self._state_disk.snapshots.create(
+                name,
+                vm_clock=vm_clock,
+                icount=icount,
+                date=date,
+                vm_state_size=pending.size,
+                draft=pending.draft,
             )
         except BaseException as error:
+            if pending is not None:
+                with _undoing(error):
+                    pending.draft.close()
             for disk in self._disks():
                 with _undoing(error):
                     _delete(disk, name)
-            with _undoing(error):
-                state.discard()
             raise
+        self._increments.adopt(snapshot, pending)
+        self.last_save = pending.figures
+        return snapshot
+
+    def forget(self) -> None:
+        """RAM was changed in a way that its tracker does not know: save all of it next."""
+        self._increments.forget()
 
     def loadvm(self, name_or_id: str) -> Snapshot:
         """Make the machine and its disks what they were; the id is the state disk's.
@@ -121,10 +219,9 @@ class MachineSnapshots:
         with self._state_disk.snapshots.open(snapshot) as view:
             load = self._machine.prepare(view.vmstate)
             _apply_all([*targets, (self._state_disk, snapshot)])
-            # Only the snapshot is to hold RAM; if it stays here too, as in QEMU, it does no harm.
-            with suppress(BackendError):
-                self._state_disk.vmstate.discard()
+            self._increments.forget()
             load()
+            self._increments.loaded(snapshot, view.vmstate)
         return snapshot
 
     def delvm(self, name_or_id: str) -> None:
@@ -185,12 +282,12 @@ def _apply_all(targets: list[tuple[Qcow2Disk, Snapshot]]) -> None:
             _delete(disk, _WAY_BACK)  # left by a cut
             way_back = disk.snapshots.create(_WAY_BACK)
             applied.append((disk, way_back))
-            disk.snapshots.apply(snapshot)
-        last_disk.snapshots.apply(last_snapshot)
+            disk.snapshots.apply(snapshot, vm_state=False)
+        last_disk.snapshots.apply(last_snapshot, vm_state=False)
     except BaseException as error:
         for disk, way_back in applied:
             with _undoing(error):
-                disk.snapshots.apply(way_back)
+                disk.snapshots.apply(way_back, vm_state=False)
         for disk, _ in first:
             with _undoing(error):
                 _delete(disk, _WAY_BACK)

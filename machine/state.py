@@ -2,7 +2,8 @@
 
 An emulator gives its CPU and its devices names, and its RAM as buffers. Each of the former is a
 :class:`Component`; it is kept in a section ``component/NAME`` (values as :mod:`..backend.state`
-has them), each RAM in a section ``ram/NAME`` (as :mod:`.ram` lays it out).
+has them), each RAM in a section ``ram/NAME``: as :mod:`.ram` lays it out in a stream of its own,
+as :mod:`.placed` does in an image.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import ImageError
-from .ram import check_ram, known_ram, load_ram, save_ram
+from .lineage import LINEAGE, known_lineage
+from .placed import PLACED_VERSION, check_placed, load_placed, payload_length, read_placed
+from .ram import check_ram, load_ram, packed_length, save_ram
 from .stream import Known, Source, StreamReader, StreamWriter, Target
 
 if TYPE_CHECKING:
@@ -55,17 +58,24 @@ class Machine:
     ) -> None:
         self._components = {f"component/{name}": part for name, part in components.items()}
         self._ram = {f"ram/{name}": part for name, part in ram.items()}
-        for name, view in self._views().items():
+        for name, view in self.ram_views().items():
             if view.readonly:
                 raise ValueError(f"the buffer {name!r} cannot be written")
 
-    def _views(self) -> dict[str, memoryview]:
+    def ram_views(self) -> dict[str, memoryview]:
         """The RAM as it is now; not kept, so that an mmap can be closed."""
         return {name: memoryview(part).cast("B") for name, part in self._ram.items()}
 
     def save(self, target: Target) -> int:
         """Write everything to ``target``, from its byte 0 on; returns the bytes written."""
         writer = StreamWriter(target)
+        self.save_components(writer)
+        for name, ram in self.ram_views().items():
+            save_ram(writer, name, ram)
+        return writer.finish()
+
+    def save_components(self, writer: StreamWriter) -> None:
+        """Write a section for each component."""
         for name, component in self._components.items():
             stream = StateWriter()
             component.save_state(stream)
@@ -73,9 +83,16 @@ class Machine:
             if len(state) > MAX_COMPONENT:
                 raise ValueError(f"{name!r} has {len(state)} bytes of state, too many")
             writer.section(name, component.state_version, len(state), [state])
-        for name, ram in self._views().items():
-            save_ram(writer, name, ram)
-        return writer.finish()
+
+    def known_sections(self) -> dict[str, Known]:
+        """The sections that a stream of this machine can have."""
+        known = {
+            name: Known(part.state_version, MAX_COMPONENT)
+            for name, part in self._components.items()
+        }
+        known |= {name: _known_ram(len(ram)) for name, ram in self.ram_views().items()}
+        known[LINEAGE] = known_lineage()
+        return known
 
     def prepare(self, source: Source) -> Callable[[], None]:
         """Read and check the whole stream, and change nothing; returns how to put it in force.
@@ -84,18 +101,18 @@ class Machine:
         stream that is damaged or of another machine, UnsupportedError for one with parts that
         this machine does not have, or newer than it knows them.
         """
-        known = {
-            name: Known(part.state_version, MAX_COMPONENT)
-            for name, part in self._components.items()
-        }
-        views = self._views()
-        known |= {name: known_ram(ram) for name, ram in views.items()}
+        known, views = self.known_sections(), self.ram_views()
         reader = StreamReader(source, known)
         for name in known:
-            if name not in reader.sections:
+            if name not in reader.sections and name != LINEAGE:
                 raise ImageError(f"The VM state has no section {name!r}", field=name)
+        placed = {}
         for name, ram in views.items():
-            check_ram(reader, name, ram)
+            if reader.sections[name].version >= PLACED_VERSION:
+                placed[name] = read_placed(reader, name, len(ram))
+                check_placed(placed[name], name, source)
+            else:
+                check_ram(reader, name, ram)
         adopt = []
         for name, component in self._components.items():
             version = reader.sections[name].version
@@ -105,7 +122,10 @@ class Machine:
 
         def load() -> None:
             for name, ram in views.items():
-                load_ram(reader, name, ram)
+                if name in placed:
+                    load_placed(placed[name], source, ram)
+                else:
+                    load_ram(reader, name, ram)
             for function in adopt:
                 function()
 
@@ -114,3 +134,7 @@ class Machine:
     def load(self, source: Source) -> None:
         """Become what was saved: all of it, or (with the errors of :meth:`prepare`) nothing."""
         self.prepare(source)()
+
+
+def _known_ram(size: int) -> Known:
+    return Known(PLACED_VERSION, max(packed_length(size), payload_length(size)))

@@ -150,20 +150,27 @@ class StreamReader:
 
     Making one reads and checks all of it, with 1 MiB of memory; ``known`` says by name which
     sections may be there. Raises ImageError for a stream that is none, or damaged; UnsupportedError
-    names the section that is unknown or too new.
+    names the section that is unknown or too new. With ``most`` only so many sections are looked at.
     """
 
-    def __init__(self, source: Source, known: Mapping[str, Known]) -> None:
+    def __init__(
+        self, source: Source, known: Mapping[str, Known], *, most: int | None = None
+    ) -> None:
         self._source = source
         self._position = 0
         self._buffer = memoryview(bytearray(CHUNK))
         self._check_header()
         self.sections: dict[str, Section] = {}
         """By name, in the order of the stream."""
-        while (section := self._next_section(known)) is not None:
+        while most is None or len(self.sections) < most:
+            section = self._next_section(known)
+            if section is None:
+                break
             if section.name in self.sections:
                 raise self._damaged(f"has two sections {section.name!r}")
             self.sections[section.name] = section
+        self.length = self._position
+        """Bytes that were looked at: of the whole stream, without ``most``."""
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """A part of a section's payload, or (without ``length``) what follows ``start``."""

@@ -194,13 +194,26 @@ class Metadata:
                 table[start : start + cache.slot_size] = cache.slice(slot)
         return bytes(table)
 
-    def write_l2_table(self, offset: int, contents: bytes) -> None:
+    def write_l1_flags(self) -> None:
+        """Bring changed L1 entries to the file at once (lock held): for changes that are right at
+        any moment, in an exclusive operation."""
+        l1 = self.tables.l1
+        for first, entries in _runs([(i, l1[i]) for i in sorted(self.tables.dirty_l1)]):
+            self._write_l1(first, entries)
+        self.tables.dirty_l1.clear()
+
+    def _write_l1(self, first: int, entries: list[int]) -> None:
+        place = self.header.l1_table_offset + 8 * first
+        self.overlap.check_l1(place, 8 * len(entries))
+        self.file.write(place, pack_table(entries))
+
+    def write_l2_table(self, offset: int, contents: bytes, *, active: bool = True) -> None:
         """Replace a whole L2 table at once, in the file and in the cache.
 
         For changes that are right at any moment, in an exclusive operation.
         """
         cache = self.tables.cache
-        self.overlap.check_l2(offset, self.cluster_size)
+        self.overlap.check_l2(offset, self.cluster_size, active=active)
         self.file.write(offset, contents)
         for start in range(0, self.cluster_size, cache.slot_size):
             slot = cache.index.get(offset + start)
@@ -398,13 +411,21 @@ class Metadata:
             self.flush_alone()
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Be alone with an image whose metadata is settled, and leave it so."""
+    def exclusive(self, *, settled: bool = True) -> Iterator[None]:
+        """Be alone with an image whose metadata is settled, and leave it so.
+
+        With ``settled`` False refcounts that differ from the file may stay so, as between any two
+        flushes, and what was written may not be stable yet.
+        """
         try:
             with self.gate.exclusive():
-                self.settle()
+                if settled or self.tables.cache.dirty or self.tables.dirty_l1 or self.dropped:
+                    self.settle()
+                else:
+                    self.health.check()
                 yield
-                self.settle()
+                if settled:
+                    self.settle()
         finally:
             self.overlap.forget()
             self.corruption.deliver()
@@ -443,9 +464,7 @@ class _Staged:
             file.flush()
         if self.l1:
             for first, entries in _runs(self.l1):
-                place = metadata.header.l1_table_offset + 8 * first
-                metadata.overlap.check_l1(place, 8 * len(entries))
-                file.write(place, pack_table(entries))
+                metadata._write_l1(first, entries)
             file.flush()
 
     def give_back(self, metadata: Metadata) -> None:

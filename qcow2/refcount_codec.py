@@ -10,7 +10,8 @@ import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 __all__ = ["RefcountCodec", "codec_for", "uniform"]
 
@@ -23,9 +24,26 @@ def uniform(values: Any) -> bool:
 class RefcountCodec(ABC):
     """Reads and writes runs of refcounts of one width."""
 
+    byte_order: Literal["big", "little"] = "big"
+    """How bytes, as one integer, have a whole entry in each digit."""
+
     def __init__(self, order: int) -> None:
         self.order = order
         self.max = (1 << (1 << order)) - 1
+
+    def add_packed(self, view: memoryview, deltas: bytes, sign: int) -> bytes | None:
+        """All entries of ``view`` with ``deltas``, laid out alike, added to them (``sign`` -1:
+        taken off); None if one leaves its range."""
+        one = int.from_bytes(view, self.byte_order)
+        two = int.from_bytes(deltas, self.byte_order)
+        total = one + sign * two
+        # Of each digit the top bit of what it passes on to the next: carried, or borrowed.
+        passed = one & two | (one | two) & ~total
+        if sign < 0:
+            passed = ~one & two | (~one | two) & total
+        if passed & _top_bits(len(deltas), self.order):
+            return None
+        return total.to_bytes(len(deltas), self.byte_order)
 
     @abstractmethod
     def load(self, view: memoryview, start: int, count: int) -> Sequence[int]:
@@ -42,6 +60,14 @@ class RefcountCodec(ABC):
     @abstractmethod
     def zero_run(self, view: memoryview, start: int, end: int) -> int:
         """How many refcounts in a row are 0, from ``start`` on and before ``end``."""
+
+
+@lru_cache(maxsize=8)
+def _top_bits(size: int, order: int) -> int:
+    """The highest bit of every entry in ``size`` bytes."""
+    bits = 1 << order
+    ones = ((1 << (8 * size)) - 1) // ((1 << bits) - 1)
+    return ones << (bits - 1)
 
 
 class WideCodec(RefcountCodec):
@@ -87,6 +113,8 @@ class WideCodec(RefcountCodec):
 
 class NarrowCodec(RefcountCodec):
     """1, 2 and 4 bits: a stretch of bytes as one little-endian integer holds entry i at bit i*w."""
+
+    byte_order = "little"
 
     def __init__(self, order: int) -> None:
         super().__init__(order)

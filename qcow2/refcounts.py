@@ -59,8 +59,9 @@ class Refcounts:
         self.cache = cache
         self._codec = codec_for(geometry.refcount_order)
         self._block_bits = geometry.refcount_block_bits
-        slice_bits = cache.slot_bits + 3 - geometry.refcount_order
-        self._slice_entries = 1 << slice_bits
+        self.slice_bits = cache.slot_bits + 3 - geometry.refcount_order
+        """log2 of the refcounts in a slice of the cache."""
+        self._slice_entries = 1 << self.slice_bits
         entries = header.refcount_table_clusters << (geometry.cluster_bits - 3)
         self.table = load_table(file, header.refcount_table_offset, entries)
         """The refcount table; entries are as in the file."""
@@ -189,6 +190,31 @@ class Refcounts:
         if freed and freed[0] < self._hint:
             self._hint = freed[0]
         return freed
+
+    def pack(self, counts: Sequence[int]) -> bytes:
+        """A slice's counts as bytes, for :meth:`add_slice`. Raises ImageError if one is too large.
+
+        They are an array of the refcounts' own width; of bytes, if that is less.
+        """
+        if self._codec.order < 3 and max(counts) > self._codec.max:
+            raise self._out_of_range(0, len(counts), max(counts))
+        packed = bytearray(self.cache.slot_size)
+        self._codec.store(memoryview(packed), 0, counts)
+        return bytes(packed)
+
+    def add_slice(self, number: int, deltas: bytes, sign: int) -> None:
+        """Add packed counts to (``sign`` -1: take them off) slice ``number``: the whole slice, or
+        with an error nothing. None may become free that way."""
+        first = number << self.slice_bits
+        slot, _, _ = self._locate(first)
+        if slot < 0:
+            raise self._out_of_range(first, self._slice_entries, 0)
+        view = self.cache.slice(slot)
+        changed = self._codec.add_packed(view, deltas, sign)
+        if changed is None:
+            raise self._out_of_range(first, self._slice_entries, self._codec.max + 1)
+        self.cache.mark_dirty(slot)
+        view[:] = changed
 
     def _out_of_range(self, cluster: int, count: int, highest: int) -> ImageError:
         message = (

@@ -15,7 +15,7 @@ from .layout import ClusterKind
 from .metadata import Metadata
 from .reading import Reader
 
-__all__ = ["runs"]
+__all__ = ["own_runs", "runs"]
 
 _NORMAL = ClusterKind.NORMAL
 _UNALLOCATED = ClusterKind.UNALLOCATED
@@ -27,7 +27,7 @@ def runs(reader: Reader, offset: int, length: int, depth: int = 0) -> Iterator[R
     as they could be. For standard L2 entries."""
     file = reader.file
     holes = reader.holes
-    for kind, host, start, size in _own_runs(reader.metadata, offset, offset + length):
+    for kind, host, start, size in own_runs(reader.metadata, offset, offset + length):
         if kind is _NORMAL:
             while size:
                 zero, part = holes.look(host, size)
@@ -57,7 +57,7 @@ def _runs_below(reader: Reader, offset: int, length: int, depth: int) -> Iterato
         yield length - there, False, known, False, False, depth, None, None
 
 
-def _own_runs(
+def own_runs(
     metadata: Metadata, offset: int, end: int
 ) -> Iterator[tuple[ClusterKind, int, int, int]]:
     """(kind, host, guest offset, length) of the runs in this layer; ``host`` as Tables.map says."""

@@ -26,6 +26,7 @@ __all__ = [
     "raise_references",
     "read_entries",
     "strip_copied",
+    "strip_tables",
     "update_copied",
     "walk_references",
 ]
@@ -121,21 +122,35 @@ def lower_references(metadata: Metadata, l1: Sequence[int], kind: DiscardKind) -
     walk_references(metadata, l1, lower)
 
 
-def strip_copied(metadata: Metadata) -> None:
-    """Clear the COPIED flag in all of the active L1 and L2 tables (lock held).
+def strip_copied(metadata: Metadata) -> bool:
+    """Clear the COPIED flag in all of the active L1 and L2 tables (lock held); true if there were
+    any.
 
     Changed L2 tables are written straight to the file: an entry without the flag is right at any
     moment. A compressed entry has no such flag, and the bit is clear there too.
     """
+    any_changed = strip_tables(metadata, metadata.tables.l1, active=True)
+    for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
+        if metadata.tables.l1[index] != offset:
+            metadata.tables.set_l1(index, offset)
+            any_changed = True
+    return any_changed
+
+
+def strip_tables(metadata: Metadata, l1: Sequence[int], *, active: bool = False) -> bool:
+    """Clear the COPIED flags in the L2 tables that an L1 table names, in the file (lock held); true
+    if there were any."""
     pattern = (layout.COPIED - 1).to_bytes(8) + b"\xff" * 8 * (metadata.geometry.l2_entry_words - 1)
     mask = int.from_bytes(pattern * (metadata.cluster_size // len(pattern)))
-    for index, offset in list(l2_tables(metadata, metadata.tables.l1)):
+    any_changed = False
+    for _, offset in l2_tables(metadata, l1):
         table = int.from_bytes(metadata.read_l2_table(offset))
         stripped = table & mask
         if stripped != table:
-            metadata.write_l2_table(offset, stripped.to_bytes(metadata.cluster_size))
-        if metadata.tables.l1[index] != offset:
-            metadata.tables.set_l1(index, offset)
+            contents = stripped.to_bytes(metadata.cluster_size)
+            metadata.write_l2_table(offset, contents, active=active)
+            any_changed = True
+    return any_changed
 
 
 def update_copied(metadata: Metadata) -> None:

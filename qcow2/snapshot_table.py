@@ -9,7 +9,7 @@ from ..errors import ImageError
 from . import layout
 from .header import Header
 
-__all__ = ["Snapshot", "TableRepair", "pack_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "TableRepair", "check_l1", "check_size", "pack_snapshots", "read_snapshots"]
 
 
 @dataclass(slots=True)
@@ -66,22 +66,27 @@ class Snapshot:
 
 def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
     """The whole table. Raises ImageError where it exceeds what QEMU reads."""
-    if len(snapshots) > layout.MAX_SNAPSHOTS:
+    table = b"".join(snapshot.pack() for snapshot in snapshots)
+    check_size(len(snapshots), len(table))
+    return table
+
+
+def check_size(count: int, length: int) -> None:
+    """Raise ImageError if QEMU does not read a table of so many snapshots, or bytes."""
+    if count > layout.MAX_SNAPSHOTS:
         raise ImageError(
             "Too many snapshots",
             field="nb_snapshots",
-            value=len(snapshots),
+            value=count,
             limit=layout.MAX_SNAPSHOTS,
         )
-    table = b"".join(snapshot.pack() for snapshot in snapshots)
-    if len(table) > layout.MAX_SNAPSHOT_TABLE_SIZE:
+    if length > layout.MAX_SNAPSHOT_TABLE_SIZE:
         raise ImageError(
             "Snapshot table is too big",
             field="snapshot table",
-            value=len(table),
+            value=length,
             limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
         )
-    return table
 
 
 @dataclass(slots=True)

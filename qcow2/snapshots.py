@@ -3,9 +3,9 @@
 Every change is made beside what is there and switched to by one write into the header's first
 sector, so a cut leaves the state before or the state after, and leaks at worst. The order:
 
-create  COPIED flags off and stable | refcounts up and stable | L1 copy and table stable | header
-apply   refcounts of the snapshot up and stable | its L1 copied, stable | header (size and L1)
-        | refcounts of what was active down and stable | COPIED flags on
+create  COPIED flags off and stable | refcounts up, L1 copy and table, stable | header
+apply   COPIED flags of the snapshot off and stable | its refcounts up, its L1 copied, stable
+        | header (size and L1) | refcounts of what was active down
 delete  table without it stable | header | its refcounts down and stable | COPIED flags on
 """
 
@@ -15,25 +15,29 @@ import errno
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
+from .aside import Base, Draft, locked
 from .data_file import refuse_with_data_file
 from .header import read_header
+from .known_references import KnownReferences
 from .metadata import Metadata
 from .past_end import drop_tables
 from .quarantine import DiscardKind
 from .reading import Reader
 from .refcounts import load_table, pack_table
+from .reference_vector import VectorTooLong
 from .sharing import (
     lower_references,
     raise_references,
     strip_copied,
+    strip_tables,
     update_copied,
 )
-from .snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
+from .snapshot_table import Snapshot, check_l1, check_size, pack_snapshots, read_snapshots
 from .snapshot_view import SnapshotDisk
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -57,6 +61,12 @@ class Snapshots:
         self._views: list[SnapshotDisk] = []
         self._list: list[Snapshot] = []
         self._table_length = 0
+        self._drafts: list[Draft] = []
+        self._base: Base | None = None
+        """The snapshot made last, if made of a draft: the next is likely based on it."""
+        self._active = KnownReferences(metadata)
+        self.tables_written = 0
+        """Bytes of L1 and snapshot tables written so far."""
         metadata.overlap.snapshots = lambda: (self._list, self._table_length)
 
     def load(self) -> None:
@@ -120,11 +130,18 @@ class Snapshots:
             view.close()
 
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
-        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open."""
+        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
+        based on it."""
         for view in self._views:
             if snapshot is None or view.snapshot is snapshot:
                 raise BackendError(
                     errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
+                )
+
+        for draft in self._drafts:
+            if draft.base is not None and not draft.closed and snapshot in (None, draft.base):
+                raise BackendError(
+                    errno.EBUSY, f"a draft is based on the snapshot {draft.base.name!r}"
                 )
 
     def reload(self) -> Callable[[], None]:
@@ -166,13 +183,14 @@ class Snapshots:
         vm_state_size: int = 0,
         icount: int | None = None,
         date: float | None = None,
+        draft: Draft | None = None,
     ) -> Snapshot:
         """Keep the disk as it is now under ``name`` and a new id.
 
         ``vm_clock`` is the guest's run time in nanoseconds, ``date`` seconds since the epoch (now,
         if None). With ``vm_state_size`` (bytes) the snapshot takes the VM state that was written,
-        and the image has none any more. Raises ImageError where a limit of the format is reached;
-        nothing is lost then.
+        and the image has none any more; with ``draft``, too, that is its VM state instead. Raises
+        ImageError where a limit of the format is reached; nothing is lost then.
         """
         self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
@@ -191,31 +209,66 @@ class Snapshots:
         )
         if len(name.encode(errors="surrogateescape")) > 0xFFFF:
             raise ValueError("the name of a snapshot may be 65535 bytes long")
-        with metadata.exclusive():
-            pack_snapshots([*self._list, snapshot])
-            l1 = metadata.tables.l1
+        kept = None
+        with metadata.exclusive(settled=False), ExitStack() as undo:
+            check_size(len(self._list) + 1, self._table_length + 8 + len(snapshot.pack()))
+            used = metadata.geometry.l1_entries(metadata.header.size)
             with metadata.lock:
-                strip_copied(metadata)
-            metadata.settle()
+                stripped = strip_copied(metadata)
+                metadata.write_l1_flags()
+            if stripped:
+                metadata.file.flush()
+            undo.callback(self._restore_copied)
             with metadata.lock:
-                try:
-                    raise_references(metadata, l1)
-                except (ImageError, BackendError):
-                    update_copied(metadata)
-                    raise
+                l1 = metadata.tables.l1 if draft is None else metadata.tables.l1[:used]
+                undo.callback(locked(metadata, self._raise(l1, self._active)))
+                if draft is not None:
+                    l1 = l1 + array("Q", bytes(8 * (used - len(l1)))) + draft.finish(undo)
                 snapshot.l1_size = len(l1)
-                snapshot.l1_table_offset = self._write_table(pack_table(l1))
-            self._replace_list([*self._list, snapshot])
+                snapshot.l1_table_offset = self._write_table(pack_table(l1), undo)
+            self._replace_list([*self._list, snapshot], undo)
+            if draft is not None:
+                kept = draft.kept(snapshot)
             if vm_state_size:
                 # The snapshot has it now. As in QEMU, a failure leaves it here as well.
                 with suppress(BackendError):
-                    used = metadata.geometry.l1_entries(metadata.header.size)
                     drop_tables(metadata, used, DiscardKind.NEVER)
                     metadata.vm_state_end = 0
+            self._base = kept
         return snapshot
 
-    def apply(self, snapshot: str | Snapshot) -> None:
-        """Make the disk what it was when the snapshot was taken, its size included."""
+    def draft(self, base: Snapshot | None = None) -> Draft:
+        """Begin VM state aside: what ``base`` has, or nothing. See :meth:`create`.
+
+        Raises UnsupportedError if what ``base`` has cannot be shared: its disk had another size, or
+        it is spread too far over the file.
+        """
+        self._check_writable("Could not begin a snapshot: -95 (Operation not supported)")
+        metadata, geometry = self._metadata, self._metadata.geometry
+        known = self._base
+        if base is not None and (known is None or known.snapshot is not base):
+            l1 = self.l1_table(self._resolve(base))
+            first = geometry.l1_entries(base.disk_size)
+            with metadata.lock:
+                known = Base.read(metadata, base, l1[first:])
+        if base is not None:
+            self._resolve(base)
+            if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):
+                raise UnsupportedError(
+                    "The VM state of a disk of another size cannot be shared",
+                    feature="shared VM state",
+                )
+        draft = Draft(metadata, known if base is not None else None)
+        self._drafts = [other for other in self._drafts if not other.closed]
+        self._drafts.append(draft)
+        return draft
+
+    def apply(self, snapshot: str | Snapshot, *, vm_state: bool = True) -> None:
+        """Make the disk what it was when the snapshot was taken, its size included.
+
+        ``vm_state``: the VM state is that of the snapshot, as in QEMU; else there is none. What the
+        disk and the snapshot share is not looked at.
+        """
         self._check_writable(
             f"Could not apply snapshot '{snapshot}': -95 (Operation not supported)"
         )
@@ -223,7 +276,7 @@ class Snapshots:
         if self._has_bitmaps():
             raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
         snapshot = self._resolve(snapshot)
-        with metadata.exclusive():
+        with metadata.exclusive(settled=False):
             target = self.l1_table(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
             if 8 * needed > layout.MAX_L1_SIZE:
@@ -232,21 +285,39 @@ class Snapshots:
                     field="snapshot disk_size",
                     value=snapshot.disk_size,
                 )
+            if not vm_state:
+                del target[needed:]
             target.frombytes(bytes(8 * max(0, needed - len(target))))
-            with metadata.lock:
-                raise_references(metadata, target)
-                offset = self._write_table(pack_table(target))
-            metadata.flush_alone()
-            header = metadata.header
-            previous = metadata.tables.l1, header.l1_table_offset, header.l1_size
-            with metadata.lock, metadata.health.step("Applying a snapshot"):
-                metadata.switch_l1(target, offset, snapshot.disk_size)
-                self._lower(*previous)
-            metadata.settle()
-            with metadata.lock:
-                update_copied(metadata)
-            metadata.vm_state_end = snapshot.vm_state_size
+            self._switch_to(target, snapshot.disk_size)
+            metadata.vm_state_end = snapshot.vm_state_size if vm_state else 0
         self._resized(snapshot.disk_size // layout.SECTOR * layout.SECTOR)
+
+    def _switch_to(self, target: array[int], size: int) -> None:
+        """Make ``target``, the L1 table of a snapshot, the active one (exclusively)."""
+        metadata, header = self._metadata, self._metadata.header
+        active, longest = metadata.tables.l1, max(len(target), len(metadata.tables.l1))
+        coming, going = array("Q", bytes(8 * longest)), array("Q", bytes(8 * longest))
+        coming[: len(target)], going[: len(active)] = target, active
+        for index, (new, old) in enumerate(zip(target, active, strict=False)):
+            if new == old & layout.OFFSET_MASK:
+                coming[index] = going[index] = 0
+        if size == header.size and not any(coming) and not any(going):
+            return
+        with ExitStack() as undo:
+            with metadata.lock:
+                # Set when the snapshot was alone with them; from now on it shares them.
+                stripped = strip_tables(metadata, coming)
+            if stripped:
+                metadata.file.flush()
+            with metadata.lock:
+                undo.callback(locked(metadata, self._raise(coming, KnownReferences(metadata))))
+                offset = self._write_table(pack_table(target), undo)
+            metadata.flush_alone()
+            undo.pop_all()
+        previous = header.l1_table_offset, header.l1_size
+        with metadata.lock, metadata.health.step("Applying a snapshot"):
+            metadata.switch_l1(target, offset, size)
+            self._lower(going, *previous)
 
     def delete(self, snapshot: str | Snapshot) -> None:
         """Remove a snapshot and free what only it used.
@@ -285,16 +356,38 @@ class Snapshots:
         l1 = load_table(metadata.file, snapshot.l1_table_offset, snapshot.l1_size)
         return array("Q", [entry & ~layout.COPIED for entry in l1])
 
-    def _write_table(self, contents: bytes) -> int:
+    def _raise(self, l1: array[int], known: KnownReferences) -> Callable[[], None]:
+        """One reference more to all that an L1 table reaches, or an error and nothing (lock held).
+
+        Returns how to take them back.
+        """
+        metadata = self._metadata
+        try:
+            return known.count(l1).raise_refcounts()
+        except VectorTooLong:
+            raise_references(metadata, l1)
+            return lambda: lower_references(metadata, l1, DiscardKind.NEVER)
+
+    def _restore_copied(self) -> None:
+        """A snapshot came to nothing: flags that were taken off for it are set again."""
+        metadata = self._metadata
+        with suppress(BackendError):
+            metadata.settle()
+            with metadata.lock:
+                update_copied(metadata)
+
+    def _write_table(self, contents: bytes, undo: ExitStack) -> int:
         """Write a table into new clusters; its host offset, 0 for an empty one (lock held)."""
         metadata = self._metadata
         if not contents:
             return 0
         count = metadata.geometry.clusters(len(contents))
         first = metadata.refcounts.allocate_contiguous(count)
+        undo.callback(locked(metadata, lambda: metadata.lower(first, count, DiscardKind.OTHER)))
         offset = first << metadata.cluster_bits
         metadata.overlap.check(offset, count << metadata.cluster_bits)
         metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
+        self.tables_written += count << metadata.cluster_bits
         return offset
 
     def _lower(self, l1: array[int], offset: int, size: int) -> None:
@@ -305,13 +398,18 @@ class Snapshots:
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
 
-    def _replace_list(self, snapshots: list[Snapshot]) -> None:
-        """Write a new snapshot table, switch to it, free the old one."""
+    def _replace_list(self, snapshots: list[Snapshot], undo: ExitStack | None = None) -> None:
+        """Write a new snapshot table, switch to it, free the old one.
+
+        ``undo`` is for what came before, and done with when the switch begins.
+        """
         metadata = self._metadata
         table = pack_snapshots(snapshots)
-        with metadata.lock:
-            offset = self._write_table(table)
-        metadata.flush_alone()
+        with undo if undo is not None else ExitStack() as undo:
+            with metadata.lock:
+                offset = self._write_table(table, undo)
+            metadata.flush_alone()
+            undo.pop_all()
         header = metadata.header
         old_offset, old_length = header.snapshots_offset, self._table_length
         with metadata.lock, metadata.health.step("Switching the snapshot table"):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ..backend.buffers import as_views, split
+from ..backend.buffers import as_views, clear, split
 from . import layout, zeroing
 from .layout import ClusterKind
 from .metadata import Metadata
@@ -20,6 +20,7 @@ from .past_end import drop_tables
 from .quarantine import DiscardKind
 from .reading import Reader
 from .resize import grow_l1
+from .runs import own_runs
 from .writing import Writer
 
 if TYPE_CHECKING:
@@ -81,11 +82,43 @@ class VmState:
         views, length = as_views(buffers)
         _check(position, length)
         offset = self.offset + position
+        plain = self._reader.encryption is None and not self._metadata.geometry.extended_l2
+        if self._writer is None and plain and length > self._metadata.cluster_size:
+            self._read_in_order(offset, views, length)
+            return
         while length:
             run = self._reader.read_own_run(offset, views, length)
             views = split(views, run, length - run)
             offset += run
             length -= run
+
+    def _read_in_order(self, offset: int, views: list[memoryview], length: int) -> None:
+        """Read in the order of the file. The clusters of a snapshot are where those were that it
+        shares with, so hardly any follows the one before; but each of the others wrote a row.
+
+        Of a snapshot's view: nothing that is mapped there moves.
+        """
+        stored: list[tuple[int, int, int]] = []
+        for kind, host, start, size in own_runs(self._metadata, offset, offset + length):
+            if kind is ClusterKind.NORMAL:
+                stored.append((host, start - offset, size))
+            elif kind is ClusterKind.COMPRESSED:
+                self._reader.read_own_run(start, split(views, start - offset, size), size)
+            else:
+                clear(split(views, start - offset, size))
+        stored.sort()
+        row: list[memoryview] = []
+        row_start = row_end = 0
+        for host, at, size in stored:
+            if row and host != row_end:
+                self._metadata.data.readv(row_start, row)
+                row = []
+            if not row:
+                row_start = host
+            row += split(views, at, size)
+            row_end = host + size
+        if row:
+            self._metadata.data.readv(row_start, row)
 
     def read(self, position: int, length: int) -> bytes:
         """``length`` bytes from byte ``position`` on."""
