@@ -443,10 +443,11 @@ class Qcow2Disk(Disk):
 
     def _zero_past_end(self, offset: int, length: int) -> None:
         """Make a part of the disk's L1 coverage past its end read as zeroes."""
-        aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
+        unit = self._metadata.geometry.subcluster_size
+        aligned = -(-offset // unit) * unit
         end = offset + length
         if self._header.version >= 3 and aligned < end:
-            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False, backed=True)
+            self._write_zero_clusters(aligned, end - aligned, unmap=False)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
 

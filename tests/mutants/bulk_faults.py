@@ -32,5 +32,6 @@ BULK: list[tuple[str, ...]] = [
     ("qcow2/driver.py", "bitmaps do not hear of a part", "            with self.bitmaps.recording(offset, length):\n                if zeroing.write_zeroes_in_part(", "            if True:\n                if zeroing.write_zeroes_in_part(", PART + "bitmaps_hear_of_it"),
     ("qcow2/driver.py", "what was left behind the end shows", "        if any(data):\n", "        if False:\n", RESIZE + "what_a_cluster_has_behind_the_end_does_not_show"),
     ("qcow2/driver.py", "zeroes behind the end are stored again", "        if any(data):\n", "        if True:\n", RESIZE + "zeroes_behind_the_end_are_not_stored_again"),
+    ("qcow2/driver.py", "growing hides whole clusters alone by zeroes", "        unit = self._metadata.geometry.subcluster_size\n", "        unit = self._metadata.cluster_size\n", RESIZE + "growing_hides_a_longer_backing_file_by_subclusters"),
     ("qcow2/resize.py", "nothing behind the end counts as stored", "            if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):\n", "            if False:\n", RESIZE + "what_a_cluster_has_behind_the_end_does_not_show"),
 ]

@@ -125,6 +125,19 @@ def test_zeroes_behind_the_end_are_not_stored_again() -> None:
     assert [extent.length for extent in disk.extents() if extent.data] == [2048, 2048]
 
 
+def test_growing_hides_a_longer_backing_file_by_subclusters() -> None:
+    below = MemoryDisk(bytearray(b"b" * 131072))
+    named = {"backing_file": "b", "backing_fmt": "raw"}
+    file, disk = new_image(8704, cluster_size=65536, extended_l2=True, **named)
+    disk.close()
+    disk = pyvirtio.open_disk(file, format="qcow2", backing=lambda reference: below)
+    disk.write(0, b"x" * 512)
+    disk.truncate(131072)
+    assert disk.read(0, 131072) == b"x" * 512 + b"b" * 8192 + bytes(131072 - 8704)
+    assert [e.length for e in disk.extents() if e.data and not e.depth] == [2048, 2048]
+    assert disk.check().clean
+
+
 def test_shrinking_cuts_the_file() -> None:
     file = MemoryDisk(growable=True)
     with pyvirtio.create_disk(file, SIZE, preallocation="metadata") as disk:
