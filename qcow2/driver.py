@@ -379,11 +379,16 @@ class Qcow2Disk(Disk):
         )
 
     def amend(
-        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+        self,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        force: bool = False,
+        **options: Any,
     ) -> None:
         """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
 
-        ``progress(done, total)`` is called for each long step.
+        ``progress(done, total)`` is called for each long step. ``force`` allows to change the
+        encryption so that nothing can be read any more.
         """
         amend.amend(
             self._metadata,
@@ -391,6 +396,7 @@ class Qcow2Disk(Disk):
             amend.AmendOptions.of(**options),
             resize=lambda size: self.truncate(size, shrink=True),
             progress=progress,
+            force=force,
         )
 
     def check(self, fix: Fix | None = None) -> CheckResult:

@@ -237,7 +237,8 @@ class Twins:
 
     def _grow(self) -> None:
         old = self.disk.size
-        if self.features.compat == "0.10" and self.features.backing == "longer":
+        below = self.disk.backing
+        if self.features.compat == "0.10" and below is not None and below.size > old:
             return
         size = min(self.largest, old + self.chance.randint(1, old // 2 // SECTOR) * SECTOR)
         if self.both(
