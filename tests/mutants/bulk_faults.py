@@ -33,5 +33,6 @@ BULK: list[tuple[str, ...]] = [
     ("qcow2/driver.py", "what was left behind the end shows", "        if any(data):\n", "        if False:\n", RESIZE + "what_a_cluster_has_behind_the_end_does_not_show"),
     ("qcow2/driver.py", "zeroes behind the end are stored again", "        if any(data):\n", "        if True:\n", RESIZE + "zeroes_behind_the_end_are_not_stored_again"),
     ("qcow2/driver.py", "growing hides whole clusters alone by zeroes", "        unit = self._metadata.geometry.subcluster_size\n", "        unit = self._metadata.cluster_size\n", RESIZE + "growing_hides_a_longer_backing_file_by_subclusters"),
+    ("qcow2/bitmaps.py", "what lies past the end is recorded", "        if offset >= self.disk_size:\n", "        if False:\n", RESIZE + "what_is_hidden_for_growing_is_no_write_for_bitmaps"),
     ("qcow2/resize.py", "nothing behind the end counts as stored", "            if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):\n", "            if False:\n", RESIZE + "what_a_cluster_has_behind_the_end_does_not_show"),
 ]
