@@ -16,7 +16,7 @@ from .check import CheckResult, Fix, check
 from .cleaner import CacheCleaner
 from .compressed_writing import CompressedWriter
 from .corruption import CorruptionError, CorruptionListener
-from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
+from .data_file import data_file_info, open_data_file, resize_data_file
 from .header import Header, read_header
 from .layout import Autoclear, CryptMethod, Incompatible
 from .metadata import Metadata
@@ -314,7 +314,11 @@ class Qcow2Disk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        return not is_raw(self._header) or self._metadata.data.has_zero_init
+        l1 = self._metadata.tables.l1
+        if not l1 or not l1[0]:
+            return True
+        # Preallocated, it may be: then the file's zeroes show, which are not those of a cipher.
+        return self._metadata.encryption is None and self._metadata.data.has_zero_init
 
     @property
     def children(self) -> Mapping[str, Disk]:
@@ -386,11 +390,16 @@ class Qcow2Disk(Disk):
         )
 
     def amend(
-        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+        self,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        force: bool = False,
+        **options: Any,
     ) -> None:
         """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
 
-        ``progress(done, total)`` is called for each long step.
+        ``progress(done, total)`` is called for each long step. ``force`` allows to change the
+        encryption so that nothing can be read any more.
         """
         amend.amend(
             self._metadata,
@@ -398,6 +407,7 @@ class Qcow2Disk(Disk):
             amend.AmendOptions.of(**options),
             resize=lambda size: self.truncate(size, shrink=True),
             progress=progress,
+            force=force,
         )
 
     def check(self, fix: Fix | None = None) -> CheckResult:
@@ -450,10 +460,11 @@ class Qcow2Disk(Disk):
 
     def _zero_past_end(self, offset: int, length: int) -> None:
         """Make a part of the disk's L1 coverage past its end read as zeroes."""
-        aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
+        unit = self._metadata.geometry.subcluster_size
+        aligned = -(-offset // unit) * unit
         end = offset + length
         if self._header.version >= 3 and aligned < end:
-            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False, backed=True)
+            self._write_zero_clusters(aligned, end - aligned, unmap=False)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
 
