@@ -28,7 +28,7 @@ from .registry import PROBE_SIZE, Format, find_format, format_names, formats
 if TYPE_CHECKING:
     from _typeshed import StrPath
 
-__all__ = ["MAX_CHAIN", "FileReference", "Policy", "create_disk", "open_disk"]
+__all__ = ["MAX_CHAIN", "FileReference", "Policy", "as_qemu", "create_disk", "open_disk"]
 
 MAX_CHAIN = 200
 """Files in one backing chain. QEMU has no such limit, and runs out of stack; Python's recursion
@@ -90,7 +90,7 @@ def open_disk(
 
     Raises BackendError, InUseError, ImageError or UnsupportedError, with QEMU's messages.
     """
-    opener = _Opener(backing or _as_qemu, cache, locking, discard, read_only)
+    opener = _Opener(backing or as_qemu, cache, locking, discard, read_only)
     if isinstance(source, Disk):
         return opener.open_image(source, format, options)
     return opener.open_path(_path_of(source), format, options)
@@ -234,7 +234,7 @@ def _raise_prefixed(prefix: str, error: PyvirtioError) -> NoReturn:
 # -- names -----------------------------------------------------------------------------------------
 
 
-def _as_qemu(reference: FileReference) -> str:
+def as_qemu(reference: FileReference) -> str:
     """The default policy: what QEMU would open."""
     name = reference.name
     if not name or "\0" in name:
@@ -293,7 +293,7 @@ def create_disk(
     kind = find_format(format)
     if kind.create is None:
         raise UnsupportedError(f"Format driver '{format}' does not support image creation")
-    opener = _Opener(backing or _as_qemu, cache, locking, discard, read_only=False)
+    opener = _Opener(backing or as_qemu, cache, locking, discard, read_only=False)
     shared = {name: options[name] for name in kind.shared_options if name in options}
     if isinstance(target, Disk):
         kind.create(target, size, **options)
