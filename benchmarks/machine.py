@@ -70,15 +70,12 @@ class Cost:
     writing: float
     flushing: float
     flushes: int
+    tables: float
+    """Refcounts and tables: what is left."""
     dirty: int
     ram: int
     stream: int
     metadata: int
-
-    @property
-    def tables(self) -> float:
-        """Seconds for refcounts and tables: what is left."""
-        return self.total - self.finding - self.writing - self.flushing
 
 
 class Machine:
@@ -122,12 +119,14 @@ class Machine:
         did = self.snapshots.last_save
         assert did is not None
         written = sum(file.written for file in self.files)
+        flushing = sum(file.flushing for file in self.files)
         return Cost(
             total,
             did.finding,
             did.writing,
-            sum(file.flushing for file in self.files),
+            flushing,
             sum(file.flushes for file in self.files),
+            total - did.finding - did.writing - flushing,
             did.pages * PAGE,
             did.ram_bytes,
             did.stream_bytes,

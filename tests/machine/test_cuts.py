@@ -123,7 +123,7 @@ def test_every_snapshot_in_the_list_loads_after_a_cut(
             judged += 1
         else:
             lists = thing.mark
-    assert judged > 50
+    assert judged > 20
 
 
 def test_a_cut_between_two_images_leaves_whole_machine_snapshots(make_toy: Any) -> None:
