@@ -156,23 +156,27 @@ class Disk(ABC):
         """Make ``length`` bytes from ``offset`` on read as zeroes.
 
         The part aligned to ``limits.write_zeroes_alignment`` is done without writing data where
-        the disk can; the rest is written. ``unmap`` allows the space to be given back.
+        the disk can; the rest is written, unless the disk knows better. ``unmap`` allows the space
+        to be given back.
         ``fallback=False`` raises UnsupportedError instead of writing zeroes for the aligned part.
         """
         if self.closed or self.read_only or offset < 0 or length < 0 or offset + length > self.size:
             self._refuse(offset, length, writing=True)
         start, end = self._aligned(offset, length, self.limits.write_zeroes_alignment)
-        if start >= end:
-            self._write_zero_bytes(offset, length)
-            return
-        self._write_zero_bytes(offset, start - offset)
-        try:
-            self._write_zeroes(start, end - start, unmap)
-        except UnsupportedError:
-            if not fallback:
-                raise
-            self._write_zero_bytes(start, end - start)
-        self._write_zero_bytes(end, offset + length - end)
+        stop = offset + length
+        head = min(start, stop)
+        if offset < head:
+            self._write_zeroes_in_part(offset, head - offset, unmap)
+        if start < end:
+            try:
+                self._write_zeroes(start, end - start, unmap)
+            except UnsupportedError:
+                if not fallback:
+                    raise
+                self._write_zero_bytes(start, end - start)
+        tail = max(head, end)
+        if tail < stop:
+            self._write_zeroes_in_part(tail, stop - tail, unmap)
 
     def discard(self, offset: int, length: int) -> None:
         """Say that these bytes are no longer needed: a hint.
@@ -335,6 +339,10 @@ class Disk(ABC):
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Aligned to the limits, but for an end at the end of the disk."""
         raise UnsupportedError(f"{self.format_name}: no zeroes without writing", feature="zeroes")
+
+    def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
+        """A part of what lies between two multiples of ``write_zeroes_alignment``."""
+        self._write_zero_bytes(offset, length)
 
     def _discard(self, offset: int, length: int) -> None:
         """Aligned to the limits, but for an end at the end of the disk."""

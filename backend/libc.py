@@ -1,4 +1,4 @@
-"""The few C library calls that the standard library lacks, by cffi without a compiler."""
+"""The few C library calls that the standard library lacks."""
 
 from __future__ import annotations
 
@@ -25,32 +25,36 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 
 @cache
-def _libc() -> tuple[Any, Any]:
-    """cffi's FFI and the C library's fallocate, set up at the first call."""
-    from cffi import FFI  # costs more than all the rest of opening a disk
+def _fallocate() -> Any:
+    """The C library's fallocate, found at the first call."""
+    # Not by cffi: parsing a declaration there costs more than all the rest of opening a disk.
+    import ctypes
 
-    ffi = FFI()
-    ffi.cdef(
-        """
-        int fallocate(int fd, int mode, int64_t offset, int64_t length);
-        int fallocate64(int fd, int mode, int64_t offset, int64_t length);
-        """
-    )
-    library: Any = ffi.dlopen(None)
+    library = ctypes.CDLL(None, use_errno=True)
     # glibc has both, and on 32-bit machines only the second takes 64-bit offsets; musl has one.
-    return ffi, getattr(library, "fallocate64", None) or library.fallocate
+    function = getattr(library, "fallocate64", None) or library.fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int
+    return function, ctypes.get_errno
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2). Raises OSError; EINTR is retried."""
-    ffi, function = _libc()
+    function, last_error = _fallocate()
     while function(fd, mode, offset, length):
-        number = ffi.errno
+        number = last_error()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
 
 
+@cache
+def _ffi() -> Any:
+    from cffi import FFI
+
+    return FFI()
+
+
 def address_of(buffer: ReadableBuffer) -> int:
     """The address in memory where a contiguous buffer begins."""
-    ffi = _libc()[0]
+    ffi = _ffi()
     return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))

@@ -22,11 +22,20 @@ from .disk import Disk
 from .luks_format import KeySlot, LuksHeader
 from .sector_cipher import SectorCipher
 
-__all__ = ["Luks1", "LuksOptions", "Passphrase", "create_luks1", "passphrase_bytes"]
+__all__ = [
+    "DEFAULT_ITER_TIME",
+    "Luks1",
+    "LuksOptions",
+    "Passphrase",
+    "create_luks1",
+    "passphrase_bytes",
+]
 
 Passphrase = bytes | str | Callable[[], bytes | str]
 """A passphrase (text is encoded as UTF-8), or what asks for it when it is needed."""
 
+DEFAULT_ITER_TIME = 2000
+"""Milliseconds that trying a passphrase shall take (QEMU)."""
 _MIN_ITERATIONS = 1000  # QEMU
 _BENCHMARK_NS = 20_000_000
 """Time that a measurement takes at least."""
@@ -47,7 +56,7 @@ class LuksOptions:
     ivgen_alg: str = "plain64"
     ivgen_hash_alg: str | None = None
     hash_alg: str = "sha256"
-    iter_time: int = 2000
+    iter_time: int = DEFAULT_ITER_TIME
     """Milliseconds that trying a passphrase shall take on this machine."""
 
     def header(self) -> LuksHeader:
@@ -157,7 +166,7 @@ class Luks1:
         passphrase: bytes,
         *,
         slot: int | None = None,
-        iter_time: int = 2000,
+        iter_time: int = DEFAULT_ITER_TIME,
         force: bool = False,
     ) -> int:
         """Have ``passphrase`` open the volume, too; returns the number of its slot.

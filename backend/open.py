@@ -23,7 +23,7 @@ from ..errors import (
 )
 from .disk import Disk
 from .file import CacheMode, DiscardMode, FileDisk, file_identity
-from .registry import PROBE_SIZE, Format, find_format, format_names, formats
+from .registry import CERTAIN, PROBE_SIZE, Format, find_format, formats
 
 if TYPE_CHECKING:
     from _typeshed import StrPath
@@ -180,10 +180,11 @@ class _Opener:
             path = os.fsdecode(decision)
             if reference.role == "data-file":  # QEMU opens this as a bare file, too
                 return self.open_file(path)
-            if reference.format is not None and reference.format not in format_names():
-                raise UnsupportedError(
-                    f"Unknown driver '{reference.format}'", feature=reference.format
-                )
+            if reference.format is not None:
+                try:
+                    find_format(reference.format)
+                except ValueError as error:
+                    raise UnsupportedError(str(error), feature=reference.format) from None
             return replace(self, read_only=True).open_path(path, reference.format, {})
         except RecursionError:
             if self.depth > 1:
@@ -210,7 +211,16 @@ class _Opener:
 def probe(file: Disk) -> Format:
     """The format of the image in ``file``: the one that is surest of its first bytes."""
     start = file.read(0, min(PROBE_SIZE, file.size))
-    return max(formats(), key=lambda kind: kind.probe(start))
+    best, sure = None, -1
+    for kind in formats():
+        certainty = kind.probe(start)
+        if certainty > sure:
+            best, sure = kind, certainty
+        if sure >= CERTAIN:
+            break  # others are not even looked for
+    if best is None:
+        raise UnsupportedError("No image format is registered")
+    return best
 
 
 def _raise_prefixed(prefix: str, error: PyvirtioError) -> NoReturn:

@@ -15,6 +15,7 @@ from importlib import import_module
 from .disk import Disk
 
 __all__ = [
+    "CERTAIN",
     "PROBE_SIZE",
     "Format",
     "Measurement",
@@ -26,6 +27,9 @@ __all__ = [
 
 PROBE_SIZE = 2048
 """Bytes at the start of a file that a probe may look at (QEMU's ``BLOCK_PROBE_BUF_SIZE``)."""
+
+CERTAIN = 100
+"""What a probe says of a file that is its own beyond doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Format:
     name: str
     """QEMU's name for it (``qcow2``, ``raw``)."""
     probe: Callable[[bytes], int]
-    """How sure the format is, 0 to 100, that a file which starts with these bytes is its own."""
+    """How sure the format is, 0 to CERTAIN, that a file starting with these bytes is its own."""
     open: Callable[..., Disk]
     """``open(file, *, read_only, policy, **options) -> Disk``: owns ``file`` once it succeeded."""
     create: Callable[..., None] | None = None
@@ -83,7 +87,8 @@ def format_names() -> list[str]:
 
 def find_format(name: str) -> Format:
     """The format of that name. Raises ValueError (QEMU's text) if there is none."""
-    _register_entry_points()
+    if name not in _loaders:
+        _register_entry_points()
     try:
         loader = _loaders[name]
     except KeyError:
@@ -92,6 +97,10 @@ def find_format(name: str) -> Format:
 
 
 def formats() -> Iterator[Format]:
-    """All formats."""
-    for name in format_names():
+    """All formats: first those that are registered here, then those of others."""
+    known = sorted(_loaders)
+    for name in known:
         yield _loaders[name]()
+    for name in format_names():
+        if name not in known:
+            yield _loaders[name]()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from .create import CreateOptions
@@ -14,6 +14,9 @@ from .metadata import Metadata
 from .refcount_width import change_refcount_width
 from .snapshots import Snapshots
 from .zero_expansion import expand_zero_clusters
+
+if TYPE_CHECKING:
+    from ..backend.luks1 import Passphrase
 
 __all__ = ["AmendOptions", "amend"]
 
@@ -35,7 +38,28 @@ class AmendOptions:
     backing_fmt: str | None = None
     lazy_refcounts: bool | None = None
     refcount_bits: int | None = None
+    data_file: str | None = None
+    """The data file's name to be stored; an empty one for none."""
     data_file_raw: bool | None = None
+    encrypt_state: str | None = None
+    """``active`` or ``inactive``: what happens to key slots; for the rest see
+    :meth:`Encryption.amend`."""
+    encrypt_keyslot: int | None = None
+    encrypt_old_secret: Passphrase | None = field(default=None, repr=False)
+    encrypt_new_secret: Passphrase | None = field(default=None, repr=False)
+    encrypt_iter_time: int | None = None
+
+    @property
+    def encryption(self) -> dict[str, Any]:
+        """What concerns the encryption, if anything does: the arguments of Encryption.amend."""
+        named = {
+            "state": self.encrypt_state,
+            "slot": self.encrypt_keyslot,
+            "old_secret": self.encrypt_old_secret,
+            "new_secret": self.encrypt_new_secret,
+            "iter_time": self.encrypt_iter_time,
+        }
+        return named if any(value is not None for value in named.values()) else {}
 
     @classmethod
     def of(cls, **options: Any) -> AmendOptions:
@@ -57,8 +81,10 @@ def amend(
     *,
     resize: Callable[[int], None],
     progress: Progress,
+    force: bool = False,
 ) -> None:
-    """Change what ``options`` name, in QEMU's order; ``resize(size)`` changes the disk's size.
+    """Change what ``options`` name, in QEMU's order; ``resize(size)`` changes the disk's size, and
+    ``force`` allows to change the encryption so that nothing can be read any more.
 
     ``progress(done, total)`` is called for each long step, from 0 to its total. Raises ValueError,
     UnsupportedError or ImageError with QEMU's texts before anything changes, but where a refcount
@@ -68,6 +94,8 @@ def amend(
     header = metadata.header
     version = header.version if options.compat is None else _version(options.compat)
     _check(metadata, snapshots, options, version)
+    if options.encryption and metadata.encryption is not None:
+        metadata.encryption.amend(**options.encryption, force=force)
     with metadata.exclusive():
         if version > header.version:
             _upgrade(metadata, snapshots)
@@ -77,6 +105,8 @@ def amend(
         if options.data_file_raw is False and header.autoclear_features & Autoclear.RAW_DATA:
             kept = header.autoclear_features & ~Autoclear.RAW_DATA
             update_header(metadata, autoclear_features=kept)
+        if options.data_file is not None:
+            update_header(metadata, data_file=options.data_file or None)
         if options.backing_file is not None or options.backing_fmt is not None:
             _change_backing_file(metadata, options)
         if options.lazy_refcounts is not None and header.version >= 3:
@@ -99,6 +129,10 @@ def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, vers
     header = metadata.header
     if options.data_file_raw and not header.autoclear_features & Autoclear.RAW_DATA:
         raise ValueError("data-file-raw cannot be set on existing images")
+    if options.data_file is not None and not header.incompatible_features & Incompatible.DATA_FILE:
+        raise ValueError("data-file can only be set for images that use an external data file")
+    if options.encryption and metadata.encryption is None:
+        raise ValueError("Can't amend encryption options - encryption not present")
     bits = options.refcount_bits
     if bits is not None:
         if not 1 <= bits <= 64 or bits & (bits - 1):

@@ -361,6 +361,8 @@ class Bitmaps:
 
     def record(self, offset: int, length: int) -> None:
         """The disk's contents have changed."""
+        if offset >= self.disk_size:
+            return  # what is hidden before the disk grows was none of its contents
         with self.lock:
             for bitmap in self._enabled:
                 shift = bitmap.granularity_bits

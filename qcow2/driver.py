@@ -264,6 +264,19 @@ class Qcow2Disk(Disk):
                 self._write_zero_bytes(offset, stop - offset)
             offset = stop
 
+    def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
+        backed = self._header.backing_file is not None
+        try:
+            with self.bitmaps.recording(offset, length):
+                if zeroing.write_zeroes_in_part(
+                    self.reader, offset, length, unmap=unmap, backed=backed
+                ):
+                    return
+        except CorruptionError as error:
+            _report(error)
+            raise
+        self._write_zero_bytes(offset, length)
+
     def _discard(self, offset: int, length: int) -> None:
         backed = self._header.backing_file is not None
         keep = self._options.discard_no_unref
@@ -366,11 +379,16 @@ class Qcow2Disk(Disk):
         )
 
     def amend(
-        self, *, progress: Callable[[int, int], None] = lambda done, total: None, **options: Any
+        self,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        force: bool = False,
+        **options: Any,
     ) -> None:
         """Change options of the image, as ``qemu-img amend`` does; they are AmendOptions'.
 
-        ``progress(done, total)`` is called for each long step.
+        ``progress(done, total)`` is called for each long step. ``force`` allows to change the
+        encryption so that nothing can be read any more.
         """
         amend.amend(
             self._metadata,
@@ -378,6 +396,7 @@ class Qcow2Disk(Disk):
             amend.AmendOptions.of(**options),
             resize=lambda size: self.truncate(size, shrink=True),
             progress=progress,
+            force=force,
         )
 
     def check(self, fix: Fix | None = None) -> CheckResult:
@@ -420,6 +439,7 @@ class Qcow2Disk(Disk):
             preallocation,
             backing_size=0 if backing is None else backing.size,
             hide=self._zero_past_end,
+            hide_stored=self._zero_stored_past_end,
         )
         if size < old_size:
             resize_data_file(metadata, old_size, size, "off")
@@ -429,12 +449,19 @@ class Qcow2Disk(Disk):
 
     def _zero_past_end(self, offset: int, length: int) -> None:
         """Make a part of the disk's L1 coverage past its end read as zeroes."""
-        aligned = -(-offset // self._metadata.cluster_size) * self._metadata.cluster_size
+        unit = self._metadata.geometry.subcluster_size
+        aligned = -(-offset // unit) * unit
         end = offset + length
         if self._header.version >= 3 and aligned < end:
-            zeroing.write_zeroes(self._metadata, aligned, end - aligned, unmap=False, backed=True)
+            self._write_zero_clusters(aligned, end - aligned, unmap=False)
             end = aligned
         self._write_zero_bytes(offset, end - offset)
+
+    def _zero_stored_past_end(self, offset: int, length: int) -> None:
+        data = bytearray(length)
+        self._readv(offset, [memoryview(data)], length)
+        if any(data):
+            self._zero_past_end(offset, length)
 
     def reopen(self, *, read_only: bool) -> None:
         """Change between read-only and read-write, the file below included.

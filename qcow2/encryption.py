@@ -13,7 +13,14 @@ from typing import Any
 
 from ..backend.buffers import copy_in, gather, split
 from ..backend.disk import Disk
-from ..backend.luks1 import Luks1, LuksOptions, Passphrase, create_luks1, passphrase_bytes
+from ..backend.luks1 import (
+    DEFAULT_ITER_TIME,
+    Luks1,
+    LuksOptions,
+    Passphrase,
+    create_luks1,
+    passphrase_bytes,
+)
 from ..backend.sector_cipher import SECTOR, SectorCipher
 from ..errors import ImageError, PassphraseError
 from .encryption_options import EncryptionOptions
@@ -84,7 +91,7 @@ class Encryption:
         passphrase: Passphrase,
         *,
         slot: int | None = None,
-        iter_time: int = 2000,
+        iter_time: int = DEFAULT_ITER_TIME,
         force: bool = False,
     ) -> int:
         """Have another passphrase open a LUKS image; see :meth:`Luks1.add_key`."""
@@ -100,6 +107,40 @@ class Encryption:
         luks = self._amendable()
         secret = None if passphrase is None else passphrase_bytes(passphrase)
         return luks.erase_key(slot=slot, passphrase=secret, force=force)
+
+    def amend(
+        self,
+        state: str | None,
+        *,
+        slot: int | None = None,
+        old_secret: Passphrase | None = None,
+        new_secret: Passphrase | None = None,
+        iter_time: int | None = None,
+        force: bool = False,
+    ) -> None:
+        """Change key slots as ``qemu-img amend -o encrypt.*`` names them: ``state`` ``active`` adds
+        ``new_secret``, ``inactive`` erases a slot, or all that ``old_secret`` opens.
+
+        ``force`` allows what can lose the volume. Raises ValueError with QEMU's texts.
+        """
+        self._amendable()
+        if state is None:
+            raise ValueError("Parameter 'state' is missing")
+        if state == "active":
+            if new_secret is None:
+                raise ValueError("'new-secret' is required to activate a keyslot")
+            if old_secret is not None:
+                raise ValueError("'old-secret' must not be given when activating keyslots")
+            milliseconds = DEFAULT_ITER_TIME if iter_time is None else iter_time
+            self.add_key(new_secret, slot=slot, iter_time=milliseconds, force=force)
+        elif state == "inactive":
+            if new_secret is not None:
+                raise ValueError("'new-secret' must not be given when erasing keyslots")
+            if iter_time is not None:
+                raise ValueError("'iter-time' must not be given when erasing keyslots")
+            self.erase_key(slot=slot, passphrase=old_secret, force=force)
+        else:
+            raise ValueError(f"Parameter 'state' does not accept value '{state}'")
 
     def _amendable(self) -> Luks1:
         self._check_writable()

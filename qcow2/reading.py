@@ -256,12 +256,16 @@ class Reader:
             return False
         if self.backing is None or offset >= self.backing.size:
             return True
-        there = min(self.backing.size - offset, length)
+        end = min(self.backing.size, offset + length)
         try:
-            extent = self.backing.block_status(offset, there)
+            while offset < end:
+                extent = self.backing.block_status(offset, end - offset)
+                if not extent.zero:
+                    return False
+                offset += extent.length
         except BackendError:
             return False
-        return extent.zero and extent.length == there
+        return True
 
 
 def _reader_of(disk: Disk | None) -> Reader | None:

@@ -33,10 +33,12 @@ def truncate(
     *,
     backing_size: int,
     hide: Callable[[int, int], None],
+    hide_stored: Callable[[int, int], None],
 ) -> None:
     """Make ``size`` bytes the disk's size.
 
-    ``hide(offset, length)`` makes a part of the disk past its end read as zeroes, by requests.
+    ``hide(offset, length)`` makes a part of the disk past its end read as zeroes, by requests;
+    ``hide_stored`` does so if it does not yet.
     Raises ValueError, UnsupportedError or BackendError with QEMU's texts; the size is the old one
     then.
     """
@@ -54,7 +56,7 @@ def truncate(
             raise ValueError("Preallocation can't be used for shrinking an image")
         _shrink(metadata, size)
     elif size > old:
-        _grow(metadata, size, preallocation, backing_size, hide)
+        _grow(metadata, size, preallocation, backing_size, hide, hide_stored)
 
 
 def _grow(
@@ -63,19 +65,17 @@ def _grow(
     preallocation: str,
     backing_size: int,
     hide: Callable[[int, int], None],
+    hide_stored: Callable[[int, int], None],
 ) -> None:
     old = metadata.header.size
     with metadata.exclusive():
         drop_past_end(metadata, old)
         grow_l1(metadata, metadata.geometry.l1_entries(size))
         partial = min(size, metadata.geometry.clusters(old) << metadata.cluster_bits) - old
-        kind = ClusterKind.UNALLOCATED
-        if partial:
-            with metadata.lock:
-                kind = metadata.tables.map(old, partial)[0]
+        stored = _stored_runs(metadata, old, old + partial)
     # What the cluster with the old end holds behind it, and what the backing file has there.
-    if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):
-        hide(old, partial)
+    for at, length in stored:
+        hide_stored(at, length)
     if backing_size > old:
         hide(old, min(size, backing_size) - old)
     if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
@@ -84,6 +84,18 @@ def _grow(
         if metadata.data_file is None and preallocation != "off":
             preallocate(metadata, old, size, preallocation)
         set_size(metadata, size)
+
+
+def _stored_runs(metadata: Metadata, start: int, end: int) -> list[tuple[int, int]]:
+    """(guest offset, bytes) of what one cluster stores from ``start`` on and before ``end``."""
+    runs = []
+    with metadata.lock:
+        while start < end:
+            kind, _, length = metadata.tables.map(start, end - start)
+            if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):
+                runs.append((start, length))
+            start += length
+    return runs
 
 
 def grow_l1(metadata: Metadata, entries: int) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 from ..errors import BackendError, ImageError
 from . import layout
+from .counts import ClusterCounts
 from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcount_codec import uniform
 from .refcounts import pack_table
-from .tally import CHUNK_BITS, Tally, decode, progression
+from .tally import WINDOW, Tally, decode, every_entry, host_clusters, progression
 
 __all__ = [
     "l2_tables",
@@ -29,7 +31,9 @@ __all__ = [
     "walk_references",
 ]
 
-_MASK = (1 << CHUNK_BITS) - 1
+_CHUNK_BITS = 14
+_CHUNK = 1 << _CHUNK_BITS
+_FLAGS = bytes([0, layout.COPIED >> 56]) + bytes(254)
 
 
 def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -74,8 +78,7 @@ def walk_references(
     """Call ``action(first cluster, counts)`` for all that an L1 table reaches: its L2 tables and
     what they refer to; ``counts[i]`` is how often ``first + i`` is (lock held).
 
-    The pieces lie within one slice of the refcounts each. A cluster may come up again, and two
-    walks over the same tables give the same pieces.
+    The pieces lie within one slice of the refcounts each. A cluster may come up again.
     """
 
     def in_slices(first: int, counts: Sequence[int]) -> None:
@@ -96,23 +99,17 @@ def raise_references(metadata: Metadata, l1: Sequence[int]) -> None:
 
     Raises ImageError where a refcount has reached what its width can hold.
     """
-    done = 0
+    done: list[tuple[int, Sequence[int]]] = []  # about a byte for each cluster
 
     def add(first: int, counts: Sequence[int]) -> None:
-        nonlocal done
         metadata.refcounts.add_each(first, counts)
-        done += 1
-
-    def take_back(first: int, counts: Sequence[int]) -> None:
-        nonlocal done
-        if done:
-            metadata.refcounts.add_each(first, [-count for count in counts])
-            done -= 1
+        done.append((first, counts))
 
     try:
         walk_references(metadata, l1, add)
     except (ImageError, BackendError):
-        walk_references(metadata, l1, take_back)
+        for first, counts in reversed(done):
+            metadata.refcounts.add_each(first, [-count for count in counts])
         raise
 
 
@@ -161,8 +158,12 @@ def update_copied(metadata: Metadata) -> None:
 
     The refcounts must be on stable storage: a flag may only be set where the count is 1 for sure.
     """
+    with closing(_Singles(metadata)) as singles:
+        _update_copied(metadata, singles)
+
+
+def _update_copied(metadata: Metadata, singles: _Singles) -> None:
     tables, bits = metadata.tables, metadata.cluster_bits
-    singles = _Singles(metadata)
     for index, offset in list(l2_tables(metadata, tables.l1)):
         table = read_plain(metadata, offset)
         changed = _flagged(metadata, table, singles)
@@ -183,52 +184,65 @@ def _flagged(metadata: Metadata, table: bytes, singles: _Singles) -> bytes:
         if found == (b"\1" if run[0] & copied else b"\0") * run[1]:
             return table
         if found == b"\1" * run[1]:
-            flags = int.from_bytes(copied.to_bytes(8) * run[1])
-            return (int.from_bytes(table) | flags).to_bytes(len(table))
+            everywhere = every_entry(copied, run[1])
+            return (int.from_bytes(table) | everywhere).to_bytes(len(table))
     if not any(table):
         return table
-    entries = decode(table)
-    changed = entries[:]
-    get, load = singles.chunks.get, singles.chunk
-    for i, entry in enumerate(entries):
-        if entry & mask and not entry & layout.COMPRESSED:
-            cluster = (entry & mask) >> bits
-            chunk = get(cluster >> CHUNK_BITS) or load(cluster >> CHUNK_BITS)
-            changed[i] = entry | copied if chunk[cluster & _MASK] else entry & ~copied
-    return pack_table(changed)
+    if int.from_bytes(table) & every_entry(layout.COMPRESSED, len(table) // 8):
+        entries = decode(table)
+        clusters = array("Q", [0 if e & layout.COMPRESSED else (e & mask) >> bits for e in entries])
+    else:
+        clusters = host_clusters(table, bits)
+    flags = bytearray(len(table))
+    flags[::8] = singles.each(clusters).translate(_FLAGS)
+    rest = int.from_bytes(table) & every_entry(copied - 1, len(table) // 8)
+    return (rest | int.from_bytes(flags)).to_bytes(len(table))
 
 
 class _Singles:
-    """Which clusters have a refcount of exactly 1: a byte for each, in chunks."""
-
-    _MAX_CHUNKS = 4096
+    """Which clusters have a refcount of exactly 1: a byte for each, looked up in chunks."""
 
     def __init__(self, metadata: Metadata) -> None:
         self._refcounts = metadata.refcounts
-        self.chunks: dict[int, bytes] = {}
+        self._counts = ClusterCounts(WINDOW)
+        self._known = bytearray(WINDOW >> _CHUNK_BITS)
+        """1 for each chunk of the window that has been looked up."""
 
-    def chunk(self, number: int) -> bytes:
-        """The bytes of one chunk."""
-        chunk = self.chunks.get(number)
-        if chunk is None:
-            if len(self.chunks) >= self._MAX_CHUNKS:
-                self.chunks.clear()
-            parts = []
-            for values in self._refcounts.counts(number << CHUNK_BITS, 1 << CHUNK_BITS):
-                if uniform(values):
-                    parts.append((b"\1" if values[0] == 1 else b"\0") * len(values))
-                else:
-                    parts.append(bytes(map((1).__eq__, values)))
-            chunk = self.chunks[number] = b"".join(parts)
-        return chunk
+    def close(self) -> None:
+        """Give the memory back."""
+        self._counts.close()
+
+    def _look_up(self, number: int) -> None:
+        """Have the bytes of one chunk of the window."""
+        if not self._known[number]:
+            start = number << _CHUNK_BITS
+            self._counts.bytes[start : start + _CHUNK] = self._ask(start, _CHUNK)
+            self._counts.bytes[0] = 0  # an entry with that number refers to nothing
+            self._known[number] = 1
+
+    def _ask(self, first: int, count: int) -> bytes:
+        parts = []
+        for values in self._refcounts.counts(first, count):
+            if uniform(values):
+                parts.append((b"\1" if values[0] == 1 else b"\0") * len(values))
+            else:
+                parts.append(bytes(map((1).__eq__, values)))
+        return b"".join(parts)
 
     def run(self, first: int, count: int) -> bytes:
         """The bytes of a run of clusters."""
-        found = b""
-        while count > 0:
-            start = first & _MASK
-            part = min(count, _MASK + 1 - start)
-            found += self.chunk(first >> CHUNK_BITS)[start : start + part]
-            first += part
-            count -= part
-        return found
+        if first + count > WINDOW:
+            return self._ask(first, count)
+        for number in range(first >> _CHUNK_BITS, (first + count - 1 >> _CHUNK_BITS) + 1):
+            self._look_up(number)
+        return self._counts.bytes[first : first + count]
+
+    def each(self, clusters: array[int]) -> bytes:
+        """A byte for each of the clusters named; 0 for number 0."""
+        first, last = min(filter(None, clusters), default=0), max(clusters)
+        if last < WINDOW:
+            if self._known.find(0, first >> _CHUNK_BITS, (last >> _CHUNK_BITS) + 1) >= 0:
+                for number in {cluster >> _CHUNK_BITS for cluster in clusters}:
+                    self._look_up(number)
+            return bytes(map(self._counts.bytes.__getitem__, clusters))
+        return bytes(c > 0 and self._refcounts.get(c) == 1 for c in clusters)

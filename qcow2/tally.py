@@ -1,8 +1,9 @@
 """Counting references in bulk: how often each host cluster is referred to, a table at a time.
 
-A tally holds one number per host cluster in chunks, so that a million references cost a few
-megabytes and no Python object each. Tables whose clusters follow each other in the file (the usual
-case) are counted as one run.
+A tally holds a byte for each host cluster in memory that is mapped where it is touched, so a
+million references cost a megabyte and no Python object each. Entries of a table are taken apart as
+one large integer, all at once; tables whose clusters follow each other in the file (the usual case)
+are counted as one run.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 
 from . import layout
+from .counts import MANY, ClusterCounts
 from .geometry import Geometry
+from .quarantine import merge_runs
+from .refcounts import pack_table
 
-__all__ = ["CHUNK_BITS", "Tally", "decode", "progression"]
+__all__ = ["WINDOW", "Tally", "decode", "every_entry", "host_clusters", "progression"]
 
-CHUNK_BITS = 14
-_CHUNK = 1 << CHUNK_BITS
-_MASK = _CHUNK - 1
-_MAX_CHUNKS = 512
-"""Held at a time: 64 MiB."""
+WINDOW = 1 << 26
+"""Host clusters from the start of the file that have a byte each: 64 MiB if all are touched."""
+_PIECE = 1 << 14
+"""Clusters handed on at once."""
+_MAX_OUTSIDE = 1 << 16
+"""Clusters behind the window, or with many references, that are held at a time."""
 _SWAP = sys.byteorder == "little"
 
 
@@ -56,51 +62,60 @@ def progression(table: bytes, step: int) -> tuple[int, int] | None:
     return (first, count) if int.from_bytes(table) == first * ones + ramp else None
 
 
+@lru_cache(maxsize=16)
+def every_entry(mask: int, count: int) -> int:
+    """``mask`` in each of ``count`` entries of a table taken as one large integer."""
+    return int.from_bytes(mask.to_bytes(8) * count)
+
+
+def host_clusters(table: bytes, bits: int) -> array[int]:
+    """The number of the host cluster that each standard L2 entry names, 0 for none.
+
+    Compressed entries (``every_entry(layout.COMPRESSED, …)``) must not be among them.
+    """
+    mask = every_entry(layout.OFFSET_MASK & -(1 << bits), len(table) // 8)
+    return decode(((int.from_bytes(table) & mask) >> bits).to_bytes(len(table)))
+
+
 class Tally:
     """References to host clusters, handed on when they are many, and at the end.
 
     ``action(first, counts)`` gets ``counts[i]`` references to cluster ``first + i``. A cluster may
-    come up more than once. The same references always come in the same pieces.
+    come up more than once.
     """
 
     def __init__(self, geometry: Geometry, action: Callable[[int, Sequence[int]], None]) -> None:
         self._geometry = geometry
         self._action = action
-        self._chunks: dict[int, array[int]] = {}
-        self._zeroes = array("Q", bytes(8 * _CHUNK))
+        self._start()
+
+    def _start(self) -> None:
+        self._counts = ClusterCounts(WINDOW)
+        self._end = 0
+        """No cluster of the window from this one on has a count."""
 
     def finish(self) -> None:
         """Hand on what has been counted, in order of the file."""
-        for number in sorted(self._chunks):
-            counts = self._chunks[number]
-            data = counts.tobytes()
-            end = len(data.rstrip(b"\0")) + 7 >> 3
-            start = len(data) - len(data.lstrip(b"\0")) >> 3
-            if start < end:
-                self._action((number << CHUNK_BITS) + start, counts[start:end])
-        self._chunks.clear()
-
-    def _chunk(self, number: int) -> array[int]:
-        chunk = self._chunks.get(number)
-        if chunk is None:
-            if len(self._chunks) >= _MAX_CHUNKS:
-                self.finish()
-            chunk = self._chunks[number] = self._zeroes[:]
-        return chunk
+        counts, end = self._counts, min(self._end, WINDOW)
+        self._start()
+        for start in range(0, end, _PIECE):
+            data = counts.piece(start, min(start + _PIECE, end)).rstrip(b"\0")
+            piece = data.lstrip(b"\0")
+            first = start + len(data) - len(piece)
+            if MANY in piece:
+                self._action(first, [counts[first + i] for i in range(len(piece))])
+            elif piece:
+                self._action(first, piece)
+        for first, length in merge_runs(c for c in counts.many if c >= WINDOW):
+            self._action(first, [counts[first + i] for i in range(length)])
+        counts.close()
 
     def add_run(self, first: int, count: int, times: int = 1) -> None:
         """``times`` references more to each of ``count`` clusters."""
-        while count > 0:
-            start = first & _MASK
-            part = min(count, _CHUNK - start)
-            chunk = self._chunk(first >> CHUNK_BITS)
-            old = chunk[start : start + part]
-            if old == self._zeroes[:part]:
-                chunk[start : start + part] = array("Q", [times]) * part
-            else:
-                chunk[start : start + part] = array("Q", [value + times for value in old])
-            first += part
-            count -= part
+        self._counts.add_run(first, count, times)
+        self._end = max(self._end, first + count)
+        if len(self._counts.many) > _MAX_OUTSIDE:
+            self.finish()
 
     def add_table(self, table: bytes, times: int = 1) -> None:
         """``times`` references more to all that the standard L2 entries of a table refer to."""
@@ -113,20 +128,28 @@ class Tally:
                 return
         if not any(table):
             return
-        mask, compressed = layout.OFFSET_MASK, layout.COMPRESSED
-        entries = decode(table)
-        clusters = [(e & mask) >> bits for e in entries if e & mask and not e & compressed]
-        for entry in entries:
-            if entry & compressed:
-                offset, length = self._geometry.compressed_extent(entry)
-                clusters += range(offset >> bits, (offset + length - 1 >> bits) + 1)
-        self.add_clusters(clusters, times)
+        compressed = layout.COMPRESSED
+        if int.from_bytes(table) & every_entry(compressed, len(table) // 8):
+            entries = decode(table)
+            self._add_compressed([e for e in entries if e & compressed], times)
+            table = pack_table([0 if e & compressed else e for e in entries])
+        self.add_clusters([*filter(None, host_clusters(table, bits))], times)
+
+    def _add_compressed(self, entries: Sequence[int], times: int) -> None:
+        """``times`` references more to the clusters in which compressed data lie."""
+        geometry, bits = self._geometry, self._geometry.cluster_bits
+        extents = list(map(geometry.compressed_extent, entries))
+        first = [offset >> bits for offset, _ in extents]
+        last = [offset + length - 1 >> bits for offset, length in extents]
+        self.add_clusters(first, times)
+        more = [range(a + 1, b + 1) for a, b in zip(first, last, strict=True) if a != b]
+        self.add_clusters([*chain.from_iterable(more)], times)
 
     def add_clusters(self, clusters: Sequence[int], times: int = 1) -> None:
         """``times`` references more to each cluster named, as often as it is."""
-        get = self._chunks.get
-        for cluster in clusters:
-            chunk = get(cluster >> CHUNK_BITS)
-            if chunk is None:
-                chunk = self._chunk(cluster >> CHUNK_BITS)
-            chunk[cluster & _MASK] += times
+        counts = self._counts
+        for cluster in counts.add_each(clusters, times):
+            counts[cluster] += times
+        self._end = max(self._end, max(clusters, default=-1) + 1)
+        if len(counts.many) > _MAX_OUTSIDE:
+            self.finish()

@@ -11,10 +11,11 @@ from .data_file import zero_data_file
 from .layout import ClusterKind
 from .metadata import Metadata
 from .quarantine import DiscardKind, merge_runs
+from .reading import Reader
 from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
-__all__ = ["discard", "write_zeroes"]
+__all__ = ["discard", "write_zeroes", "write_zeroes_in_part"]
 
 _LOW = (1 << 64) - 1
 _ALL_ZEROES = layout.ALL_ZEROES << 64
@@ -39,6 +40,13 @@ def write_zeroes(
         )
     zero_data_file(metadata, offset, length, unmap=unmap)
 
+    zeroed = _zeroed(metadata, offset, length, unmap=unmap)
+    _replace_entries(metadata, offset, length, zeroed)
+
+
+def _zeroed(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> Callable[[int], int]:
+    """What an L2 entry of these guest bytes is to be replaced by."""
+
     def replace(entry: int) -> int:
         kind = entry_kind(entry)
         if kind is ClusterKind.COMPRESSED or (unmap and kind is not ClusterKind.UNALLOCATED):
@@ -62,8 +70,70 @@ def write_zeroes(
     if metadata.geometry.extended_l2:
         at_end = offset + length >= metadata.header.size
         whole = not within and (at_end or end % layout.SUBCLUSTERS == 0)
-        replace = replace_extended if whole else replace_part
-    _replace_entries(metadata, offset, length, replace)
+        return replace_extended if whole else replace_part
+    return replace
+
+
+class _Changed(Exception):
+    """Somebody else has changed an L2 entry since it was looked at."""
+
+
+def write_zeroes_in_part(
+    reader: Reader, offset: int, length: int, *, unmap: bool, backed: bool
+) -> bool:
+    """Make a part of one cluster (of one subcluster) read as zeroes without writing any.
+
+    That goes where nothing is stored and what lies around the part reads as zeroes already: all of
+    it becomes a zero cluster. False, with nothing done, elsewhere (``qcow2_co_pwrite_zeroes``).
+    """
+    metadata = reader.metadata
+    metadata.health.check()
+    size = metadata.geometry.subcluster_size
+    start = offset // size * size
+    end = min(start + size, max(reader.size, offset + length))
+    cluster = offset >> metadata.cluster_bits
+    around = [(start, offset - start), (offset + length, end - offset - length)]
+    zeroed = _zeroed(metadata, start, size, unmap=unmap)
+    try:
+        with metadata.lock:
+            metadata.gate.enter()
+            if metadata.encryption is not None:
+                metadata.gate.claim(start, end)
+        while True:
+            try:
+                with metadata.lock:
+                    metadata.gate.wait_for_allocations(cluster, 1)
+                    kind, _, run = metadata.tables.map(start, end - start)
+                    position = metadata.tables.locate(cluster)
+                    seen = metadata.tables.entry_at(position) if position >= 0 else 0
+                if run < end - start:
+                    return False
+                if not all(not part or reader.is_zero(kind, at, part) for at, part in around):
+                    return False
+                if metadata.geometry.version < 3:
+                    return not backed  # no zero clusters, and no need of one where nothing is below
+                zero_data_file(metadata, offset, length, unmap=unmap)
+
+                def replace(entry: int, seen: int = seen) -> int:
+                    if entry != seen:
+                        raise _Changed
+                    return zeroed(entry)
+
+                with metadata.lock:
+                    if _replace_in_slice(metadata, cluster, 1, replace, False, _nothing):
+                        return True
+            except CacheFull:
+                metadata.flush_inside()
+            except _Changed:
+                pass  # since it was looked at, outside the lock; look again
+    finally:
+        if metadata.encryption is not None:
+            metadata.gate.end_claim()
+        metadata.gate.leave()
+
+
+def _nothing() -> None:
+    pass
 
 
 def discard(
@@ -111,7 +181,7 @@ def _replace_entries(
     replace: Callable[[int], int],
     *,
     skip_unallocated: bool = False,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], None] = _nothing,
 ) -> None:
     """Put ``replace(entry)`` in place of every L2 entry of the range.
 

@@ -24,9 +24,9 @@ BACKEND: list[tuple[str, ...]] = [
     # -- disk --
     ("backend/disk.py", "reads past the end are not refused", "if self.closed or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length)\n            views, length", "if self.closed or offset < 0 or offset > self.size:\n            self._refuse(offset, length)\n            views, length", DISK + "requests_outside_the_disk_are_refused"),
     ("backend/disk.py", "read-only disks are written", "if self.closed or self.read_only or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if length:\n            self._writev", "if self.closed or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if length:\n            self._writev", DISK + "writing_to_a_read_only_disk_is_eperm"),
-    ("backend/disk.py", "what lies before the aligned part is not zeroed", "        self._write_zero_bytes(offset, start - offset)\n", "", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
-    ("backend/disk.py", "what lies behind the aligned part is not zeroed", "        self._write_zero_bytes(end, offset + length - end)\n", "", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
-    ("backend/disk.py", "a part inside one unit is not zeroed", "            self._write_zero_bytes(offset, length)\n            return\n", "            return\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
+    ("backend/disk.py", "what lies before the aligned part is not zeroed", "            self._write_zeroes_in_part(offset, head - offset, unmap)\n", "            pass\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
+    ("backend/disk.py", "what lies behind the aligned part is not zeroed", "            self._write_zeroes_in_part(tail, stop - tail, unmap)\n", "            pass\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
+    ("backend/disk.py", "a part inside one unit reaches past its end", "        head = min(start, stop)\n", "        head = start\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
     ("backend/disk.py", "alignment reaches backwards", "start = -(-offset // alignment) * alignment", "start = offset // alignment * alignment", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
     ("backend/disk.py", "alignment reaches forwards", "            end = end // alignment * alignment\n", "            end = -(-end // alignment) * alignment\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
     ("backend/disk.py", "the end of the disk is not aligned", "        if end != self.size:\n", "        if True:\n", BUFFERS + "a_discard_may_end_with_the_disk"),
@@ -85,7 +85,7 @@ BACKEND: list[tuple[str, ...]] = [
     ("backend/open.py", "the format named in the image is not used", "return replace(self, read_only=True).open_path(path, reference.format, {})", "return replace(self, read_only=True).open_path(path, None, {})", OPEN + "the_format_named_in_the_image_is_used"),
     ("backend/open.py", "names are relative to where we are", "return os.path.join(os.path.dirname(reference.parent), name)", "return name", OPEN + "relative_names_are_relative_to_the_image"),
     ("backend/open.py", "any protocol is a file", 'if match[1] != "file":', "if False:", OPEN + "other_protocols_are_refused_by_name"),
-    ("backend/open.py", "the least sure format wins", "return max(formats(), key", "return min(formats(), key", OPEN + "the_format_is_probed"),
+    ("backend/open.py", "the first format wins", "        if certainty > sure:\n", "        if best is None:\n", OPEN + "the_format_is_probed"),
     ("backend/open.py", "a failed creation destroys the old image", "            cleanup.callback(_unlink, new_name)\n            file = make(new_name)\n", "            cleanup.callback(_unlink, path)\n            file = make(new_name)\n", OPEN + "a_failed_creation_leaves_the_old_file_or_none"),
     ("backend/open.py", "a new image forgets the old one's mode", "        os.fchmod(fd, stat.S_IMODE(status.st_mode))\n", "", OPEN + "create_replaces_what_was_there_and_keeps_its_mode"),
     # -- direct --

@@ -1,8 +1,8 @@
 """The faults: one line changed each, and the tests that must notice.
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
-forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``, then what the
-features add.
+forgotten, a wrong constant. ``qcow2/`` comes first, file by file, with what is done in bulk, then
+``backend/``, then what the features add.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class Fault:
 
 def _load() -> list[Fault]:
     from backend_faults import BACKEND
+    from bulk_faults import BULK
     from feature_faults import FEATURES
     from qcow2_faults import QCOW2
 
     return [
         Fault(file, what, old, new, tuple(f"tests/{test}" for test in tests))
-        for file, what, old, new, *tests in (*QCOW2, *BACKEND, *FEATURES)
+        for file, what, old, new, *tests in (*QCOW2, *BULK, *BACKEND, *FEATURES)
     ]
 
 

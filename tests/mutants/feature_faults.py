@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 # fmt: off
 
+KEYS = "qcow2/test_amend_encryption.py::test_"
 STATE = "qcow2/test_state.py::test_"
 OPTIONS = "qcow2/test_options.py::test_"
 OVERLAP = "qcow2/test_overlap.py::test_"
@@ -99,6 +100,12 @@ FEATURES: list[tuple[str, ...]] = [
     ("backend/luks1.py", "the last key is erased unasked", "            if not left and not force:\n", "            if False:\n", LUKS + "what_must_not_be_erased_is_refused"),
     ("backend/luks1.py", "erased key material stays", "        self._write(old.key_offset * luks_format.SECTOR, os.urandom(size))\n", "", LUKS + "an_erased_key_opens_nothing_and_its_material_is_gone"),
     ("backend/luks1.py", "a slot is one before its material is there", "new = KeySlot(luks_format.INACTIVE, 0, b\"\", header.slots[slot].key_offset)", "new = KeySlot(luks_format.ACTIVE, 1000, b\"\", header.slots[slot].key_offset)", LUKS + "a_cut_while_a_key_is_added_leaves_no_slot_that_is_half_there"),
+    ("qcow2/encryption.py", "a new secret erases", "            if new_secret is not None:\n", "            if False:\n", KEYS + "what_qemu_refuses_is_refused_in_its_words"),
+    ("qcow2/encryption.py", "the slot that was named is not the one taken", "self.add_key(new_secret, slot=slot, iter_time=milliseconds, force=force)", "self.add_key(new_secret, iter_time=milliseconds, force=force)", KEYS + "the_slot_is_the_one_named"),
+    ("qcow2/encryption.py", "force is needed for nothing", "self.erase_key(slot=slot, passphrase=old_secret, force=force)", "self.erase_key(slot=slot, passphrase=old_secret, force=True)", KEYS + "what_qemu_refuses_is_refused_in_its_words"),
+    ("qcow2/amend.py", "the encryption is not amended", "        metadata.encryption.amend(**options.encryption, force=force)\n", "        pass\n", KEYS + "a_passphrase_is_added_and_the_old_one_erased"),
+    ("qcow2/amend.py", "the data file keeps its name", "            update_header(metadata, data_file=options.data_file or None)\n", "            pass\n", DATA + "the_data_files_name_is_amended"),
+    ("qcow2/amend.py", "any image has a data file's name", "    if options.data_file is not None and not header", "    if options.data_file == \"\" and not header", DATA + "amending_what_a_data_file_must_stay_is_refused_as_by_qemu"),
     # -- between any two disks --
     ("backend/compare.py", "the end of the longer disk is not looked at", "                at = first_nonzero(longer.read(offset, length))\n", "                at = -1\n", COMPARE + "a_longer_disk_is_identical_if_it_ends_in_zeroes"),
     ("backend/compare.py", "strict does not want equal states", "        if strict and _state(one) != _state(two):\n", "        if False:\n", COMPARE + "strict_wants_equal_sizes_and_states"),

@@ -223,7 +223,7 @@ QCOW2: list[tuple[str, ...]] = [
     # -- sharing --
     ("qcow2/sharing.py", "L1 entries keep COPIED after a snapshot", "            metadata.tables.set_l1(index, offset)\n\n\ndef update", "            pass\n\n\ndef update", SNAPSHOTS + "writing_after_a_snapshot_leaves_it_alone"),
     ("qcow2/sharing.py", "COPIED is set where the count is two", "parts.append(bytes(map((1).__eq__, values)))", "parts.append(bytes(map((3).__gt__, values)))", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
-    ("qcow2/sharing.py", "COPIED is not set again", "changed[i] = entry | copied if chunk[cluster & _MASK] else entry & ~copied", "changed[i] = entry & ~copied", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
+    ("qcow2/sharing.py", "COPIED is not set again", "    flags[::8] = singles.each(clusters).translate(_FLAGS)\n", "    singles.each(clusters)\n", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/sharing.py", "L1 entries do not get COPIED again", "table_entry = offset | (layout.COPIED if own else 0)", "table_entry = offset", SNAPSHOTS + "what_is_ours_again_is_written_in_place_again"),
     ("qcow2/sharing.py", "L2 tables do not count", "    tally.add_run(offset >> metadata.cluster_bits, 1, times)\n", "    pass\n", SNAPSHOTS + "deleting_frees_what_only_the_snapshot_used"),
     ("qcow2/sharing.py", "a cluster referred to twice counts once", "tally.add_table(read_plain(metadata, offset), times)", "tally.add_table(read_plain(metadata, offset), 1)", SNAPSHOTS + "tables_that_are_named_twice_count_twice"),

@@ -678,3 +678,41 @@ def test_an_image_with_a_data_file_can_be_a_backing_file(tmp_path):
         assert disk.read(CLUSTER, 5) == bytes(5)
         assert disk.check().clean
     assert (tmp_path / "d").read_bytes()[CLUSTER:][:5] == b"below"
+
+
+def test_the_data_files_name_is_amended(tmp_path):
+    image, data = tmp_path / "a.qcow2", tmp_path / "a.raw"
+    pyvirtio.create_disk(image, MIB, data_file=str(data)).close()
+    with pyvirtio.open_disk(image) as disk:
+        disk.write(0, b"x" * 512)
+        disk.amend(data_file=str(tmp_path / "b.raw"))
+    data.rename(tmp_path / "b.raw")
+    with pyvirtio.open_disk(image) as disk:
+        assert disk.read(0, 512) == b"x" * 512
+
+
+@needs_qemu
+def test_amending_what_a_data_file_must_stay_is_refused_as_by_qemu(tmp_path):
+    plain, image = tmp_path / "plain.qcow2", tmp_path / "a.qcow2"
+    pyvirtio.create_disk(plain, MIB).close()
+    pyvirtio.create_disk(image, MIB, data_file=str(tmp_path / "a.raw")).close()
+    cases = [
+        (plain, {"data_file": "x"}, "data-file can only be set for images that use an external"),
+        (plain, {"data_file_raw": True}, "data-file-raw cannot be set on existing images"),
+        (image, {"data_file_raw": True}, "data-file-raw cannot be set on existing images"),
+    ]
+    for path, options, message in cases:
+        with pyvirtio.open_disk(path) as disk, pytest.raises(ValueError, match=message):
+            disk.amend(**options)
+        text = ",".join(f"{k}={'on' if v is True else v}" for k, v in options.items())
+        assert message in qemu("qemu-img", "amend", "-o", text, str(path), fails=True)
+
+
+@needs_qemu
+def test_a_data_file_that_is_raw_may_be_said_to_be_so_again(tmp_path):
+    image = tmp_path / "a.qcow2"
+    pyvirtio.create_disk(image, MIB, data_file=str(tmp_path / "a.raw"), data_file_raw=True).close()
+    with pyvirtio.open_disk(image) as disk:
+        disk.amend(data_file_raw=True)
+        assert disk.info().specific["data-file-raw"]
+    qemu("qemu-img", "amend", "-o", "data_file_raw=on", str(image))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from support.features import WEIGHTS, Meetings
 from support.peers import requires
-from support.twins import WEIGHTS, Meetings, run_sequence
+from support.twins import run_sequence
 
 pytestmark = requires("qemu-img", "qemu-io")
 

@@ -10,6 +10,7 @@ import pytest
 
 import pyvirtio
 from pyvirtio import BackendError, MemoryDisk, UnsupportedError
+from support.images import as_qcow2, new_image, poke, reopen
 from support.peers import requires
 from support.qemu import qemu_check, qemu_create, qemu_img, qemu_read
 
@@ -101,6 +102,50 @@ def test_what_was_cut_off_does_not_come_back(layout: dict[str, Any]) -> None:
         assert disk.read(0, 512 * 1001) == b"x" * 512 * 1001
         assert disk.read(512 * 1001, SIZE - 512 * 1001) == bytes(SIZE - 512 * 1001)
         assert clean(disk)
+
+
+def test_what_a_cluster_has_behind_the_end_does_not_show() -> None:
+    """As where another program has shrunk the disk."""
+    file, disk = new_image(4096, cluster_size=4096)
+    disk.write(0, b"x" * 4096)
+    disk.close()
+    poke(file, 24, 1024)
+    with reopen(file) as disk:
+        disk.truncate(8192)
+        assert disk.read(0, 8192) == b"x" * 1024 + bytes(7168)
+        assert disk.check().clean
+
+
+def test_zeroes_behind_the_end_are_not_stored_again() -> None:
+    _, disk = new_image(8704, cluster_size=65536, extended_l2=True)
+    disk.write(0, b"x" * 1024)
+    disk.write(8192, b"y" * 512)
+    disk.snapshots.create("s")
+    disk.truncate(131072)
+    assert [extent.length for extent in disk.extents() if extent.data] == [2048, 2048]
+
+
+def test_growing_hides_a_longer_backing_file_by_subclusters() -> None:
+    below = MemoryDisk(bytearray(b"b" * 131072))
+    named = {"backing_file": "b", "backing_fmt": "raw"}
+    file, disk = new_image(8704, cluster_size=65536, extended_l2=True, **named)
+    disk.close()
+    disk = pyvirtio.open_disk(file, format="qcow2", backing=lambda reference: below)
+    disk.write(0, b"x" * 512)
+    disk.truncate(131072)
+    assert disk.read(0, 131072) == b"x" * 512 + b"b" * 8192 + bytes(131072 - 8704)
+    assert [e.length for e in disk.extents() if e.data and not e.depth] == [2048, 2048]
+    assert disk.check().clean
+
+
+def test_what_is_hidden_for_growing_is_no_write_for_bitmaps() -> None:
+    below = MemoryDisk(bytearray(b"b" * 8192))
+    file, disk = new_image(1024, cluster_size=512, backing_file="b", backing_fmt="raw")
+    disk.close()
+    disk = as_qcow2(pyvirtio.open_disk(file, format="qcow2", backing=lambda reference: below))
+    disk.bitmaps.add("m", granularity=4096)
+    disk.truncate(8192)
+    assert disk.bitmaps["m"].count == 0
 
 
 def test_shrinking_cuts_the_file() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+import pyvirtio
 from pyvirtio import BackendError, ImageError, MemoryDisk
+from pyvirtio.qcow2 import sharing
 from pyvirtio.qcow2.header import read_header
 from pyvirtio.qcow2.snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
 from support.images import (
+    as_qcow2,
     assert_clean,
     copy_of,
     l2_entry_at,
@@ -41,6 +46,56 @@ def test_a_run_that_is_ours_only_in_part_is_not_written_in_place() -> None:
     disk.write(0, b"c" * 8 * CLUSTER)
     disk.snapshots.apply("s")
     assert disk.read(0, 8 * CLUSTER) == b"a" * 8 * CLUSTER
+
+
+@pytest.mark.parametrize("window", [16, 64, 1 << 12])
+def test_flags_are_right_in_tables_without_any_order(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Clusters in and behind those that are looked up together."""
+    monkeypatch.setattr(sharing, "_CHUNK_BITS", 4)
+    monkeypatch.setattr(sharing, "_CHUNK", 16)
+    monkeypatch.setattr(sharing, "WINDOW", window)
+    chance = random.Random(window)
+    file, disk = new_image(1 << 17)
+    order = list(range(256))
+    for name in ("one", "two", "three"):
+        chance.shuffle(order)
+        for cluster in order[:150]:
+            disk.write(cluster * CLUSTER, name.encode().ljust(CLUSTER, b"."))
+        disk.snapshots.create(name)
+    for cluster in order[:40]:
+        disk.write(cluster * CLUSTER, b"last".ljust(CLUSTER, b"."))
+    for step, name in ((disk.snapshots.delete, "two"), (disk.snapshots.apply, "one")):
+        step(name)
+        disk.flush()
+        assert_clean(file)
+    disk.snapshots.delete("three")
+    disk.snapshots.delete("one")
+    disk.close()
+    assert_clean(file)
+
+
+def test_what_is_not_allocated_gets_no_flag() -> None:
+    file, disk = new_image()
+    for cluster in (9, 3, 6):
+        disk.write(cluster * CLUSTER, b"x" * CLUSTER)
+    disk.snapshots.create("s")
+    disk.snapshots.delete("s")
+    disk.flush()
+    assert number_at(file, l2_entry_at(file, 3)) >> 63
+    assert number_at(file, l2_entry_at(file, 4)) == 0
+
+
+def test_flags_of_compressed_clusters_stay_clear() -> None:
+    file = with_compressed(b"a" * 512, b"b" * 512)
+    disk = reopen(file)
+    disk.write(4 * CLUSTER, b"x" * CLUSTER)
+    disk.snapshots.create("s")
+    disk.snapshots.delete("s")
+    assert disk.check().clean
+    assert disk.read(0, CLUSTER) == b"a" * CLUSTER
+    disk.close()
 
 
 def test_a_write_inside_one_shared_cluster_leaves_the_snapshot_alone() -> None:
@@ -195,6 +250,25 @@ def test_a_refcount_that_cannot_rise_refuses_the_snapshot_and_changes_nothing() 
     assert len(disk.snapshots) == 0
     disk.close()
     assert_clean(file)
+
+
+def test_what_was_raised_before_a_refcount_at_its_limit_is_lowered_again() -> None:
+    """A block of refcounts is 64 clusters here."""
+    file, disk = new_image(refcount_bits=64)
+    disk.write(0, b"x" * 100 * CLUSTER)
+    disk.close()
+    last = (number_at(file, l2_entry_at(file, 99)) & ~(1 << 63)) // CLUSTER
+    block = number_at(file, number_at(file, 48) + 8 * (last // 64))
+    poke(file, block + 8 * (last % 64), (1 << 64) - 1)
+    file = copy_of(file)
+    disk = as_qcow2(pyvirtio.open_disk(file, format="qcow2"))
+    with pytest.raises(ImageError, match="Reference count limit reached"):
+        disk.snapshots.create("s")
+    disk.close()
+    poke(file, block + 8 * (last % 64), 1)
+    assert {(number_at(file, l2_entry_at(file, c)) >> 63) for c in range(99)} == {1}
+    with reopen(file) as disk:
+        assert not disk.check().leaks
 
 
 def test_the_highest_refcount_can_be_reached() -> None:

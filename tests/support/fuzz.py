@@ -12,7 +12,8 @@ import signal
 import tempfile
 from pathlib import Path
 
-from .twins import Meetings, Mismatch, run_sequence
+from .features import Meetings
+from .twins import Mismatch, run_sequence
 
 
 def main() -> int:

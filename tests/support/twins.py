@@ -6,13 +6,9 @@ everything: what both hold, what both say is allocated, and ``qemu-img check`` o
 
 from __future__ import annotations
 
-import difflib
 import random
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ import pyvirtio
 from pyvirtio import Disk, PyvirtioError
 from pyvirtio.qcow2 import Qcow2Disk
 
+from .features import WEIGHTS, Features, Meetings
+from .maps import changes, our_map, qemu_map, states
 from .qemu import (
     PeerError,
     QemuIo,
@@ -28,6 +26,7 @@ from .qemu import (
     qemu_img,
     qemu_img_json,
 )
+from .twin_bitmaps import TwinBitmaps
 from .workload import first_difference, runs
 
 SECTOR = 512
@@ -35,138 +34,9 @@ MAX_LENGTH = 1 << 19
 MAX_SNAPSHOTS = 3
 _NO_FLUSH = {"cache.no-flush": "on"}
 
-DELIBERATE = {
-    "stored zeroes": (
-        "Zeroes written to a part of a cluster that already reads as zeroes: QEMU makes or leaves "
-        "the whole of it a zero cluster, we may write the zeroes. In version 2 without a backing "
-        "file QEMU does with write_zeroes what it does with discard, we write the zeroes. Where a "
-        "part of a compressed cluster is zeroed, QEMU writes zeroes to all of the request, we "
-        "only to that part."
-    ),
-    "growing over a longer backing file in version 2": (
-        "QEMU refuses, for the backing file's data would show and there are no zero clusters to "
-        "hide it; we write zeroes. The twins do not try it."
-    ),
-    "compressed writes after a compressed cluster was freed": (
-        "QEMU 7.2 may go on writing into its host cluster though it was handed out again, and so "
-        "into somebody else's data. The twins open QEMU's image anew before compressed writes."
-    ),
-    "shrinking to the inside of a cluster": (
-        "QEMU leaves the rest of that cluster as it is, and growing again shows it; with us what "
-        "was cut off reads as zeroes. The twins shrink to whole clusters."
-    ),
-    "snapshots that refcounts of 1, 2 or 4 bits cannot count": (
-        "Where a limit is met depends on which compressed clusters share a host cluster, and QEMU "
-        "may leave the disk resized by a refused apply; with us it is as before. After a refusal "
-        "by either the twins go on from the state before."
-    ),
-}
-"""Where we differ from QEMU on purpose, and why."""
-
-WEIGHTS = {
-    "write": 92,
-    "zeroes": 24,
-    "unmap": 24,
-    "discard": 28,
-    "compressed": 4,
-    "grow": 3,
-    "shrink": 2,
-    "snapshot": 3,
-    "apply": 2,
-    "delete": 2,
-    "reopen": 2,
-}
-
 
 class Mismatch(AssertionError):
     """We and QEMU do not agree."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an image is like: one value of each axis."""
-
-    compat: str = "1.1"
-    cluster_size: int = 65536
-    refcount_bits: int = 16
-    extended_l2: bool = False
-    lazy_refcounts: bool = False
-    backing: str = "none"
-    """``none``, ``shorter`` or ``longer`` than the overlay, or ``chain`` (a qcow2 on a raw one)."""
-
-    @classmethod
-    def choose(cls, chance: random.Random) -> Features:
-        """Any combination that QEMU can make."""
-        cluster_size = 1 << chance.choice((9, 9, 10, 12, 12, 14, 15, 16, 16, 18, 21))
-        compat = chance.choice(("0.10", "1.1", "1.1"))
-        modern = compat == "1.1"
-        return cls(
-            compat=compat,
-            cluster_size=cluster_size,
-            refcount_bits=1 << chance.randrange(7) if modern else 16,
-            extended_l2=modern and cluster_size >= 1 << 14 and chance.random() < 0.6,
-            lazy_refcounts=modern and chance.random() < 0.3,
-            backing=chance.choice(("none", "none", "shorter", "longer", "chain")),
-        )
-
-    @property
-    def labels(self) -> list[str]:
-        """The values, for the matrix of what met what."""
-        size = self.cluster_size
-        return [
-            "v2" if self.compat == "0.10" else "v3",
-            f"{size // 1024}k" if size >= 1024 else f"{size}b",
-            f"rc{self.refcount_bits}",
-            *(["subcl"] if self.extended_l2 else []),
-            *(["lazy"] if self.lazy_refcounts else []),
-            f"b:{self.backing}",
-        ]
-
-    def options(self) -> dict[str, Any]:
-        """As our create and qemu-img both take them."""
-        chosen: dict[str, Any] = {
-            "compat": self.compat,
-            "cluster_size": self.cluster_size,
-            "refcount_bits": self.refcount_bits,
-        }
-        return chosen
-
-
-class Meetings:
-    """Which pairs of features and operations were there in one sequence."""
-
-    def __init__(self) -> None:
-        self.pairs: Counter[tuple[str, str]] = Counter()
-        self.operations = 0
-
-    def add(self, labels: set[str]) -> None:
-        """One sequence had all of these."""
-        for one in labels:
-            for other in labels:
-                self.pairs[one, other] += 1
-
-    def table(self) -> str:
-        """The matrix, as text: in how many sequences the two met."""
-        names = sorted({name for name, _ in self.pairs}, key=_order)
-        width = max([4, *(len(name) for name in names)])
-        lines = [f"{'':{width}} " + " ".join(f"{i:>3}" for i in range(len(names)))]
-        for i, name in enumerate(names):
-            cells = [f"{self.pairs[name, other] or '.':>3}" for other in names[: i + 1]]
-            lines.append(f"{name:{width}} {' '.join(cells)}  {i}")
-        return "\n".join(lines)
-
-    def missing(self, labels: list[str]) -> list[tuple[str, str]]:
-        """Pairs of ``labels`` that never met."""
-        return [
-            (one, other)
-            for i, one in enumerate(labels)
-            for other in labels[:i]
-            if not self.pairs[one, other]
-        ]
-
-
-def _order(name: str) -> tuple[int, str]:
-    return (list(WEIGHTS).index(name) if name in WEIGHTS else -1, name)
 
 
 class Twins:
@@ -179,6 +49,7 @@ class Twins:
         self.story: list[str] = [f"{features}, seed {seed}"]
         self.ours, self.theirs = folder / "ours.qcow2", folder / "theirs.qcow2"
         self.names: list[str] = []
+        self.bitmaps = TwinBitmaps(self)
         self._number = 0
         cluster = features.cluster_size
         self.largest = max(24 * cluster, 300 * SECTOR)
@@ -222,9 +93,9 @@ class Twins:
         disk = pyvirtio.open_disk(self.ours, cache="unsafe")
         assert isinstance(disk, Qcow2Disk)
         self.disk = disk
-        self.qemu = self._qemu_io()
+        self.qemu = self.qemu_io()
 
-    def _qemu_io(self) -> QemuIo:
+    def qemu_io(self) -> QemuIo:
         return QemuIo(self.theirs, discard="unmap", **_NO_FLUSH)
 
     def close(self) -> None:
@@ -247,10 +118,12 @@ class Twins:
         kind = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         if kind in ("write", "zeroes", "unmap", "discard"):
             self._request(kind)
+        elif kind == "bitmap":
+            self.bitmaps.step()
         else:
             getattr(self, f"_{kind}")()
 
-    def _both(
+    def both(
         self, kind: str, text: str, us: Callable[[], object], qemu: Callable[[], object]
     ) -> bool:
         """Have both do it; True if they did, False if both refused."""
@@ -261,10 +134,10 @@ class Twins:
             try:
                 side()
                 refusals.append(None)
-            except (PyvirtioError, PeerError, ValueError) as error:
+            except (PyvirtioError, PeerError, ValueError, KeyError) as error:
                 refusals.append(error)
         if (refusals[0] is None) != (refusals[1] is None):
-            self._fail(f"one refuses: we say {refusals[0]!r}, QEMU says {refusals[1]!r}")
+            self.fail(f"one refuses: we say {refusals[0]!r}, QEMU says {refusals[1]!r}")
         return refusals[0] is None
 
     def _where(self) -> tuple[int, int]:
@@ -280,19 +153,37 @@ class Twins:
             length = max(1, length - chance.randrange(SECTOR))
         return offset, min(length, size - offset)
 
+    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+        cluster, end = self.features.cluster_size, offset + length
+        offset -= offset % cluster
+        return offset, min(self.disk.size, end + -end % cluster) - offset
+
+    def _without_parts_of_compressed(self, offset: int, length: int) -> tuple[int, int]:
+        """The range, wider where it begins or ends inside a compressed cluster of subclusters."""
+        if not self.features.extended_l2:
+            return offset, length
+        cluster, end = self.features.cluster_size, offset + length
+        if self.disk.block_status(offset, 1).compressed:
+            offset -= offset % cluster
+        if self.disk.block_status(end - 1, 1).compressed:
+            end = min(self.disk.size, end + -end % cluster)
+        return offset, end - offset
+
     def _request(self, kind: str) -> None:
         offset, length = self._where()
         value = self.chance.randint(1, 255)
         disk, qemu = self.disk, self.qemu
         if kind == "write":
-            self._both(
+            self.both(
                 kind,
                 f"{offset} {length} {value}",
                 lambda: disk.write(offset, bytes([value]) * length),
                 lambda: qemu.write(offset, length, value),
             )
         elif kind == "discard":
-            self._both(
+            if self.bitmaps.names:
+                offset, length = self._whole_clusters(offset, length)
+            self.both(
                 kind,
                 f"{offset} {length}",
                 lambda: disk.discard(offset, length),
@@ -300,7 +191,8 @@ class Twins:
             )
         else:
             unmap = kind == "unmap"
-            self._both(
+            offset, length = self._without_parts_of_compressed(offset, length)
+            self.both(
                 kind,
                 f"{offset} {length}",
                 lambda: disk.write_zeroes(offset, length, unmap=unmap),
@@ -334,8 +226,8 @@ class Twins:
             self._closed(by_qemu)
         else:
             self.qemu.close()
-            self.qemu = self._qemu_io()
-            self._both(
+            self.qemu = self.qemu_io()
+            self.both(
                 "compressed",
                 command,
                 lambda: self.disk.write_compressed(offset, [bytes([value]) * cluster]),
@@ -345,10 +237,11 @@ class Twins:
 
     def _grow(self) -> None:
         old = self.disk.size
-        if self.features.compat == "0.10" and self.features.backing == "longer":
+        below = self.disk.backing
+        if self.features.compat == "0.10" and below is not None and below.size > old:
             return
         size = min(self.largest, old + self.chance.randint(1, old // 2 // SECTOR) * SECTOR)
-        if self._both(
+        if self.both(
             "grow",
             str(size),
             lambda: self.disk.truncate(size),
@@ -363,7 +256,7 @@ class Twins:
         size = self.chance.randint(old // 2 // cluster, old // cluster) * cluster
         if not size:
             return
-        self._both(
+        self.both(
             "shrink",
             str(size),
             lambda: self.disk.truncate(size, shrink=True),
@@ -385,6 +278,8 @@ class Twins:
         if not self.names:
             self._snapshot()
             return
+        if self.chance.random() < 0.7:
+            self.bitmaps.remove_all()
         name = self.chance.choice(self.names)
         if self._snapshot_step("apply", "-a", name, lambda: self.disk.snapshots.apply(name)):
             self.compare()
@@ -404,15 +299,15 @@ class Twins:
                 image = f"driver=qcow2,file.filename={self.theirs},cache.no-flush=on"
                 qemu_img("snapshot", option, name, "--image-opts", image)
             finally:
-                self.qemu = self._qemu_io()
+                self.qemu = self.qemu_io()
 
         if self.features.refcount_bits >= 8:
-            return self._both(kind, name, us, by_qemu)
+            return self.both(kind, name, us, by_qemu)
         self.close()
         before = [path.read_bytes() for path in (self.ours, self.theirs)]
         self._open()
         try:
-            done = self._both(kind, name, us, by_qemu)
+            done = self.both(kind, name, us, by_qemu)
         except Mismatch:
             done = False
         if not done:
@@ -430,7 +325,7 @@ class Twins:
 
     # -- comparing -------------------------------------------------------------------------------
 
-    def _fail(self, what: str) -> None:
+    def fail(self, what: str) -> None:
         raise Mismatch(what + "\n  after " + "\n        ".join(self.story))
 
     def _compare_part(self, offset: int, length: int) -> None:
@@ -443,7 +338,7 @@ class Twins:
             try:
                 self.qemu.verify(start + at, size, value)
             except PeerError as error:
-                self._fail(f"we read {size} bytes of {value:#x} at {start + at}, QEMU: {error}")
+                self.fail(f"we read {size} bytes of {value:#x} at {start + at}, QEMU: {error}")
 
     def compare(self) -> None:
         """Everything that both hold, and where they say it is."""
@@ -453,126 +348,55 @@ class Twins:
             "compare", "-U", "-f", "qcow2", "-F", "qcow2", self.ours, self.theirs, check=False
         )
         if done.returncode:
-            self._fail(f"qemu-img compare: {done.stdout} {done.stderr}")
+            self.fail(f"qemu-img compare: {done.stdout} {done.stderr}")
         ours = qemu_map(self.ours)
         theirs = qemu_map(self.theirs)
         said = our_map(self.disk)
         if said != ours:
-            self._fail(f"of our image we say (-), qemu-img map (+):\n{_changes(said, ours)}")
-        mine, its = self._without_stored_zeroes(ours, theirs), _states(theirs)
+            self.fail(f"of our image we say (-), qemu-img map (+):\n{changes(said, ours)}")
+        self.bitmaps.compare()
+        mine, its = states(ours), states(theirs)
         if mine != its:
-            self._fail(f"qemu-img map of ours (-), of QEMU's (+):\n{_changes(mine, its)}")
-
-    def _without_stored_zeroes(self, ours: Extents, theirs: Extents) -> Extents:
-        """The states of ours, with QEMU's where one of us has stored nothing but zeroes."""
-        result: Extents = []
-        for start, length, depth, state in _cut(_states(ours), _states(theirs)):
-            its = next(e for e in theirs if e[0] <= start < e[0] + e[1])
-            if {state, its[3]} == {"data", "zero"} and not any(self.disk.read(start, length)):
-                depth, state = its[2], its[3]
-            result.append((start, length, depth, state, None))
-        return _joined(result)
+            self.fail(f"qemu-img map of ours (-), of QEMU's (+):\n{changes(mine, its)}")
 
     def finish(self) -> None:
         """Compare all of it, snapshots too, close, and have qemu-img check ours."""
         self.compare()
+        held = self.bitmaps.compare()
+        self._closed(lambda: self.bitmaps.compare_stored(held))
+        if self.chance.random() < 0.5:
+            self.bitmaps.remove_all()
         for name in list(self.names):
             self._snapshot_step("apply", "-a", name, lambda n=name: self.disk.snapshots.apply(n))
             self.compare()
         found = self.disk.check()
         if not found.clean:
-            self._fail(f"our check finds {found}")
+            self.fail(f"our check finds {found}")
         self.close()
         listed = [
             [(s["id"], s["name"]) for s in qemu_img_json("info", path).get("snapshots", [])]
             for path in (self.ours, self.theirs)
         ]
         if listed[0] != listed[1]:
-            self._fail(f"snapshots {listed[0]}, with QEMU {listed[1]}")
+            self.fail(f"snapshots {listed[0]}, with QEMU {listed[1]}")
         try:
             qemu_check(self.ours)
         except AssertionError as error:
-            self._fail(str(error))
+            self.fail(str(error))
         with (
             pyvirtio.open_disk(self.ours, read_only=True) as ours,
             pyvirtio.open_disk(self.theirs, read_only=True) as theirs,
         ):
             difference = first_difference(ours.read(0, ours.size), theirs.read(0, theirs.size))
             if difference:
-                self._fail(f"we read our image and QEMU's: {difference}")
+                self.fail(f"we read our image and QEMU's: {difference}")
             said, its = our_map(theirs), qemu_map(self.theirs)
             if said != its:
-                self._fail(f"of QEMU's image we say (-), qemu-img map (+):\n{_changes(said, its)}")
-
-
-Extents = list[tuple[int, int, int, str, int | None]]
-"""(start, length, depth, state, host offset)"""
+                self.fail(f"of QEMU's image we say (-), qemu-img map (+):\n{changes(said, its)}")
 
 
 def _stored(disk: Disk, offset: int, length: int) -> bool:
     return any(extent.allocated and not extent.depth for extent in disk.extents(offset, length))
-
-
-def qemu_map(path: Path) -> Extents:
-    """What ``qemu-img map`` says."""
-    found = []
-    for entry in qemu_img_json("map", "-U", "-f", "qcow2", path):
-        # A hole in the file below makes QEMU add "zero" to stored data.
-        state = "data" if entry["data"] else "zero" if entry["zero"] else "nothing"
-        host = entry.get("offset") if state == "data" else None
-        found.append((entry["start"], entry["length"], entry["depth"], state, host))
-    return _joined(found)
-
-
-def our_map(disk: Disk) -> Extents:
-    """The same from our ``block_status``."""
-    found = []
-    start = 0
-    for extent in disk.extents():
-        state = "data" if extent.data else "zero" if extent.zero else "nothing"
-        host = extent.host_offset if state == "data" else None
-        found.append((start, extent.length, extent.depth, state, host))
-        start += extent.length
-    return _joined(found)
-
-
-def _joined(extents: Extents) -> Extents:
-    """Neighbours in one state as one."""
-    joined: Extents = []
-    for start, length, depth, state, host in extents:
-        if joined:
-            first, before, last_depth, last_state, last_host = joined[-1]
-            follows = host == last_host if host is None or last_host is None else (
-                host == last_host + before
-            )  # fmt: skip
-            if (depth, state) == (last_depth, last_state) and follows:
-                joined[-1] = (first, before + length, depth, state, last_host)
-                continue
-        joined.append((start, length, depth, state, host))
-    return joined
-
-
-def _states(extents: Extents) -> Extents:
-    """Without the host offsets, which each is free to choose."""
-    return _joined(
-        [(start, length, depth, state, None) for start, length, depth, state, _ in extents]
-    )
-
-
-def _cut(one: Extents, other: Extents) -> Iterator[tuple[int, int, int, str]]:
-    """``one`` cut where the extents of either end: (start, length, depth, state)."""
-    places = sorted({place for start, length, *_ in other for place in (start, start + length)})
-    for start, length, depth, state, _ in one:
-        end = start + length
-        inside = places[bisect_right(places, start) : bisect_left(places, end)]
-        for first, last in pairwise([start, *inside, end]):
-            yield first, last - first, depth, state
-
-
-def _changes(one: Extents, other: Extents) -> str:
-    """Where two maps differ."""
-    lines = [[str(extent) for extent in extents] for extents in (one, other)]
-    return "\n".join(difflib.unified_diff(*lines, lineterm="", n=0))
 
 
 def run_sequence(
