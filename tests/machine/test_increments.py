@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyvirtio.machine.dirty import PAGE, ByComparison, ByHash, DirtyPages
 from pyvirtio.machine.fork import open_fork
 from pyvirtio.machine.lineage import MAX_ANCESTORS, Lineage, parse_lineage, read_lineage
 from pyvirtio.machine.state import Machine
+from pyvirtio.machine.stream import StreamReader, StreamWriter
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_img, qemu_img_json
 
@@ -241,6 +243,80 @@ def test_a_page_that_is_damaged_loads_nothing() -> None:
     with pytest.raises(ImageError, match="checksum in page 100"):
         guest.snapshots.loadvm("one")
     assert guest.ram == before
+
+
+def rewritten(guest: Guest, change: Any) -> None:
+    """Replace the snapshot "one" by one whose section ``ram/main`` is what ``change`` makes of its
+    fields (size, page, position, checksums)."""
+    disk = guest.disks[0]
+    snapshot = disk.snapshots.find("one")
+    size = snapshot.vm_state_size
+    with disk.snapshots.open(snapshot) as view:
+        reader = StreamReader(view.vmstate, guest.machine.known_sections())
+        state = bytearray(view.vmstate.read(0, size))
+        parts = {s.name: (s.version, reader.read(s.name)) for s in reader.sections.values()}
+    payload = parts["ram/main"][1]
+    fields = change(*struct.unpack_from("<QIQ", payload), payload[20:])
+    memory = MemoryDisk(growable=True)
+    writer = StreamWriter(memory)
+    for name, (version, data) in parts.items():
+        if name == "ram/main":
+            data = struct.pack("<QIQ", *fields[:3]) + fields[3]
+        writer.section(name, version, len(data), [data])
+    length = writer.finish()
+    state[:length] = memory.read(0, length)
+    disk.snapshots.delete(snapshot)
+    disk.vmstate.write(0, state)
+    disk.snapshots.create("one", vm_state_size=size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda size, page, position, sums: (size - 1, page, position, sums),
+        lambda size, page, position, sums: (size, 2 * page, position, sums),
+        lambda size, page, position, sums: (size, page, position, sums[:-4]),
+        lambda size, page, position, sums: (size, page, 1 << 62, sums),
+    ],
+)
+def test_a_placed_section_that_makes_no_sense_loads_nothing(change: Any) -> None:
+    guest = Guest()
+    guest.save("one")
+    rewritten(guest, change)
+    guest.touch(1)
+    before = bytes(guest.ram)
+    with pytest.raises(ImageError, match="ram/main"):
+        guest.snapshots.loadvm("one")
+    assert guest.ram == before
+
+
+def test_places_that_overlap_are_not_shared_with() -> None:
+    guest = Guest()
+    guest.ram[:] = bytes(RAM)  # the same wherever it is
+    guest.save("one")
+    rewritten(guest, lambda size, page, position, sums: (size, page, position - 100, sums))
+    guest.snapshots.loadvm("one")
+    guest.touch(1)
+    assert guest.save("two").whole
+    now = bytes(guest.ram)
+    guest.touch(2)
+    guest.snapshots.loadvm("two")
+    assert guest.ram == now
+
+
+def test_a_save_that_failed_changes_no_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+    guest.save("one")
+    then = bytes(guest.ram)
+    guest.touch(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(guest.disks[0].snapshots, "create", None)
+        with pytest.raises(TypeError):
+            guest.save("two")
+    guest.ram[:] = then
+    guest.save("three")
+    guest.snapshots.loadvm("three")
+    assert guest.ram == then
 
 
 def test_a_stream_in_the_active_region_is_dropped() -> None:
