@@ -258,7 +258,7 @@ class Snapshots:
         if base is not None and (known is None or known.snapshot is not base):
             l1 = self.l1_table(self._resolve(base))
             first = geometry.l1_entries(base.disk_size)
-            with metadata.lock:
+            with metadata.gate.exclusive(), metadata.lock:
                 known = Base.read(metadata, base, l1[first:])
         if base is not None:
             self._resolve(base)
