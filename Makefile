@@ -27,8 +27,8 @@ test: venv
 
 # The random parts of the suite, twenty times as long: model, power failures, faults.
 crash: venv
-	PYVIRTIO_CRASH_SCALE=20 PYVIRTIO_MODEL_SCALE=20 \
-		$(BIN)/python -m pytest tests/crash tests/qcow2/test_model.py
+	PYVIRTIO_CRASH_SCALE=20 PYVIRTIO_MODEL_SCALE=20 PYVIRTIO_SEQUENCES=100 \
+		$(BIN)/python -m pytest tests/crash tests/machine tests/qcow2/test_model.py
 
 # Fifty power cuts under Linux instead of three: a quarter of an hour.
 crash-linux: venv
@@ -59,7 +59,8 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
-	for program in benchmarks/qcow2*.py; do $(BIN)/python $$program || exit 1; done
+	for program in benchmarks/qcow2*.py benchmarks/machine.py; do \
+		$(BIN)/python $$program || exit 1; done
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info

@@ -57,6 +57,8 @@ _HOMES = {
     "stream": "backend.stream",
     "create_disk": "backend.open",
     "open_disk": "backend.open",
+    "DirtyPages": "machine.dirty",
+    "open_fork": "machine.fork",
     "Machine": "machine.state",
     "MachineSnapshots": "machine.snapshots",
     "GuestMemory": "virtio.memory",
@@ -69,6 +71,7 @@ _HOMES = {
 
 __all__ = [
     "BackendError",
+    "DirtyPages",
     "Disk",
     "DiskInfo",
     "Extent",
@@ -93,6 +96,7 @@ __all__ = [
     "__version__",
     "create_disk",
     "open_disk",
+    "open_fork",
 ]
 
 if TYPE_CHECKING:
@@ -120,6 +124,8 @@ if TYPE_CHECKING:
         PyvirtioError,
         UnsupportedError,
     )
+    from .machine.dirty import DirtyPages
+    from .machine.fork import open_fork
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk

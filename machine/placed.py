@@ -33,8 +33,10 @@ __all__ = [
 
 PLACED_VERSION = 2
 _HEAD = struct.Struct("<QIQ")
-_WINDOW = 1 << 24
-"""Bytes that are read at a time."""
+_WINDOW = 1 << 26
+"""Bytes that are checked at a time, in a buffer. An image is read the faster, the longer it is."""
+_LOAD_WINDOW = 1 << 28
+"""Bytes that are read into RAM at a time."""
 
 
 @dataclass(slots=True)
@@ -106,5 +108,5 @@ def _first_wrong(data: memoryview, checksums: Sequence[int]) -> int | None:
 
 def load_placed(placed: Placed, source: Source, ram: memoryview) -> None:
     """Fill ``ram``; :func:`check_placed` has seen it."""
-    for start in range(0, placed.size, _WINDOW):
-        source.readv(placed.position + start, [ram[start : start + _WINDOW]])
+    for start in range(0, placed.size, _LOAD_WINDOW):
+        source.readv(placed.position + start, [ram[start : start + _LOAD_WINDOW]])

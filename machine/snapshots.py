@@ -18,16 +18,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from ..qcow2.driver import Qcow2Disk
 from ..qcow2.snapshot_view import SnapshotDisk
 from ..qcow2.snapshots import Snapshot
 from .dirty import ByComparison, ByHash, Tracker
+from .fork import fork_disk
 from .increment import Increments, SaveFigures
 from .lineage import Lineage, read_lineage
 from .state import Machine
+
+if TYPE_CHECKING:
+    from _typeshed import StrPath
 
 __all__ = ["MachineSnapshots", "Node"]
 
@@ -76,7 +80,8 @@ class MachineSnapshots:
         if not disks or len({id(disk) for disk in disks}) < len(disks):
             raise ValueError("a machine has disks, and each of them once")
         self._machine = machine
-        self._given = list(disks)
+        self.disks = list(disks)
+        """In the order in which they were given."""
         self._state_disk = disks[0] if state_disk is None else state_disk
         self._others = [disk for disk in disks if disk is not self._state_disk]
         if len(self._others) == len(disks):
@@ -143,11 +148,37 @@ class MachineSnapshots:
         name = self._state_disk.snapshots.find(name_or_id).name
         views: list[SnapshotDisk] = []
         with ExitStack() as stack:
-            for disk in self._given:
+            for disk in self.disks:
                 views.append(disk.snapshots.open(disk.snapshots.find_by(name=name)))
                 stack.callback(views[-1].close)
             stack.pop_all()
         return views
+
+    def fork(self, name_or_id: str, machine: Machine, paths: Sequence[StrPath]) -> MachineSnapshots:
+        """A clone of the machine as a snapshot has it, beside the one that goes on running.
+
+        Its disks are new overlays at ``paths``, in the order in which the disks were given; they
+        share everything with the snapshot. ``machine`` has the same parts as this one, of its own,
+        and becomes what was saved. Returns the clone's snapshots, whose :attr:`disks` are open and
+        the caller's to close. Raises what :meth:`open` and :meth:`Machine.prepare` raise.
+        """
+        found = self._state_disk.snapshots.find(name_or_id)
+        if len(paths) != len(self.disks):
+            raise ValueError(f"{len(self.disks)} disks, and {len(paths)} paths")
+        disks: list[Qcow2Disk] = []
+        with ExitStack() as stack:
+            for disk, path in zip(self.disks, paths, strict=True):
+                snapshot = found
+                if disk is not self._state_disk:
+                    snapshot = disk.snapshots.find_by(name=found.name)
+                disks.append(fork_disk(disk, snapshot, path))
+                stack.callback(disks[-1].close)
+            with self._state_disk.snapshots.open(found) as view:
+                machine.load(view.vmstate)
+            state_disk = disks[[disk is self._state_disk for disk in self.disks].index(True)]
+            clone = MachineSnapshots(machine, disks, state_disk=state_disk)
+            stack.pop_all()
+        return clone
 
     # -- doing ---------------------------------------------------------------------------------
 
@@ -167,6 +198,7 @@ class MachineSnapshots:
         """
         self._check_writable()
         for disk in self._disks():
+            disk.drain()
             if _find(disk, name) is not None:
                 raise ValueError(f"Snapshot '{name}' already exists in one or more devices")
         if date is None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from ..backend.buffers import split, total
@@ -159,32 +159,49 @@ class Draft:
 
     def _write_clusters(self, clusters: Sequence[int], views: list[memoryview]) -> None:
         """Put whole clusters into fresh ones."""
-        metadata, bits = self._metadata, self._metadata.cluster_bits
-        done, length = 0, total(views)
+        bits, done, length = self._metadata.cluster_bits, 0, total(views)
         while done < len(clusters):
+            with self._inside():
+                first, count = self._take(len(clusters) - done)
+                size = count << bits
+                part = views if size == length else split(views, done << bits, size)
+                self._store(first << bits, clusters[done : done + count], part)
+            self.data_written += size
+            for host, cluster in enumerate(clusters[done : done + count], first):
+                self._set(cluster, (host << bits, layout.ALL_ALLOCATED))
+            done += count
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """As a request: no repair, nor anything else that is alone with the image, comes between
+        taking a cluster and writing it."""
+        metadata = self._metadata
+        try:
             with metadata.lock:
                 metadata.health.check()
-                first, count, _ = metadata.refcounts.allocate(len(clusters) - done)
-                self._fresh.append((first, count))
-            host, size = first << bits, count << bits
-            part = views if size == length else split(views, done << bits, size)
-            metadata.overlap.check(host, size)
-            if metadata.encryption is None:
-                metadata.file.writev(host, part)
-            else:
-                start = self._guest_start
-                for i, cluster in enumerate(clusters[done : done + count]):
-                    metadata.encryption.writev(
-                        metadata.file,
-                        host + (i << bits),
-                        start + (cluster << bits),
-                        split(part, i << bits, 1 << bits),
-                        1 << bits,
-                    )
-            self.data_written += size
-            for i, cluster in enumerate(clusters[done : done + count]):
-                self._set(cluster, (host + (i << bits), layout.ALL_ALLOCATED))
-            done += count
+                metadata.gate.enter()
+            self._check_usable()
+            yield
+        finally:
+            metadata.gate.leave()
+
+    def _take(self, count: int) -> tuple[int, int]:
+        """Up to so many fresh clusters in a row: (first, count)."""
+        with self._metadata.lock:
+            first, count, _ = self._metadata.refcounts.allocate(count)
+            self._fresh.append((first, count))
+        return first, count
+
+    def _store(self, host: int, clusters: Sequence[int], views: list[memoryview]) -> None:
+        """Write clusters of VM state to host byte ``host`` on."""
+        metadata, bits = self._metadata, self._metadata.cluster_bits
+        metadata.overlap.check(host, len(clusters) << bits)
+        if metadata.encryption is None:
+            metadata.file.writev(host, views)
+            return
+        for i, cluster in enumerate(clusters):
+            guest, part = self._guest_start + (cluster << bits), split(views, i << bits, 1 << bits)
+            metadata.encryption.writev(metadata.file, host + (i << bits), guest, part, 1 << bits)
 
     @property
     def _guest_start(self) -> int:
@@ -194,24 +211,23 @@ class Draft:
     def _write_packed(self, cluster: int, packed: bytes) -> None:
         """Put one compressed cluster behind others, or at the start of a fresh host cluster."""
         metadata, bits = self._metadata, self._metadata.cluster_bits
-        host, room, places = self._room
-        if places and len(packed) <= room:
-            with metadata.lock:
-                metadata.refcounts.add(host >> bits, 1, 1)
-                self._extra.append(host >> bits)
-        else:
-            with metadata.lock:
-                metadata.health.check()
-                first, _, _ = metadata.refcounts.allocate(1)
-                self._fresh.append((first, 1))
-            host, room, places = first << bits, 1 << bits, MAX_SHARING
         offset_bits = metadata.geometry.compressed_offset_bits
-        if (host + len(packed)) >> offset_bits:
-            raise BackendError(
-                errno.EFBIG, "The image file would exceed what a compressed cluster can refer to"
-            )
-        metadata.overlap.check(host, len(packed))
-        metadata.file.write(host, packed)
+        with self._inside():
+            host, room, places = self._room
+            if places and len(packed) <= room:
+                with metadata.lock:
+                    metadata.refcounts.add(host >> bits, 1, 1)
+                    self._extra.append(host >> bits)
+            else:
+                first, _ = self._take(1)
+                host, room, places = first << bits, 1 << bits, MAX_SHARING
+            if (host + len(packed)) >> offset_bits:
+                raise BackendError(
+                    errno.EFBIG,
+                    "The image file would exceed what a compressed cluster can refer to",
+                )
+            metadata.overlap.check(host, len(packed))
+            metadata.file.write(host, packed)
         self.data_written += len(packed)
         self._room = (host + len(packed), room - len(packed), places - 1)
         sectors = (host % layout.SECTOR + len(packed) - 1) // layout.SECTOR
@@ -258,10 +274,11 @@ class Draft:
         in an exclusive operation).
 
         Returns the L1 entries of the VM state. What is to be done if the snapshot comes to nothing
-        is pushed to ``undo``; the clusters taken before stay the draft's.
+        is pushed to ``undo``; the draft is given up then.
         """
         metadata = self._metadata
         self._check_usable()
+        undo.callback(self.close)
         self._free_orphans()
         taken = [(first, self._references.take_run(first, count)) for first, count in self._fresh]
         try:

@@ -419,8 +419,10 @@ class Metadata:
         """
         try:
             with self.gate.exclusive():
-                if settled or self.tables.cache.dirty or self.tables.dirty_l1 or self.dropped:
+                if settled:
                     self.settle()
+                elif self.tables.cache.dirty or self.tables.dirty_l1 or self.dropped:
+                    self.flush_alone()
                 else:
                     self.health.check()
                 yield

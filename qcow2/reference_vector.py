@@ -117,6 +117,9 @@ class ReferenceVector:
         for number, start, part in self._pieces(first, count):
             counts = self._slice(number)
             old = counts[start : start + part]
+            if old == self._zeroes[:part]:
+                counts[start : start + part] = array(old.typecode, [1]) * part
+                continue
             try:
                 counts[start : start + part] = array(old.typecode, [v + 1 for v in old])
             except OverflowError:

@@ -52,6 +52,7 @@ class SnapshotDisk(Disk):
         )
         self.snapshot = snapshot
         self._metadata = Metadata(image.file, header, _CACHE, read_only=True)
+        self._metadata.encryption = image.encryption
         self._metadata.vm_state_end = snapshot.vm_state_size
         self.reader = make_reader(self._metadata)
         self.vmstate = VmState(self._metadata, self.reader, None)

@@ -113,14 +113,23 @@ class Snapshots:
         wanted = name if id is None else id if name is None else f"{id} ({name})"
         raise KeyError(f"snapshot {wanted!r} does not exist")
 
-    def open(self, snapshot: str | Snapshot) -> SnapshotDisk:
+    def open(
+        self, snapshot: str | Snapshot, *, closed: Callable[[], object] = lambda: None
+    ) -> SnapshotDisk:
         """A read-only view of a snapshot, as a disk of its own beside this one.
 
         As long as it is open the snapshot cannot be deleted; closing the image closes it.
+        ``closed()`` is called when it has been closed.
         """
         found = self._resolve(snapshot)
-        with self._metadata.exclusive() if not self._metadata.read_only else nullcontext():
-            view = SnapshotDisk(self._metadata, found, self._make_reader, self._views.remove)
+
+        def release(view: SnapshotDisk) -> None:
+            self._views.remove(view)
+            closed()
+
+        alone = nullcontext() if self._metadata.read_only else self._metadata.gate.exclusive()
+        with alone:  # nobody may free the tables while they are looked at
+            view = SnapshotDisk(self._metadata, found, self._make_reader, release)
         self._views.append(view)
         return view
 
@@ -249,7 +258,7 @@ class Snapshots:
         if base is not None and (known is None or known.snapshot is not base):
             l1 = self.l1_table(self._resolve(base))
             first = geometry.l1_entries(base.disk_size)
-            with metadata.lock:
+            with metadata.gate.exclusive(), metadata.lock:
                 known = Base.read(metadata, base, l1[first:])
         if base is not None:
             self._resolve(base)

@@ -375,6 +375,17 @@ def fail_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def test_a_way_back_that_a_cut_left_is_replaced(board: Board) -> None:
+    board.run(1)
+    board.snapshots.savevm("one")
+    saved = board.everything
+    board.disks[1].snapshots.create("pyvirtio: before loadvm")
+    board.run(2)
+    board.snapshots.loadvm("one")
+    assert board.everything == saved
+    assert board.names == [["one"], ["one"]]
+
+
 def test_what_cannot_be_undone_is_told_with_the_error(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:

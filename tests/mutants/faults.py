@@ -31,11 +31,12 @@ def _load() -> list[Fault]:
     from backend_faults import BACKEND
     from bulk_faults import BULK
     from feature_faults import FEATURES
+    from machine_faults import MACHINES
     from qcow2_faults import QCOW2
 
     return [
         Fault(file, what, old, new, tuple(f"tests/{test}" for test in tests))
-        for file, what, old, new, *tests in (*QCOW2, *BULK, *BACKEND, *FEATURES)
+        for file, what, old, new, *tests in (*QCOW2, *BULK, *BACKEND, *FEATURES, *MACHINES)
     ]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +233,17 @@ def test_clusters_shared_unevenly_count_to_the_limit() -> None:
         disk.write(0, b"y" * 5000)  # the old clusters are at 2, the new ones at 1
         disk.snapshots.create("three")
         assert clean(disk)
+
+
+def test_serializers_work_on_the_streams() -> None:
+    with make() as disk:
+        with disk.vmstate.writer() as stream, zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr("ram", STATE)
+            archive.writestr("cpu", pickle.dumps({"pc": 4}))
+        with disk.vmstate.reader() as stream, zipfile.ZipFile(stream) as archive:
+            assert archive.testzip() is None
+            assert archive.read("ram") == STATE
+            assert pickle.loads(archive.read("cpu")) == {"pc": 4}
+        with io.BufferedWriter(disk.vmstate.writer()) as stream:
+            pickle.dump([STATE, 5], stream)
+        assert pickle.load(disk.vmstate.reader()) == [STATE, 5]

@@ -1,0 +1,84 @@
+"""Faults in machine/, and in what it asks of qcow2/: (file, what goes wrong, old, new, test, …)."""
+# One line each: a table.
+# ruff: noqa: E501
+# fmt: off
+
+INCREMENTS = "machine/test_increments.py::test_"
+MACHINE = "machine/test_snapshots.py::test_"
+STREAM = "machine/test_stream.py::test_"
+CUTS = "machine/test_cuts.py::test_"
+ASIDE = "qcow2/test_aside.py::test_"
+PAGE = "examples/test_toy.py::test_the_code_on_the_page_runs"
+
+MACHINES: list[tuple[str, ...]] = [
+    # -- finding what changed --
+    ("machine/dirty.py", "a mark ends a page too soon", "offset // PAGE, -(-(offset + length) // PAGE)", "offset // PAGE, (offset + length) // PAGE", INCREMENTS + "the_emulator_marks_what_it_writes"),
+    ("machine/dirty.py", "marks are never taken off", "        self.pages[:] = bytes(len(self.pages))\n", "        pass\n", INCREMENTS + "the_emulator_marks_what_it_writes"),
+    ("machine/dirty.py", "nothing is dirty at first", 'self.pages = bytearray(b"\\1") * pages_of(size)', "self.pages = bytearray(pages_of(size))", INCREMENTS + "the_emulator_marks_what_it_writes"),
+    ("machine/dirty.py", "marks for another RAM are taken", "        if len(self.pages) != pages_of(len(ram)):\n", "        if False:\n", INCREMENTS + "dirty_pages_of_another_size_are_refused"),
+    ("machine/dirty.py", "the copy is not brought up to date", "            if changed is None or everything or any(changed[number * per_chunk :][:per_chunk]):\n", "            if changed is None or everything:\n", INCREMENTS + "every_page_that_changed_is_found_and_no_other"),
+    ("machine/dirty.py", "a chunk that is the same counts as changed", "                pages[first : first + _CHUNK // PAGE] = bytes(pages_of(len(new)))\n", "", INCREMENTS + "every_page_that_changed_is_found_and_no_other"),
+    ("machine/dirty.py", "hashes are not brought up to date", "        self._hashes = _hashes(ram) if changed is None else self._seen\n", "        self._hashes = self._hashes or _hashes(ram)\n", INCREMENTS + "every_page_that_changed_is_found_and_no_other"),
+    # -- RAM at fixed places --
+    ("machine/placed.py", "pages are not checked", "        if wrong is not None:\n", "        if False:\n", INCREMENTS + "a_page_that_is_damaged_loads_nothing"),
+    ("machine/placed.py", "RAM of another size is taken", "    if found != size:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
+    ("machine/placed.py", "pages of another size are taken", "    if page != PAGE:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
+    ("machine/placed.py", "a short table is taken", "    if len(data) != 4 * pages_of(size):\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
+    ("machine/placed.py", "pages past the end are looked for", "    if placed.position + placed.size > source.size:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
+    # -- increments --
+    ("machine/increment.py", "a base that is gone is shared with", "        if base is not None and any(other is base.snapshot for other in snapshots):\n", "        if base is not None:\n", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
+    ("machine/increment.py", "a base is known by its name", "any(other is base.snapshot for other in snapshots)", "any(other.name == base.snapshot.name for other in snapshots)", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
+    ("machine/increment.py", "a whole save trusts the tracker", '                changed[name] = b"\\1" * len(found)\n', "                pass\n", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
+    ("machine/increment.py", "zeroes are written", "        runs = zeroes if nothing.startswith(contents) else data\n", "        runs = data\n", INCREMENTS + "pages_of_zeroes_are_zero_clusters"),
+    ("machine/increment.py", "zeroes are left as they were", "            draft.write_zeroes(_clusters(zeroes, position, draft.cluster_size))\n", "", INCREMENTS + "pages_of_zeroes_are_zero_clusters"),
+    ("machine/increment.py", "a long stream runs into RAM", "        if len(stream) > kept.reserve:\n            return None\n", "", INCREMENTS + "a_component_that_grows_gets_more_room"),
+    ("machine/increment.py", "the trackers hear nothing", "            self._trackers[name].settle(ram, pending.changed[name])\n", "            pass\n", INCREMENTS + "only_dirty_pages_are_written"),
+    ("machine/increment.py", "after loading the trackers hear nothing", "            self._trackers[name].settle(ram, None)\n", "            pass\n", INCREMENTS + "what_was_loaded_is_what_the_next_one_shares_with"),
+    ("machine/increment.py", "places that overlap are shared with", "        if ram.position % cluster or ram.position < end:\n", "        if False:\n", INCREMENTS + "places_that_overlap_are_not_shared_with"),
+    ("machine/increment.py", "checksums of the base change", "name: replace(old, checksums=old.checksums[:])", "name: replace(old)", INCREMENTS + "a_save_that_failed_changes_no_checksum"),
+    # -- lineage --
+    ("machine/lineage.py", "the parent is not the nearest ancestor", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(*self.ancestors, self.uuid)[-MAX_ANCESTORS:]", INCREMENTS + "snapshots_form_a_tree", INCREMENTS + "a_deleted_parent_leaves_the_one_before_it"),
+    ("machine/lineage.py", "lineages grow for ever", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(self.uuid, *self.ancestors)", INCREMENTS + "a_lineage_comes_back_and_stays_short"),
+    ("machine/lineage.py", "a lineage cut short is taken", "    if len(data) <= _UUID or len(data) != _UUID + 1 + data[_UUID] * _UUID:\n", "    if not data:\n", INCREMENTS + "a_lineage_of_another_length_is_refused"),
+    # -- machine snapshots --
+    ("machine/snapshots.py", "a draft that failed leaks", "                    pending.draft.close()\n", "                    pass\n", INCREMENTS + "a_save_that_failed_loses_no_dirty_page"),
+    ("machine/snapshots.py", "a disk that failed leaves the others' snapshots", "            for disk in self._disks():\n                with _undoing(error):\n                    _delete(disk, name)\n            raise\n", "            raise\n", MACHINE + "a_disk_that_fails_to_save_undoes_the_others"),
+    ("machine/snapshots.py", "the state comes before the disks", "                disk.snapshots.create(name, vm_clock=vm_clock, icount=icount, date=date)\n", "                pass\n", MACHINE + "the_machine_and_its_disks_go_back_together"),
+    ("machine/snapshots.py", "the running disk gets RAM", "        last_disk.snapshots.apply(last_snapshot, vm_state=False)\n", "        last_disk.snapshots.apply(last_snapshot)\n", MACHINE + "only_snapshots_hold_ram"),
+    ("machine/snapshots.py", "disks go back one by one", "            with _undoing(error):\n                disk.snapshots.apply(way_back, vm_state=False)\n", "            pass\n", MACHINE + "a_disk_that_fails_to_go_back_leaves_all_as_they_were"),
+    ("machine/snapshots.py", "a name is taken twice", '                raise ValueError(f"Snapshot', '                str(f"Snapshot', MACHINE + "a_name_is_taken_once"),
+    ("machine/snapshots.py", "snapshots of disks alone are loaded", "        if not snapshot.vm_state_size:\n", "        if False:\n", MACHINE + "a_snapshot_of_disks_alone_is_not_loaded"),
+    ("machine/snapshots.py", "what lacks a disk is listed", "            and all(_find(disk, snapshot.name) is not None for disk in self._others)\n", "", MACHINE + "only_what_can_be_loaded_is_listed"),
+    ("machine/snapshots.py", "a way back that was left is in the way", "            _delete(disk, _WAY_BACK)  # left by a cut\n", "", CUTS + "a_cut_between_two_images_leaves_whole_machine_snapshots", MACHINE + "a_way_back_that_a_cut_left_is_replaced"),
+    # -- the stream --
+    ("machine/stream.py", "a section comes twice", "            if section.name in self.sections:\n", "            if False:\n", STREAM + "a_section_twice_is_refused"),
+    ("machine/stream.py", "payloads are not checked", "        if _CHECKSUM.unpack(self._take(_CHECKSUM.size)) != (checksum,):\n", "        self._take(_CHECKSUM.size)\n        if False:\n", STREAM + "every_flipped_byte_is_noticed_and_nothing_is_loaded"),
+    ("machine/stream.py", "newer sections are taken", "        if version > what.version:\n", "        if False:\n", STREAM + "a_newer_section_is_refused_by_name"),
+    ("machine/stream.py", "newer streams are taken", "        if version > VERSION:\n", "        if False:\n", STREAM + "a_newer_stream_is_refused"),
+    ("machine/stream.py", "any length is read", "        if length > what.max_length:\n", "        if False:\n", STREAM + "a_payload_longer_than_there_is_use_for_is_not_read"),
+    ("machine/state.py", "what is missing stays as it is", "            if name not in reader.sections and name != LINEAGE:\n", "            if False:\n", STREAM + "a_missing_section_is_named"),
+    ("machine/state.py", "what is left of a component is ignored", "            stream.end()\n", "            pass\n", STREAM + "a_section_that_makes_no_sense_loads_nothing"),
+    ("machine/ram.py", "pages that are none are taken", "    if spare or reader", "    if reader", STREAM + "a_section_that_makes_no_sense_loads_nothing"),
+    # -- forks --
+    ("machine/fork.py", "any snapshot of the base will do", "(snapshot.id, snapshot.name, (snapshot.date_sec, snapshot.date_nsec)) == identity:", "snapshot:", INCREMENTS + "a_fork_is_not_opened_as_something_else"),
+    ("machine/fork.py", "the base stays open", "closed=base.close)", "closed=id)", INCREMENTS + "a_fork_is_not_opened_as_something_else"),
+    # -- VM state aside --
+    ("qcow2/aside.py", "fresh clusters are counted twice", "        taken = [(first, self._references.take_run(first, count)) for first, count in self._fresh]\n", "        taken: list[tuple[int, list[array[int]]]] = []\n", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
+    ("qcow2/aside.py", "what was written over leaks", "        self._free_orphans()\n", "", ASIDE + "what_is_written_twice_leaves_nothing_of_the_first"),
+    ("qcow2/aside.py", "the base's references stay", "            self._references.remove_entries((old,))\n", "            pass\n", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
+    ("qcow2/aside.py", "a table that changes counts in its old place", "                self._references.remove_clusters([offset >> metadata.cluster_bits])\n", "", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
+    ("qcow2/aside.py", "zeroes are no clusters at all", "        entry = (layout.ZERO, 0) if", "        entry = (0, 0) if", ASIDE + "zeroes_hide_a_longer_backing_file"),
+    ("qcow2/aside.py", "any number shares a host cluster", "        if places and len(packed) <= room:\n", "        if len(packed) <= room:\n", ASIDE + "few_compressed_clusters_share_a_host_cluster"),
+    ("qcow2/aside.py", "a draft given up leaks", "                    metadata.lower(*part, DiscardKind.OTHER)\n", "                    pass\n", ASIDE + "a_draft_given_up_leaves_nothing"),
+    ("qcow2/aside.py", "a draft outlives a repair", "        if self.closed or self._metadata.refcounts is not self._refcounts:\n", "        if self.closed:\n", ASIDE + "a_draft_does_not_outlive_a_repair"),
+    ("qcow2/aside.py", "the tail of a cluster is not written", "                    views.append(memoryview(bytes(-len(part) % size)))\n", "                    pass\n", ASIDE + "another_process_finds_it", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
+    ("qcow2/reference_vector.py", "what was raised stays raised", "            take_off()\n            raise\n", "            raise\n", ASIDE + "a_refcount_at_its_limit_refuses_the_snapshot_and_changes_nothing"),
+    ("qcow2/known_references.py", "changed tables count as they were", "                _exchange(references, known[1], table)\n", "                pass\n", "machine/test_sequences.py"),
+    ("qcow2/known_references.py", "a table that moved counts in its old place", "                references.add_clusters([offset >> bits])\n                _exchange", "                references.add_clusters([known[0] >> bits])\n                _exchange", "machine/test_sequences.py"),
+    ("qcow2/refcount_codec.py", "refcounts run over", "        if passed & _top_bits(len(deltas), self.order):\n", "        if False:\n", ASIDE + "packed_refcounts_add_up_or_nothing_changes"),
+    ("qcow2/snapshots.py", "bases of other sizes are shared with", "            if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):\n", "            if False:\n", ASIDE + "a_base_of_another_size_is_not_shared"),
+    ("qcow2/snapshots.py", "a base is deleted under a draft", "            if draft.base is not None and not draft.closed and snapshot in (None, draft.base):\n", "            if False:\n", ASIDE + "a_base_is_not_deleted_under_a_draft"),
+    ("qcow2/snapshots.py", "going back brings RAM", "                del target[needed:]\n", "                pass\n", ASIDE + "going_back_brings_no_vm_state_unless_asked"),
+    ("qcow2/snapshots.py", "what is the same is switched to", "        if size == header.size and not any(coming) and not any(going):\n            return\n", "", ASIDE + "going_back_to_where_one_is_writes_nothing"),
+    ("qcow2/snapshot_view.py", "a view does not decrypt", "        self._metadata.encryption = image.encryption\n", "", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
+]
