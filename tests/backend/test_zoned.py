@@ -129,6 +129,7 @@ def test_writes_end_at_the_capacity_and_the_zone_is_full_then():
 
 def test_a_request_across_a_boundary_is_refused():
     disk = make()
+    assert fault(disk.write, ZONE - 512, bytes(1024)) == ZoneFault.INVALID
     disk.write(0, b"x" * (ZONE - 512))
     assert fault(disk.write, ZONE - 512, bytes(1024)) == ZoneFault.INVALID
     assert fault(disk.read, ZONE - 512, 1024) == ZoneFault.INVALID
@@ -288,6 +289,37 @@ def test_a_damaged_store_is_refused(entry):
 def test_zones_that_cannot_be_are_refused(options):
     with pytest.raises(ValueError, match=r"zone|max_open|write_granularity"):
         make(**options)
+
+
+def test_an_append_has_its_place_when_the_one_before_is_done():
+    disk = make()
+    asked, below = threading.Semaphore(0), disk.below
+    entered, go = threading.Event(), threading.Event()
+    lock_of, write = disk._writer, below._writev
+
+    def writer(zone):
+        asked.release()
+        return lock_of(zone)
+
+    def slow(*arguments):
+        entered.set()
+        assert go.wait(30)
+        write(*arguments)
+
+    disk._writer, below._writev = writer, slow
+    places = []
+    data = [memoryview(bytes(512))]
+    threads = [threading.Thread(target=lambda: places.append(disk.append(0, data)))]
+    threads.append(threading.Thread(target=lambda: places.append(disk.append(0, data))))
+    threads[0].start()
+    assert entered.wait(30)
+    assert asked.acquire(timeout=30)
+    threads[1].start()
+    assert asked.acquire(timeout=30)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(places) == [0, 512]
 
 
 def test_appends_from_many_threads_have_places_of_their_own():
