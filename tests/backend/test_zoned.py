@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -337,3 +338,45 @@ def test_appends_from_many_threads_have_places_of_their_own():
         thread.join()
     assert sorted(place for place, _ in places) == list(range(0, 80 * 512, 512))
     assert all(disk.read(place, 512) == letter * 512 for place, letter in places)
+
+
+def test_any_sequence_agrees_with_a_model():
+    """Writes, appends, resets and finishes at random, and power failures in between."""
+    chance = random.Random(11)
+    below, store = MemoryDisk(6 * ZONE), MemoryDisk(growable=True)
+    disk = ZonedDisk(below, zone_size=ZONE, max_open=2, max_active=4, store=store)
+    data = [b""] * 6
+    for _ in range(600):
+        number = chance.randrange(6)
+        zone = disk.zones[number]
+        block = chance.randbytes(1) * 512 * chance.randrange(1, 40)
+        if zone.state == FULL and len(data[number]) == ZONE:
+            disk.reset_zone(zone)
+            data[number] = b""
+        try:
+            match chance.randrange(8):
+                case 0 | 1 | 2:
+                    end = len(data[number]) if chance.randrange(4) else 512
+                    disk.write(zone.start + end, block)
+                    data[number] += block
+                case 3:
+                    place = disk.append(zone.start, [memoryview(block)])
+                    assert place == zone.start + len(data[number])
+                    data[number] += block
+                case 4:
+                    disk.reset_zone(zone)
+                    data[number] = b""
+                case 5:
+                    disk.finish_zone(zone)
+                case 6:
+                    disk.close_zone(zone)
+                case 7:
+                    disk.flush()
+                    disk = ZonedDisk(below, zone_size=ZONE, max_open=2, max_active=4, store=store)
+        except ZoneError:
+            pass
+        opened = sum(each.state in (IOPEN, EOPEN) for each in disk.zones)
+        assert opened <= 2
+        assert sum(each.state == CLOSED for each in disk.zones) + opened <= 4
+        zone = disk.zones[chance.randrange(6)]
+        assert disk.read(zone.start, ZONE) == data[zone.index].ljust(ZONE, b"\0")
