@@ -18,10 +18,12 @@ from .blk_config import BlockTraits, Geometry, Lifetime
 from .device import VirtioDevice
 from .error_policy import ErrorPolicy
 from .express import make_express
+from .express_packed import make_packed_express
 from .iommu import Translate
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import GuestMemory, Segment
 from .observe import RequestRecord
+from .packed import PackedRing
 from .queue import Queue
 from .request import make_parser
 from .ring import Chain, Ring
@@ -312,9 +314,11 @@ class VirtioBlk(VirtioDevice):
 
     def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
         """See :class:`VirtioDevice`."""
-        if not isinstance(ring, SplitRing):
-            return None
-        return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, SplitRing):
+            return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, PackedRing):
+            return make_packed_express(self, queue, ring, self._memory, BUDGET)
+        return None
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""
