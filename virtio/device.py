@@ -210,7 +210,7 @@ class VirtioDevice(Guarded, ABC):
             self.service.drain()
             state.driver_features &= self.offered_features
             for queue in self.queues:
-                queue.ring = None
+                queue.park()
             self.refresh_rings()
 
     def features_valid(self) -> bool:

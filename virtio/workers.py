@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..errors import GuestError
 from .queue import Queue
 from .ring import Chain, Ring
 from .service import HELD, Service
@@ -187,7 +186,7 @@ class WorkerService(Service):
                     else:
                         ring.push(chain, written)
                         self.publish(queue, ring)
-                except GuestError as error:
+                except Exception as error:
                     self._fail(error, queue, ring)
                 if ring.in_order:
                     self._note(queue)

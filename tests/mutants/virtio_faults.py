@@ -54,6 +54,11 @@ VIRTIO: list[tuple[str, ...]] = [
     ("virtio/express.py", "a pause ends the short way too late", "                        if queue.parked is not ring:\n                            return\n                        count = left = 0\n                    ram[status_byte]", "                        if queue.parked is not ring:\n                            return\n                    ram[status_byte]", PAUSE + "pause_from_inside_a_request_finishes_that_one"),
     ("virtio/express.py", "a stopped request is taken twice", "                            state.next_avail = position\n", "", POLICY + "stop_keeps_the_request_and_tries_it_again"),
     ("virtio/express.py", "the jump of an index is not seen", "                if count > size:\n                    raise ring.jumped(count)\n", "", EXPRESS + "a_jump_of_the_available_index_breaks_the_device"),
+    ("virtio/express_packed.py", "a table takes as many places as it has entries", "            slots = 1\n", "            slots = 3\n", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
+    ("virtio/express_packed.py", "the id is the first descriptor's (PKD-35)", "            ident = last_ident\n", "            pass\n", EXPRESS + "a_packed_lists_id_is_its_last_descriptors_pkd_35"),
+    ("virtio/express_packed.py", "tables without the feature (PKD-21)", "size == 48 and indirect:", "size == 48:", EXPRESS + "a_packed_table_has_to_be_negotiated_pkd_21"),
+    ("virtio/express_packed.py", "requests past the end of the disk", "        if sector + length // SECTOR_SIZE > blk.capacity:\n            return None\n", "", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
+    ("virtio/express_packed.py", "requests outside RAM", "            or data + length > end\n", "", EXPRESS + "data_outside_ram_is_ioerr"),
     # -- threads --
     ("virtio/workers.py", "in order is forgotten (BF-92)", "if ring is None or (ring.in_order and queue.under_way):", "if ring is None:", THREADS + "in_order_keeps_the_order"),
     ("virtio/workers.py", "one request at a time", "        if not ring.in_order:\n            self._note(queue)\n", "", THREADS + "requests_of_one_queue_run_side_by_side_in_any_order"),

@@ -172,6 +172,47 @@ def test_a_packed_list_that_is_not_all_available_breaks_the_device(make_machine:
     assert same(machines)
 
 
+@pytest.mark.parametrize("place", [0x8000_0000 - 512, 0x8040_0000 - 512])
+@pytest.mark.parametrize("packed", [False, True])
+def test_data_outside_ram_is_ioerr(make_machine: Any, place: int, packed: bool) -> None:
+    machines = pair(make_machine, packed=packed)
+    for machine in machines:
+        header = machine.arena.take(32)
+        machine.memory.write(header, at.LITTLE.blk_request.pack(IN, 0, 0) + b"\xff")
+        ring = machine.driver.ring
+        ring.add([Buffer(header, 16), Buffer(place, 1024, True), Buffer(header + 16, 1, True)])
+        ring.publish()
+        machine.registers.notify(0)
+        assert machine.memory.read(header + 16, 1) == b"\1"
+    assert same(machines)
+
+
+def test_a_packed_lists_id_is_its_last_descriptors_pkd_35(make_machine: Any) -> None:
+    machines = pair(make_machine, packed=True)
+    for machine in machines:
+        header, ring = machine.arena.take(32), machine.driver.ring
+        machine.memory.write(header, at.LITTLE.blk_request.pack(IN, 0, 0) + b"\xff")
+        next_one, write = at.VIRTQ_DESC_F_NEXT, at.VIRTQ_DESC_F_WRITE
+        ring.put(header, 16, next_one, 7)
+        ring.put(0x8010_0000, 512, next_one | write, 8)
+        ring.put(header + 16, 1, write, 9)
+        ring.publish()
+        machine.registers.notify(0)
+        assert ring.get_descriptor(0)[3] == 9
+        assert machine.memory.read(header + 16, 1) == b"\0"
+    assert same(machines)
+
+
+def test_a_packed_table_has_to_be_negotiated_pkd_21(make_machine: Any) -> None:
+    machines = pair(make_machine, packed=True, driver={"features": 5 << 32})
+    for machine in machines:
+        put_packed(machine, IN, 0, 0x8010_1000, 1)
+        machine.driver.ring.publish()
+        machine.registers.notify(0)
+        assert machine.registers.status & at.STATUS_NEEDS_RESET
+    assert same(machines)
+
+
 def test_where_a_packed_ring_lies_is_known(make_machine: Any) -> None:
     machine = make_machine(packed=True)
     machine.driver.start()
