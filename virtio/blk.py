@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from threading import get_ident
+from time import monotonic_ns
 from typing import Any
 
 from ..backend.disk import Disk
@@ -16,9 +18,12 @@ from .blk_config import BlockTraits, Geometry, Lifetime
 from .device import VirtioDevice
 from .error_policy import ErrorPolicy
 from .express import make_express
+from .express_packed import make_packed_express
 from .iommu import Translate
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import GuestMemory, Segment
+from .observe import RequestRecord
+from .packed import PackedRing
 from .queue import Queue
 from .request import make_parser
 from .ring import Chain, Ring
@@ -226,13 +231,14 @@ class VirtioBlk(VirtioDevice):
 
     # -- requests ----------------------------------------------------------------------------
 
-    def process(self, chain: Chain) -> int:
+    def process(self, chain: Chain, queue: Queue) -> int:
         """Do one request; see :class:`VirtioDevice`.
 
         The used length is the number of bytes written into the chain: data and status where it
         succeeded, the status byte alone where it did not.
         """
-        memory = self._memory
+        memory, observer = self._memory, self.observer
+        started = 0 if observer is None else monotonic_ns()
         request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
         resets = self.resets
@@ -261,6 +267,13 @@ class VirtioBlk(VirtioDevice):
                 written = _total(incoming)
         if self.resets == resets:  # else the memory is the driver's again (BF-29)
             memory.store_byte(status_byte, status)
+        if observer is not None:
+            length = _total(outgoing) or written
+            observer.done(
+                RequestRecord(
+                    queue.index, kind, sector, length, status, started, monotonic_ns(), get_ident()
+                )
+            )
         return written + 1
 
     def status_of(self, error: Exception, sector: int, reading: bool) -> int:
@@ -301,9 +314,11 @@ class VirtioBlk(VirtioDevice):
 
     def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
         """See :class:`VirtioDevice`."""
-        if not isinstance(ring, SplitRing):
-            return None
-        return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, SplitRing):
+            return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, PackedRing):
+            return make_packed_express(self, queue, ring, self._memory, BUDGET)
+        return None
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""

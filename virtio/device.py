@@ -41,6 +41,7 @@ from .layout import (
     Structs,
 )
 from .memory import GuestMemory
+from .observe import Observer, Observers
 from .queue import DeviceState, Queue
 from .ring import Chain, QueueState, Ring
 from .rings import make_ring
@@ -121,6 +122,8 @@ class VirtioDevice(Guarded, ABC):
         """Called with the error that has paused the device (an error policy of ``stop``), from the
         thread that served; :meth:`resume` tries the request again."""
         self._stopped_by: Exception | None = None
+        self.observer: Observers | None = None
+        self._observers: list[Observer] = []
         self.service = WorkerService(self, io_threads) if io_threads else Service(self)
         self.kick: Callable[[int], None] = self.service.kick
         """See :class:`~.transport.TransportDevice`."""
@@ -207,7 +210,7 @@ class VirtioDevice(Guarded, ABC):
             self.service.drain()
             state.driver_features &= self.offered_features
             for queue in self.queues:
-                queue.ring = None
+                queue.park()
             self.refresh_rings()
 
     def features_valid(self) -> bool:
@@ -387,7 +390,7 @@ class VirtioDevice(Guarded, ABC):
         if self.wrap_ring is not None:
             ring = self.wrap_ring(queue.index, ring)
         queue.ring = ring
-        queue.express = self.make_express(queue, ring) if self.service.inline else None
+        queue.express = self._express(queue, ring)
 
     # -- serving -----------------------------------------------------------------------------
 
@@ -424,21 +427,41 @@ class VirtioDevice(Guarded, ABC):
         """Between :meth:`pause` (or a stop by an error) and :meth:`resume`."""
         return self.service.paused
 
-    def interrupt(self, index: int) -> None:
-        """Tell the driver of what was used on queue ``index``."""
-        if self.transport is not None:
-            self.transport.queue_interrupt(index)
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Have ``observer`` told what the device does, until what this returns is called."""
+        self._observers.append(observer)
+        self._set_observers()
+
+        def stop() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+                self._set_observers()
+
+        return stop
+
+    @locked
+    def _set_observers(self) -> None:
+        observers = self._observers
+        self.observer = Observers(observers) if observers else None
+        for queue in self.queues:
+            if queue.ring is not None:
+                queue.express = self._express(queue, queue.ring)
+
+    def _express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
+        if self.service.inline and self.observer is None:
+            return self.make_express(queue, ring)
+        return None
 
     def hold(self, error: Exception) -> None:
         """Pause for an error of the host's; called from inside the request that met it."""
         with self.lock:
             self.service.pause()
             self._stopped_by = error
+            self.attention = True
 
     def after_serving(self, failure: Exception | None) -> None:
         """A kick was served, up to an error of the driver's or our own, if there was one."""
-        if self._stopped_by is None and failure is None and self._violation is None:
-            return
+        self.attention = False
         stopped_by, self._stopped_by = self._stopped_by, None
         if stopped_by is not None and self.on_stop is not None:
             self.on_stop(stopped_by)
@@ -451,6 +474,7 @@ class VirtioDevice(Guarded, ABC):
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
         if self.strict and self._violation is None:
             self._violation = error
+            self.attention = True
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -494,8 +518,8 @@ class VirtioDevice(Guarded, ABC):
         called."""
 
     @abstractmethod
-    def process(self, chain: Chain) -> int:
-        """Do one request and give the number of bytes written into the chain.
+    def process(self, chain: Chain, queue: Queue) -> int:
+        """Do one request of ``queue`` and give the number of bytes written into the chain.
 
         :data:`~.service.HELD` for one that is to be done again, when the device is resumed: it is
         paused then. Raises GuestError for a chain that cannot be answered.

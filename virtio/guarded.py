@@ -24,6 +24,8 @@ class Guarded:
         self.lock = threading.RLock()
         """Never held while data moves, nor while the emulator is called."""
         self.transport: Transport | None = None
+        self.attention = False
+        """Something besides an interrupt for a queue may be due."""
         self._depth = 0
         self._config_due = False
 
@@ -42,7 +44,7 @@ class Guarded:
 
     def config_due(self) -> None:
         """The driver is to hear of a change of the configuration; the lock is held."""
-        self._config_due = True
+        self._config_due = self.attention = True
 
     def announce(self) -> None:
         """Send the configuration interrupt if it is due and the lock is not held; if it is, that is

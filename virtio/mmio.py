@@ -134,7 +134,9 @@ class VirtioMmio:
 
     def _change_status(self, add: int, remove: int) -> None:
         with self._line_lock:
-            self._interrupt_status = self._interrupt_status & ~remove | add
+            status = self._interrupt_status = self._interrupt_status & ~remove | add
+            if (status != 0) == self._level:
+                return
         self._update_level()
 
     def _update_level(self) -> None:

@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..errors import GuestError
 from .queue import Queue
 from .ring import Chain, Ring
 from .service import HELD, Service
@@ -53,6 +52,8 @@ class WorkerService(Service):
         """See :class:`~.transport.TransportDevice`; returns at once."""
         if not 0 <= index < len(self._queues):
             return
+        if self._device.observer is not None:
+            self._device.observer.kicked(index)
         with self._lock:
             self._note(self._queues[index])
 
@@ -171,9 +172,8 @@ class WorkerService(Service):
         """One request, and its answer."""
         failure: Exception | None = None
         written = 0
-        interrupt = False
         try:
-            written = self._device.process(chain)
+            written = self._device.process(chain, queue)
         except Exception as error:
             failure = error
         with self._lock:
@@ -185,13 +185,12 @@ class WorkerService(Service):
                         queue.held.append(chain)
                     else:
                         ring.push(chain, written)
-                        interrupt = ring.publish()
-                except GuestError as error:
+                        self.publish(queue, ring)
+                except Exception as error:
                     self._fail(error, queue, ring)
                 if ring.in_order:
                     self._note(queue)
-            interrupt |= queue.interrupt
-            queue.interrupt = False
+            interrupt, queue.interrupt = queue.interrupt, False
             del self._inside[threading.get_ident()]
             queue.under_way -= 1
             if not queue.under_way:
@@ -205,7 +204,7 @@ class WorkerService(Service):
         try:
             self._device.announce()
             if interrupt:
-                self._device.interrupt(queue.index)
+                self.interrupt(queue)
             self._device.after_serving(None)
         except Exception:
             _log.exception("error in a callback of the emulator")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pyvirtio import BackendError, ErrorPolicy, VirtioBlk
+from pyvirtio import BackendError, ErrorPolicy, GuestMemory, VirtioBlk, VirtioMmio
+from pyvirtio.backend.state import StateReader, StateWriter
 from pyvirtio.virtio import layout as at
 from pyvirtio.virtio.driver import Arena, BlockDriver
 
@@ -118,8 +119,17 @@ def test_registers_answer_while_a_request_is_under_way(machine: Any) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_in_order_keeps_the_order(make: Any, packed: bool) -> None:
     machine = make(in_order=True, packed=packed)
-    heads = [machine.driver.submit(OUT, number, bytes(512)) for number in range(5)]
-    machine.driver.kick()
+    machine.gate.hold(0)
+    heads = [write(machine, 0)]
+    machine.gate.wait_for_one()
+    heads += [write(machine, number) for number in range(1, 5)]
+    service = machine.device.service
+    while True:  # until a thread has looked at the queue, and left it
+        with machine.device.lock:
+            if not service._kicked:
+                assert len(service._inside) == 1
+                break
+    machine.gate.let_go(0)
     assert list(wait_for(machine, *heads)) == heads
     assert machine.gate.most == 1
     assert [call[1] for call in machine.disk.calls] == [0, 512, 1024, 1536, 2048]
@@ -207,6 +217,32 @@ def test_resume_may_come_from_the_stop_itself(make: Any) -> None:
     machine.driver.kick()
     done = wait_for(machine, *heads)
     assert {done[head].status for head in heads} == {0}
+
+
+def test_a_device_with_threads_is_saved_while_it_is_paused(make: Any, make_disk: Any) -> None:
+    machine = make(errors=ErrorPolicy(writes="stop"))
+    machine.gate.hold(0)
+    head = write(machine, 0)
+    machine.gate.wait_for_one()
+    with pytest.raises(ValueError, match="inside"):
+        machine.mmio.save_state(StateWriter())
+    machine.disk.error = BackendError(28, "the test's disk is full")
+    machine.gate.let_go(0)
+    machine.device.pause()
+    stream = StateWriter()
+    machine.mmio.save_state(stream)
+    memory = GuestMemory.from_buffer(bytearray(machine.ram), machine.base)
+    device = VirtioBlk(make_disk(1 << 20), queue_size=16, io_threads=1)
+    levels: list[bool] = []
+    woken = threading.Event()
+    mmio = VirtioMmio(device, memory, lambda level: (levels.append(level), woken.set()))
+    mmio.load_state(StateReader(bytes(stream), name="disk", version=1))()
+    assert woken.wait(PATIENCE)
+    driver = machine.driver
+    driver.memory = driver.ring.memory = memory
+    assert driver.collect()[head].status == 0
+    assert device.disk.content[:512] == b"w" * 512
+    device.detach()
 
 
 def test_a_bug_below_stops_the_device_and_not_the_threads(machine: Any) -> None:
