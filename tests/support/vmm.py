@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from support.x86_guest import Guest
+if TYPE_CHECKING:
+    from support.x86_guest import Guest
 
 __all__ = ["Server", "Vmm"]
 
@@ -74,6 +75,10 @@ class Server:
     def end(self) -> int:
         """SIGTERM it; its exit status."""
         self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end; its exit status."""
         return self._process.wait(60)
 
     def __enter__(self) -> Self:
