@@ -68,7 +68,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
-	for program in benchmarks/qcow2*.py; do $(BIN)/python $$program || exit 1; done
+	for program in benchmarks/qcow2*.py benchmarks/vhost_user.py; do $(BIN)/python $$program || exit 1; done
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info
