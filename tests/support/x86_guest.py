@@ -7,6 +7,8 @@ of them is kept in the checkout's ``.cache``.
 from __future__ import annotations
 
 import hashlib
+import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -85,7 +87,7 @@ def find_guest() -> Guest:
     initramfs, tools = made / f"initramfs-{stamp}.cpio", made / f"tools-{stamp}.raw"
     if not initramfs.is_file():
         busybox = packages.get("busybox-static", ("bin/busybox", "usr/bin/busybox"))
-        part = initramfs.with_suffix(".part")
+        part = initramfs.with_suffix(f".{os.getpid()}")
         part.write_bytes(_initramfs(next(busybox.glob("**/busybox")), folder))
         part.replace(initramfs)
     if not tools.is_file():
@@ -101,7 +103,7 @@ def _kernel_package(packages: Packages) -> Path:
     names = [name for name in names if name.startswith("linux-image-")]
     if len(names) != 1:
         raise PackageError(f"linux-image-cloud-amd64: depends on {names}")
-    return packages.get(names[0], ["boot/vmlinuz-*", *(f"*/{name}.ko" for name in _MODULES)])
+    return packages.get(names[0], ["boot/vmlinuz-*", *(f"*/{name}.ko*" for name in _MODULES)])
 
 
 def _initramfs(busybox: Path, kernel: Path) -> bytes:
@@ -113,10 +115,13 @@ def _initramfs(busybox: Path, kernel: Path) -> bytes:
     archive.file("init", _INIT, 0o755)
     archive.file("modules/order", "\n".join(f"{name}.ko" for name in _MODULES).encode())
     for name in _MODULES:
-        found = list(kernel.glob(f"**/{name}.ko"))
+        found = list(kernel.glob(f"**/{name}.ko*"))
         if len(found) != 1:
             raise PackageError(f"{kernel.name}: has no single module {name}")
-        archive.file(f"modules/{name}.ko", found[0].read_bytes())
+        data = found[0].read_bytes()
+        if found[0].suffix == ".xz":
+            data = lzma.decompress(data)
+        archive.file(f"modules/{name}.ko", data)
     return archive.finish()
 
 
