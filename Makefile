@@ -1,4 +1,5 @@
-# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | fuzz | mutants:
+# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | interop-vhost |
+# fuzz | fuzz-vhost | mutants:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux fuzz mutants lint bench clean
+.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz-vhost fuzz mutants lint bench clean
 
 venv: $(STAMP)
 
@@ -34,6 +35,15 @@ crash: venv
 crash-linux: venv
 	PYVIRTIO_LINUX_CUTS=50 $(BIN)/python -m pytest tests/examples/test_linux_crash.py
 
+# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed.
+# Ten minutes.
+interop-vhost: venv
+	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py
+
+# Random messages of a hostile vhost-user front-end: ten minutes.
+fuzz-vhost: venv
+	PYVIRTIO_VHOST_FUZZ=10000 $(BIN)/python -m pytest tests/virtio/test_vhost_user_messages.py
+
 # Twin images, ours and QEMU's, through random operations until interrupted; prints which features
 # met. FUZZ="--seed 1 --sequences 5" runs certain ones.
 fuzz: venv
@@ -59,7 +69,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
-	for program in benchmarks/qcow2*.py benchmarks/machine.py; do \
+	for program in benchmarks/qcow2*.py benchmarks/machine.py benchmarks/vhost_user.py; do \
 		$(BIN)/python $$program || exit 1; done
 
 clean:

@@ -224,10 +224,14 @@ class BlockDriver:
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
         done = self._collect()
-        self.ring.want_next_interrupt()
-        self.registers.take_interrupt()
-        self._fence()
-        return done | self._collect()  # what was used before it could interrupt
+        while True:
+            self.ring.want_next_interrupt()
+            self.registers.take_interrupt()
+            self._fence()
+            found = self._collect()  # what was used before that wish raises no interrupt
+            if not found:
+                return done
+            done |= found
 
     def _collect(self) -> dict[int, Completion]:
         done = {}
