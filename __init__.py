@@ -51,6 +51,7 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "VirtioPci": "virtio.pci",
 }
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "UnsupportedError",
     "VirtioBlk",
     "VirtioMmio",
+    "VirtioPci",
     "__version__",
     "create_disk",
     "open_disk",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from .virtio.blk import VirtioBlk
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
@@ -86,6 +87,9 @@ class VirtioDevice(ABC):
         self.structs: Structs = LITTLE
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
+        self.transitional = False
+        """The driver chooses between legacy and modern: see :meth:`use_interface`."""
+        self._legacy_structs: Structs = LITTLE
         self._transport_features = 0
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
         if packed:
@@ -112,27 +116,37 @@ class VirtioDevice(ABC):
         transport: Transport,
         *,
         legacy: bool = False,
+        transitional: bool = False,
         order: ByteOrder = "little",
         defer: bool = False,
         features: int = 0,
     ) -> None:
         """Attach the device to guest memory and to its transport; a device has one of each.
 
-        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``.
-        ``defer``: a kick only marks its queue, :meth:`poll` serves it. ``features``: what the
-        transport adds to those of the device, as a bit mask.
+        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``;
+        ``transitional``: both interfaces, one at a time. ``defer``: a kick only marks its queue,
+        :meth:`poll` serves it. ``features``: what the transport adds to those of the device, as a
+        bit mask.
         """
         if self._transport is not None:
             raise ValueError("the device is attached already")
-        if order != "little" and not legacy:
+        if order != "little" and not (legacy or transitional):
             raise ValueError("only a legacy device has the guest's byte order")
         self._memory = memory
         self._transport = transport
+        self.transitional = transitional
+        self._legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
-        self.structs = LITTLE if order == "little" else BIG
+        self.structs = self._legacy_structs if legacy else LITTLE
         self.service.defer = defer
         self._transport_features = features
         self.reset()
+
+    def use_interface(self, *, legacy: bool) -> None:
+        """The driver of a transitional device, just reset, uses this interface from now on."""
+        self.legacy = legacy
+        self.structs = self._legacy_structs if legacy else LITTLE
+        self.was_reset()
 
     def set_memory(self, memory: GuestMemory) -> None:
         """Guest memory is another now; requests under way are done with the old one first.
@@ -155,6 +169,11 @@ class VirtioDevice(ABC):
         if self.legacy:
             return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
         return features | 1 << VIRTIO_F_VERSION_1
+
+    @property
+    def driver_features(self) -> int:
+        """What the driver has written as accepted, whether that was right or not."""
+        return self.state.driver_features
 
     def accepted(self, feature: int) -> bool:
         """The driver has accepted feature (bit number) ``feature``."""
@@ -402,10 +421,14 @@ class VirtioDevice(ABC):
         of one with other queues or features, or attached in another way; UnsupportedError for a
         newer one.
         """
-        state, flags, held, adopt_own = load_device(self, stream)
+        with self._interface_kept():
+            state, flags, held, adopt_own = load_device(self, stream)
+            legacy = self.legacy
 
         def adopt() -> None:
             self.service.drain()
+            if legacy != self.legacy:
+                self.use_interface(legacy=legacy)
             self.state = state
             self._violation = None
             self.resets += 1
@@ -426,6 +449,22 @@ class VirtioDevice(ABC):
                         self.kick(queue.index)
 
         return adopt
+
+    @contextmanager
+    def _interface_kept(self) -> Iterator[None]:
+        """What is saved is checked as a device of its interface; this one is as before then."""
+        before = self.legacy, self.structs
+        try:
+            yield
+        finally:
+            self.legacy, self.structs = before
+
+    def load_interface(self, legacy: bool, big: bool) -> bool:
+        """While state is loaded: be a device of that interface. False if this one cannot be."""
+        if self.transitional:
+            self.legacy = legacy
+            self.structs = self._legacy_structs if legacy else LITTLE
+        return (legacy, big) == (self.legacy, self.structs is BIG)
 
     def make_ring(self, state: QueueState, features: int) -> Ring:
         """A ring for a queue, under the features that the driver has accepted. Raises GuestError

@@ -6,6 +6,7 @@ Both lie in one BAR: the table at its beginning, the pending bits in its second 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 from ..backend.state import StateReader, StateWriter
 from . import pci_layout as at
@@ -16,13 +17,17 @@ _SMALLEST = 0x800
 
 
 class MsixTable:
-    """The vectors of one function; ``send(address, data)`` delivers a message."""
+    """The vectors of one function; ``send(address, data)`` delivers a message.
+
+    Vectors are notified by any thread, and no lock is held while a message is sent.
+    """
 
     def __init__(self, vectors: int, send: Callable[[int, int], object]) -> None:
         if not 1 <= vectors <= at.MSIX_VECTORS_MAX:
             raise ValueError(f"{vectors} MSI-X vectors, must be 1 to {at.MSIX_VECTORS_MAX}")
         self.vectors = vectors
         self._send = send
+        self._lock = Lock()
         half = _SMALLEST
         while half < at.MSIX_ENTRY_SIZE * vectors:
             half *= 2
@@ -41,18 +46,14 @@ class MsixTable:
 
     def notify(self, vector: int) -> None:
         """Send the message of a vector, now or when that is possible again."""
-        address, data, control = at.MSIX_ENTRY.unpack_from(
-            self._table, at.MSIX_ENTRY_SIZE * vector
-        )
-        if self.open and not control & at.MSIX_MASKED:
-            self._pending &= ~(1 << vector)
-            self._send(address, data)
-        else:
+        with self._lock:
             self._pending |= 1 << vector
+        self._send_pending(vector)
 
     def forget(self, vector: int) -> None:
         """Nothing is pending on a vector any more: what it was for is no more."""
-        self._pending &= ~(1 << vector)
+        with self._lock:
+            self._pending &= ~(1 << vector)
 
     def set_open(self, value: bool) -> None:
         """See :attr:`open`; what has waited for it is sent."""
@@ -62,11 +63,18 @@ class MsixTable:
                 self._send_pending(vector)
 
     def _send_pending(self, vector: int) -> None:
-        if self._pending >> vector & 1:
-            self.notify(vector)
+        with self._lock:
+            if not self.open or not self._pending >> vector & 1:
+                return
+            entry = at.MSIX_ENTRY.unpack_from(self._table, at.MSIX_ENTRY_SIZE * vector)
+            address, data, control = entry
+            if control & at.MSIX_MASKED:
+                return
+            self._pending &= ~(1 << vector)
+        self._send(address, data)
 
     def read(self, offset: int, size: int) -> int:
-        """The guest reads from the BAR."""
+        """The guest reads from the BAR; where nothing is, there are zeroes."""
         if offset >= self.pending_offset:
             return self._pending >> 8 * (offset - self.pending_offset) & (1 << 8 * size) - 1
         return int.from_bytes(self._table[offset : offset + size], "little")
@@ -84,9 +92,9 @@ class MsixTable:
             value &= at.MSIX_MASKED
         elif field == 0:
             value &= ~3  # an address of 4 bytes
-        self._table[offset : offset + 4] = (value & 0xFFFF_FFFF).to_bytes(4, "little")
-        if self.open:
-            self._send_pending(vector)
+        with self._lock:
+            self._table[offset : offset + 4] = (value & 0xFFFF_FFFF).to_bytes(4, "little")
+        self._send_pending(vector)
 
     def save(self, stream: StateWriter) -> None:
         """Write table and pending bits."""

@@ -69,7 +69,7 @@ def load_device(device: VirtioDevice, stream: StateReader) -> _Loaded:
             f"Device state of version {version}, known is {device.state_version}",
             feature=f"device state version {version}",
         )
-    if (stream.flag(), stream.flag()) != (device.legacy, device.structs is at.BIG):
+    if not device.load_interface(stream.flag(), stream.flag()):
         raise stream.malformed("is of another virtio version or byte order")
     offered = stream.u64()
     features = stream.u64() | stream.u64() << 64

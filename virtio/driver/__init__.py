@@ -4,7 +4,8 @@
 lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDriverRing` write any
 ring at all: wrong ones, too, on purpose.
 
-A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO, others beside it.
+A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO,
+:class:`PciRegisters` for PCI.
 
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from .blk import BlockDriver, Completion
 from .packed import PackedDriverRing
+from .pci import LegacyPciRegisters, PciFunction, PciRegisters
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 from .transport import DriverError, DriverTransport
@@ -28,6 +30,9 @@ __all__ = [
     "DriverError",
     "DriverRing",
     "DriverTransport",
+    "LegacyPciRegisters",
     "PackedDriverRing",
+    "PciFunction",
+    "PciRegisters",
     "Registers",
 ]
