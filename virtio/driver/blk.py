@@ -66,8 +66,8 @@ class BlockDriver:
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
-    devices that work when polled).
+    masks what it accepts of what is offered. ``wait`` is called while a request is not done
+    (for devices that work when polled, or on their own); False from it gives up.
     """
 
     def __init__(
@@ -239,9 +239,8 @@ class BlockDriver:
         head = self.submit(kind, sector, outgoing, incoming, cuts=cuts, indirect=indirect)
         self.kick()
         done = self.collect()
-        if head not in done and self._wait is not None:
-            self._wait()
-            done = self.collect()
+        while head not in done and self._wait is not None and self._wait():
+            done |= self.collect()
         if head not in done:
             raise DriverError("the request did not come back")
         self.arena.give_back(mark)
