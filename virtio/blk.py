@@ -12,6 +12,7 @@ from ..errors import GuestError, PyvirtioError
 from . import layout as at
 from .device import VirtioDevice
 from .express import make_express
+from .iommu import Translate
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import Segment
 from .queue import Queue
@@ -47,6 +48,8 @@ class VirtioBlk(VirtioDevice):
     ``queue_size``: entries of each of ``num_queues`` queues, a power of two.
     ``packed``: offer packed queues, too; a driver that knows them will choose them.
     ``logical_block_size``: bytes; a hint to the driver, requests are in units of 512 anyway.
+    ``in_order``, ``access_platform``: offer these features.
+    ``iommu``: translates the driver's addresses, see :mod:`.iommu`.
     ``strict``: errors of the driver raise GuestError, too, for those who write one.
 
     Limits and alignments that the driver is told are the disk's. Sectors are 512 bytes; what a disk
@@ -65,6 +68,9 @@ class VirtioBlk(VirtioDevice):
         num_queues: int = 1,
         logical_block_size: int = 512,
         packed: bool = False,
+        in_order: bool = False,
+        access_platform: bool = False,
+        iommu: Translate | None = None,
         strict: bool = False,
     ) -> None:
         if read_only is None:
@@ -97,6 +103,9 @@ class VirtioBlk(VirtioDevice):
             num_queues=num_queues,
             queue_size=queue_size,
             packed=packed,
+            in_order=in_order,
+            access_platform=access_platform,
+            iommu=iommu,
             strict=strict,
         )
         self.was_reset()

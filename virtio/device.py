@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
+from .iommu import Translate, TranslatedMemory
 from .layout import (
     BIG,
     LITTLE,
@@ -28,8 +29,10 @@ from .layout import (
     STATUS_FAILED,
     STATUS_FEATURES_OK,
     STATUS_NEEDS_RESET,
+    VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET,
@@ -71,12 +74,18 @@ class VirtioDevice(ABC):
         num_queues: int,
         queue_size: int,
         packed: bool = False,
+        in_order: bool = False,
+        access_platform: bool = False,
+        iommu: Translate | None = None,
         strict: bool = False,
     ) -> None:
-        """``features``: those of the device type, as a bit mask. ``packed``: offer packed queues.
+        """``features``: those of the device type, as a bit mask. ``packed``, ``in_order``,
+        ``access_platform``: offer packed queues, IN_ORDER, ACCESS_PLATFORM.
 
-        With ``strict`` an error of the driver raises GuestError after the device has answered it,
-        and an error of our own is raised as it is.
+        ``iommu`` translates every address that the driver gives, see :mod:`.iommu`; it implies
+        ACCESS_PLATFORM, and a driver that does not accept that is refused (BF-91). With ``strict``
+        an error of the driver raises GuestError after the device has answered it, and an error of
+        our own is raised as it is.
         """
         if not 0 < queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
             raise ValueError(f"queue_size is {queue_size}, must be a power of two up to 32768")
@@ -92,8 +101,13 @@ class VirtioDevice(ABC):
         self._legacy_structs: Structs = LITTLE
         self._transport_features = 0
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
-        if packed:
-            self._type_features |= 1 << VIRTIO_F_RING_PACKED
+        self._iommu = iommu
+        for bit, wanted in (
+            (VIRTIO_F_RING_PACKED, packed),
+            (VIRTIO_F_IN_ORDER, in_order),
+            (VIRTIO_F_ACCESS_PLATFORM, access_platform or iommu is not None),
+        ):
+            self._type_features |= wanted << bit
         self._memory: GuestMemory = _NO_MEMORY
         self._transport: Transport | None = None
         self._violation: GuestError | None = None
@@ -132,7 +146,9 @@ class VirtioDevice(ABC):
             raise ValueError("the device is attached already")
         if order != "little" and not (legacy or transitional):
             raise ValueError("only a legacy device has the guest's byte order")
-        self._memory = memory
+        if legacy and self._iommu is not None:
+            raise ValueError("a legacy device has no IOMMU")
+        self._memory = self._seen(memory)
         self._transport = transport
         self.transitional = transitional
         self._legacy_structs = LITTLE if order == "little" else BIG
@@ -155,10 +171,13 @@ class VirtioDevice(ABC):
         """
         paused = self.service.paused
         self.pause()
-        self._memory = memory
+        self._memory = self._seen(memory)
         self.memory_changed()
         if not paused:
             self.resume()
+
+    def _seen(self, memory: GuestMemory) -> GuestMemory:
+        return memory if self._iommu is None else TranslatedMemory(memory, self._iommu)
 
     # -- features ----------------------------------------------------------------------------
 
@@ -195,6 +214,9 @@ class VirtioDevice(ABC):
             self._refresh_rings()
 
     def _features_valid(self) -> bool:
+        """The driver's features go together (BF-19)."""
+        if self._iommu is not None and not self.accepted(VIRTIO_F_ACCESS_PLATFORM):
+            return False
         return not self.state.driver_features & ~self.offered_features
 
     # -- status ------------------------------------------------------------------------------
@@ -218,7 +240,7 @@ class VirtioDevice(ABC):
         if new & STATUS_DRIVER_OK and not self._features_valid():
             # Without FEATURES_OK before it: some small drivers leave that out, and may.
             new &= ~STATUS_DRIVER_OK
-            self.guest_error(GuestError("DRIVER_OK with features that were not offered"))
+            self.guest_error(GuestError("DRIVER_OK with features that cannot be"))
         if not new:
             return
         state.status |= new
@@ -471,10 +493,18 @@ class VirtioDevice(ABC):
         for a queue that cannot work."""
         indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
         event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+        in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
         if features >> VIRTIO_F_RING_PACKED & 1:
-            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
+            return PackedRing(
+                state, self._memory, indirect=indirect, event_idx=event_idx, in_order=in_order
+            )
         return SplitRing(
-            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
+            state,
+            self._memory,
+            indirect=indirect,
+            event_idx=event_idx,
+            in_order=in_order,
+            structs=self.structs,
         )
 
     # -- what a kind of device provides --------------------------------------------------------

@@ -56,6 +56,7 @@ class PackedRing(Ring):
         *,
         indirect: bool = False,
         event_idx: bool = False,
+        in_order: bool = False,
     ) -> None:
         size = state.size
         if not 0 < size <= min(state.max_size, QUEUE_SIZE_MAX):
@@ -70,6 +71,7 @@ class PackedRing(Ring):
         self.state = state
         self.indirect = indirect
         self.event_idx = event_idx
+        self.in_order = in_order
         self._memory = memory
         self._size = size
         if max(state.next_avail, state.used_index) >= size or self._in_flight() > size:
@@ -95,6 +97,8 @@ class PackedRing(Ring):
         """The flags that the device area has: not known yet."""
         self._staged: list[tuple[int, int]] = []
         """What was pushed since the last publish(): slot, and the flags it is to get."""
+        self._joins = False
+        """In order: what is used next joins the batch of the last staged descriptor."""
         self._fence = make_fence()
 
     # Positions go twice around the ring: the second time with the wrap counter at 0.
@@ -190,10 +194,17 @@ class PackedRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         state = self.state
-        slot = state.used_index
-        self._write_used(self._used_origin + 16 * slot, written, chain.head)
+        slot = place = state.used_index
         flags = _OWNER if state.used_wrap else 0  # PKD-32
-        self._staged.append((slot, flags | VIRTQ_DESC_F_WRITE if written else flags))  # PKD-34
+        if self.in_order:
+            # One descriptor for a batch: the last list's, in the place of the first. The driver
+            # takes the others for written in full, so only such may have one after them.
+            if self._joins:
+                place, flags = self._staged.pop()
+                flags &= _OWNER
+            self._joins = written == sum(length for _, length in chain.writable)
+        self._write_used(self._used_origin + 16 * place, written, chain.head)
+        self._staged.append((place, flags | VIRTQ_DESC_F_WRITE if written else flags))  # PKD-34
         slot += chain.slots  # PKD-33
         if slot >= self._size:
             slot -= self._size
@@ -202,6 +213,7 @@ class PackedRing(Ring):
 
     def publish(self) -> bool:
         staged, self._staged = self._staged, []
+        self._joins = False
         if staged:
             self._fence()  # lengths and ids before their flags
             ring = self._open_ring()

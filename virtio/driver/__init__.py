@@ -5,7 +5,7 @@ lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDri
 ring at all: wrong ones, too, on purpose.
 
 A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO,
-:class:`PciRegisters` for PCI.
+:class:`PciRegisters` for PCI, :class:`VhostUserFrontEnd` for vhost-user.
 
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
@@ -21,6 +21,7 @@ from .pci import LegacyPciRegisters, PciFunction, PciRegisters
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 from .transport import DriverError, DriverTransport
+from .vhost_user import Link, SharedRam, VhostUserFrontEnd
 
 __all__ = [
     "Arena",
@@ -31,8 +32,11 @@ __all__ = [
     "DriverRing",
     "DriverTransport",
     "LegacyPciRegisters",
+    "Link",
     "PackedDriverRing",
     "PciFunction",
     "PciRegisters",
     "Registers",
+    "SharedRam",
+    "VhostUserFrontEnd",
 ]

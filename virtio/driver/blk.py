@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import layout as at
+from ..fence import make_fence
 from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
 from ..memory import GuestMemory
 from .packed import PackedDriverRing
@@ -25,6 +26,8 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_EVENT_IDX,
         at.VIRTIO_F_VERSION_1,
         at.VIRTIO_F_RING_PACKED,
+        at.VIRTIO_F_IN_ORDER,
+        at.VIRTIO_F_ACCESS_PLATFORM,
         at.VIRTIO_F_RING_RESET,
         at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
@@ -66,8 +69,8 @@ class BlockDriver:
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done
-    (for devices that work when polled, or on their own); False from it gives up.
+    masks what it accepts of what is offered. ``wait`` is called while a request is not
+    done, until it gives something false: for devices that are polled, or in another process.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class BlockDriver:
         self.ring: DriverRing | PackedDriverRing
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
+        self._fence = make_fence()
 
     # -- bringing the device up ----------------------------------------------------------------
 
@@ -145,13 +149,17 @@ class BlockDriver:
 
     def _allocate_ring(self, size: int) -> DriverRing | PackedDriverRing:
         event_idx = bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1)
+        in_order = bool(self.features >> at.VIRTIO_F_IN_ORDER & 1)
         if self.features >> at.VIRTIO_F_RING_PACKED & 1:
-            return PackedDriverRing.allocate(self.memory, self.arena, size, event_idx=event_idx)
+            return PackedDriverRing.allocate(
+                self.memory, self.arena, size, event_idx=event_idx, in_order=in_order
+            )
         return DriverRing.allocate(
             self.memory,
             self.arena,
             size,
             event_idx=event_idx,
+            in_order=in_order,
             order=self.order,
             align=self.page_size if self.legacy else None,
         )
@@ -212,6 +220,13 @@ class BlockDriver:
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
+        done = self._collect()
+        self.ring.want_next_interrupt()
+        self.registers.take_interrupt()
+        self._fence()
+        return done | self._collect()  # what was used before it could interrupt
+
+    def _collect(self) -> dict[int, Completion]:
         done = {}
         for head, used_length in self.ring.collect():
             pending = self._pending.pop(head)
@@ -220,8 +235,6 @@ class BlockDriver:
                 used_length,
                 self.memory.read(pending.incoming, pending.length),
             )
-        self.ring.want_next_interrupt()
-        self.registers.take_interrupt()
         return done
 
     def request(
