@@ -43,7 +43,7 @@ mutants: venv
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # mypy has to see the root folder under the package's own name.
-PACKAGE := __init__.py errors.py py.typed backend machine qcow2 virtio
+PACKAGE := __init__.py errors.py py.typed backend machine qcow2 tools virtio
 build/types/pyvirtio: Makefile
 	rm -rf $@
 	mkdir -p $@

@@ -6,10 +6,11 @@ A virtio-blk device model on top, a qcow2 driver below, and a block layer betwee
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from .backend.names import register_format as _register_format
 
-from .backend.registry import register_format as _register_format
+TYPE_CHECKING = False  # as type checkers know it; importing typing would double the time to start
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
     "VirtioPci": "virtio.pci",
+    "VhostUserServer": "virtio.vhost_user.server",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "PyvirtioError",
     "RawDisk",
     "UnsupportedError",
+    "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
     "VirtioPci",
@@ -111,12 +114,15 @@ if TYPE_CHECKING:
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
     from .virtio.pci import VirtioPci
+    from .virtio.vhost_user.server import VhostUserServer
 
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value

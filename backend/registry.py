@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 
 from .disk import Disk
+from .names import loaders as _loaders
+from .names import register_format
 
 __all__ = [
     "PROBE_SIZE",
@@ -57,14 +58,6 @@ class Format:
     takes, to hold what the disk ``source`` holds unless that is None."""
     shared_options: tuple[str, ...] = ()
     """Options of creating an image that opening it needs, too (its passphrase)."""
-
-
-_loaders: dict[str, Callable[[], Format]] = {}
-
-
-def register_format(name: str, module: str, attribute: str = "FORMAT") -> None:
-    """Have format ``name`` found as ``attribute`` of ``module``, which is imported when needed."""
-    _loaders[name] = cache(lambda: getattr(import_module(module), attribute))
 
 
 @cache

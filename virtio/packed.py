@@ -12,6 +12,8 @@ descriptor, and the second is what counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import GuestError
 from .fence import make_fence
 from .layout import (
@@ -172,6 +174,29 @@ class PackedRing(Ring):
         state.next_avail = slot
         state.avail_wrap = available == VIRTQ_DESC_F_AVAIL
         return Chain(ident, readable, writable, slots)  # the last one's id: PKD-35
+
+    def descriptors(self, slot: int, count: int) -> list[tuple[int, int, int, int]]:
+        """Address, length, id and flags in ``count`` places from ``slot`` on."""
+        read, origin, size = self._read_desc, self._desc_origin, self._size
+        return [read(origin + 16 * ((slot + each) % size)) for each in range(count)]
+
+    def chain_of(self, descriptors: Sequence[tuple[int, int, int, int]]) -> Chain:
+        """The chain of a list that was taken before: address, length, id, flags of each.
+
+        Raises GuestError for a broken one.
+        """
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        for address, length, _, flags in descriptors:
+            if flags & VIRTQ_DESC_F_INDIRECT:
+                self._follow(address, length, readable, writable)
+            elif flags & VIRTQ_DESC_F_WRITE:
+                writable.append((address, length))
+            elif writable:
+                raise GuestError("a device-readable descriptor after a device-writable one")
+            else:
+                readable.append((address, length))
+        return Chain(descriptors[-1][2], readable, writable, len(descriptors))
 
     def _follow(
         self, address: int, length: int, readable: list[Segment], writable: list[Segment]

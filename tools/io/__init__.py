@@ -1,0 +1,1 @@
+"""``pyvirtio-io``: qemu-io's commands, output and exit codes."""
