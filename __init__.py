@@ -54,6 +54,8 @@ _HOMES = {
     "VirtioMmio": "virtio.mmio",
     "VirtioPci": "virtio.pci",
     "VhostUserServer": "virtio.vhost_user.server",
+    "ErrorPolicy": "virtio.error_policy",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "VirtioBlk",
     "VirtioMmio",
     "VirtioPci",
+    "ZonedDisk",
     "__version__",
     "create_disk",
     "open_disk",
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from .backend.rebase import rebase
     from .backend.registry import Measurement
     from .backend.stream import stream
+    from .backend.zoned import ZonedDisk
     from .errors import (
         BackendError,
         GuestError,
@@ -111,6 +115,7 @@ if TYPE_CHECKING:
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk
+    from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
     from .virtio.pci import VirtioPci

@@ -116,6 +116,10 @@ class VirtioDevice(ABC):
         self.wrap_ring: Callable[[int, Ring], Ring] | None = None
         """Given a queue's index and new ring, gives the ring to be used: for who wants to see what
         is taken and used (vhost-user's inflight tracking). Set before queues are enabled."""
+        self.on_stop: Callable[[Exception], object] | None = None
+        """Called with the error that has paused the device (an error policy of ``stop``), from the
+        thread that served; :meth:`resume` tries the request again."""
+        self._stopped_by: Exception | None = None
         self.service = Service(self)
         self.kick: Callable[[int], None] = self.service.kick
         """See :class:`~.transport.TransportDevice`."""
@@ -179,6 +183,11 @@ class VirtioDevice(ABC):
     def _seen(self, memory: GuestMemory) -> GuestMemory:
         return memory if self._iommu is None else TranslatedMemory(memory, self._iommu)
 
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory, by the addresses that the driver uses."""
+        return self._memory
+
     # -- features ----------------------------------------------------------------------------
 
     @property
@@ -213,7 +222,7 @@ class VirtioDevice(ABC):
                 queue.ring = None
             self._refresh_rings()
 
-    def _features_valid(self) -> bool:
+    def features_valid(self) -> bool:
         """The driver's features go together (BF-19)."""
         if self._iommu is not None and not self.accepted(VIRTIO_F_ACCESS_PLATFORM):
             return False
@@ -235,9 +244,9 @@ class VirtioDevice(ABC):
         new = value & _DRIVER_BITS & ~state.status
         if self.legacy:
             new &= ~STATUS_FEATURES_OK
-        if new & STATUS_FEATURES_OK and not self._features_valid():
+        if new & STATUS_FEATURES_OK and not self.features_valid():
             new &= ~STATUS_FEATURES_OK  # BF-19
-        if new & STATUS_DRIVER_OK and not self._features_valid():
+        if new & STATUS_DRIVER_OK and not self.features_valid():
             # Without FEATURES_OK before it: some small drivers leave that out, and may.
             new &= ~STATUS_DRIVER_OK
             self.guest_error(GuestError("DRIVER_OK with features that cannot be"))
@@ -408,8 +417,16 @@ class VirtioDevice(ABC):
         if self._transport is not None:
             self._transport.queue_interrupt(index)
 
+    def hold(self, error: Exception) -> None:
+        """Pause for an error of the host's; called from inside the request that met it."""
+        self.service.pause()
+        self._stopped_by = error
+
     def after_serving(self, failure: Exception | None) -> None:
         """A kick was served, up to an error of the driver's or our own, if there was one."""
+        stopped_by, self._stopped_by = self._stopped_by, None
+        if stopped_by is not None and self.on_stop is not None:
+            self.on_stop(stopped_by)
         if failure is not None or self._violation is not None:
             error, self._violation = failure or self._violation, None
             if self.strict and error is not None:

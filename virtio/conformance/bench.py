@@ -86,8 +86,11 @@ class Bench:
         queue_size: int = 16,
         queue_index: int = 0,
     ) -> Any:
-        """A driver that is not started (a BlockDriver; tests reach into rings of either kind). It accepts what it knows but for ``without``; of packed
-        queues, EVENT_IDX and IN_ORDER only those that it is told to ``want``."""
+        """A BlockDriver that is not started. It accepts what it knows but for ``without``; of
+        packed queues, EVENT_IDX and IN_ORDER only those that it is told to ``want``.
+
+        Typed as anything: tests reach into rings of either kind.
+        """
         use_packed = self.packed if packed is None else packed
         wanted = {*want, at.VIRTIO_F_RING_PACKED} if use_packed else set(want)
         features = UNDERSTOOD | 1 << at.VIRTIO_F_IN_ORDER
