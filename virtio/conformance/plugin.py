@@ -94,7 +94,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> Any:
     """The suite's folder, and those above it: packages that are not imported once more."""
     if FOLDER.is_relative_to(path) and (path / "__init__.py").exists():
-        return pytest.Dir.from_parent(parent, path=path)  # type: ignore[no-untyped-call]
+        return pytest.Dir.from_parent(parent, path=path)
     return None
 
 
