@@ -15,9 +15,13 @@ __all__ = ["WISHES", "CannotMakeError", "DeviceUnderTest", "VhostUserDevice", "f
 
 WISHES = {
     "read_only": "the device is to refuse writes",
-    "zoned": "a host-managed zoned device (model 1), with open and active zones limited",
+    "zoned": "the disk has zones: 'managed' or 'aware' says of which kind",
 }
-"""Parameters that a maker of devices may have: what is asked of the device, and True for it."""
+"""Parameters that a maker of devices may have, and what they ask of the device.
+
+A zoned device should have a conventional zone, eight sequential ones, a zone capacity below the
+zone size, limits for open and active zones of two and three, and one for appends.
+"""
 
 
 class CannotMakeError(Exception):
@@ -54,6 +58,11 @@ class DeviceUnderTest(ABC):
     def resize(self, sectors: int) -> None:
         """Give the disk another size, as its owner may at any time. Raises CannotMakeError."""
         raise CannotMakeError("the harness cannot change the disk's size")
+
+    def fail_zone(self, sector: int, *, offline: bool) -> None:
+        """Have the zone that begins at a sector fail: read-only from now on, or offline. Raises
+        CannotMakeError."""
+        raise CannotMakeError("the harness cannot have zones fail")
 
     def close(self) -> None:
         """The test is over."""

@@ -53,7 +53,7 @@ _SLOW = "a reset takes no time that could be seen from outside without a backend
 _NONE = "block devices have none"
 _POWER = "shows only when power fails: a test of the storage behind the device, not of its queues"
 _STORAGE = "only who knows the storage can tell"
-_FAULTS = "needs a zone that has become read-only or offline: storage that fails on demand"
+
 
 UNTESTABLE = {
     "BF-90": "only who knows the platform can tell",
@@ -78,11 +78,6 @@ UNTESTABLE = {
     "BLK-76": _POWER,
     "BLK-78": _STORAGE,
     "BLK-79": _STORAGE,
-    "BLK-84": _FAULTS,
-    "BLK-87": _FAULTS,
-    "BLK-88": _FAULTS,
-    "BLK-99": _FAULTS,
-    "BLK-100": _FAULTS,
     "BLK-119": "the legacy feature BARRIER is offered by no device since virtio 1.0",
     "BLK-120": "the legacy feature BARRIER is offered by no device since virtio 1.0",
 }

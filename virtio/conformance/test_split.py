@@ -69,8 +69,7 @@ def test_what_the_device_may_not_write_stays(split: Bench, rule: Rules) -> None:
 
 
 @shows("VQ-S-23", "VQ-S-24")
-@pytest.mark.parametrize("direct", [0, 1, 2])
-@pytest.mark.parametrize("flags", [0, at.VIRTQ_DESC_F_WRITE])
+@pytest.mark.parametrize(("direct", "flags"), [(0, 0), (1, 0), (2, 0), (0, at.VIRTQ_DESC_F_WRITE)])
 def test_indirect_tables(split: Bench, direct: int, flags: int, rule: Rules) -> None:
     split.need(at.VIRTIO_F_INDIRECT_DESC, "INDIRECT_DESC")
     driver = split.start_read_write()
