@@ -15,7 +15,7 @@ __all__ = ["WISHES", "CannotMakeError", "DeviceUnderTest", "VhostUserDevice", "f
 
 WISHES = {
     "read_only": "the device is to refuse writes",
-    "zoned": "the disk has zones: 'managed' or 'aware' says of which kind",
+    "zoned": "the disk has zones: 'managed', 'aware', or 'no-append' (managed) says of which kind",
 }
 """Parameters that a maker of devices may have, and what they ask of the device.
 

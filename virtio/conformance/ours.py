@@ -38,7 +38,7 @@ def _make_disk(zoned: str) -> Disk:
         conventional=1,
         max_open=2,
         max_active=3,
-        max_append=8192,
+        max_append=0 if zoned == "no-append" else 8192,
         write_granularity=4096,
         model=ZoneModel.HOST_AWARE if zoned == "aware" else ZoneModel.HOST_MANAGED,
     )

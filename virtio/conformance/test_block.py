@@ -200,6 +200,7 @@ def test_may_unmap_is_a_flag(split: Bench) -> None:
 
 @shows("BLK-80", "BLK-109")
 def test_lifetime(split: Bench, rule: Rules) -> None:
+    split.need_modern()
     split.need(F_LIFETIME, "LIFETIME")
     driver = split.driver()
     driver.features |= 1 << F_LIFETIME

@@ -295,7 +295,11 @@ def test_appends(zones: Zones, rule: Rules) -> None:
 
 
 @shows("BLK-94")
-def test_a_device_without_appends(zones: Zones) -> None:
+def test_a_device_without_appends(make_bench: Any) -> None:
+    bench = make_bench(zoned="no-append")
+    bench.need_modern()
+    bench.need(at.VIRTIO_BLK_F_ZONED, "ZONED")
+    zones = Zones(bench)
     if zones.max_append:
         pytest.skip("the device appends")
     assert zones.append(zones.sequential[0], pattern(zones.unit)) == UNSUPP

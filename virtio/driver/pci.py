@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from .. import pci_layout as at
@@ -195,11 +196,31 @@ class PciRegisters(_PciTransport):
                 at.VIRTIO_PCI_TRANSITIONAL_IDS.get(kind, -1),
             },
         )
-        self.common = function.find(at.VIRTIO_PCI_CAP_COMMON_CFG)
-        self.notification = function.find(at.VIRTIO_PCI_CAP_NOTIFY_CFG)
-        self.isr = function.find(at.VIRTIO_PCI_CAP_ISR_CFG)
-        self.device = function.find(at.VIRTIO_PCI_CAP_DEVICE_CFG)
-        self.multiplier = self.bus.config_read(self.notification.offset + at.CAP_DATA, 4)
+
+    @cached_property
+    def common(self) -> Capability:
+        """The common configuration; as the next ones, DriverError where there is none."""
+        return self.function.find(at.VIRTIO_PCI_CAP_COMMON_CFG)
+
+    @cached_property
+    def notification(self) -> Capability:
+        """Where queues are notified."""
+        return self.function.find(at.VIRTIO_PCI_CAP_NOTIFY_CFG)
+
+    @cached_property
+    def isr(self) -> Capability:
+        """The ISR status."""
+        return self.function.find(at.VIRTIO_PCI_CAP_ISR_CFG)
+
+    @cached_property
+    def device(self) -> Capability:
+        """The device configuration."""
+        return self.function.find(at.VIRTIO_PCI_CAP_DEVICE_CFG)
+
+    @cached_property
+    def multiplier(self) -> int:
+        """``notify_off_multiplier``."""
+        return self.bus.config_read(self.notification.offset + at.CAP_DATA, 4)
 
     def load(self, offset: int, size: int) -> int:
         """Read a field of the common configuration."""
