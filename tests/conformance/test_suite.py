@@ -160,7 +160,7 @@ def test_a_device_that_cannot_be_had_reaches_nothing(folder: Path) -> None:
 
 def test_without_a_device_nothing_is_tested(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--pyargs", PACKAGE, "-k", "identity"],
+        [sys.executable, "-m", "pytest", "-rs", "--pyargs", PACKAGE, "-k", "identity"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -38,7 +38,7 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     ("BF-54", "mmio_v1", "device.py", "return self.legacy or bool(state.status & STATUS_DRIVER_OK)", "return bool(state.status & STATUS_DRIVER_OK)"),
     ("BF-63", "mmio", "device.py", "STATUS_DRIVER_OK | STATUS_FAILED\n)", "STATUS_DRIVER_OK | STATUS_FAILED | 0x10\n)"),
     ("BF-88", "mmio", "device.py", "return features | 1 << VIRTIO_F_VERSION_1", "return features"),
-    ("BF-92", "mmio_callbacks", "split.py", "                place = self._batch[0]\n", "                pass\n"),
+    ("BF-92", "mmio_callbacks", "service.py", "            for _ in range(count):\n                self.process_next(queue, ring)\n", "            for chain in reversed([ring.pop() for _ in range(count)]):\n                ring.push(chain, self._device.process(chain))\n"),
     ("BF-98", "mmio", "device.py", "return features | 1 << VIRTIO_F_VERSION_1", "return features | 1 << VIRTIO_F_VERSION_1 | 1 << 37"),
     ("BF-101", "mmio_v1", "device.py", "return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF", "return features & 0xFFFF_FFFF"),
     # -- split queues --

@@ -1,7 +1,4 @@
-"""Several runs side by side, as a Markdown page: ``python -m … table NAME=MATRIX.json … > page.md``.
-
-The last argument may be ``--title TEXT``.
-"""
+"""Several runs side by side, as a Markdown page: ``table NAME=MATRIX.json … --title TEXT``."""
 
 from __future__ import annotations
 
