@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from threading import get_ident
+from time import monotonic_ns
 from typing import Any
 
 from ..backend.disk import Disk
@@ -19,6 +21,7 @@ from .express import make_express
 from .iommu import Translate
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from .memory import GuestMemory, Segment
+from .observe import RequestRecord
 from .queue import Queue
 from .request import make_parser
 from .ring import Chain, Ring
@@ -47,6 +50,7 @@ class VirtioBlk(VirtioDevice):
     ``errors``: what becomes of requests that the disk cannot do; see :attr:`on_stop`.
     ``in_order``, ``access_platform``: offer these features.
     ``iommu``: translates the driver's addresses, see :mod:`.iommu`.
+    ``io_threads``: serve the queues in so many threads, see :mod:`.workers`; 0 is in the caller's.
     ``strict``: errors of the driver raise GuestError, too, for those who write one.
 
     Limits and alignments that the driver is told are the disk's; a ZonedDisk's zones are offered.
@@ -74,6 +78,7 @@ class VirtioBlk(VirtioDevice):
         in_order: bool = False,
         access_platform: bool = False,
         iommu: Translate | None = None,
+        io_threads: int = 0,
         strict: bool = False,
     ) -> None:
         if read_only is None:
@@ -114,14 +119,20 @@ class VirtioBlk(VirtioDevice):
             in_order=in_order,
             access_platform=access_platform,
             iommu=iommu,
+            io_threads=io_threads,
             strict=strict,
         )
         self.was_reset()
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
-        """Stop following changes of the disk's size; the device is not used any more."""
+        """The device is not used any more: end its threads, and stop following the disk's size.
+
+        A second call does nothing.
+        """
+        self.close()
         self._stop_listening()
+        self._stop_listening = lambda: None
 
     # -- features and configuration ------------------------------------------------------------
 
@@ -147,15 +158,18 @@ class VirtioBlk(VirtioDevice):
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See :class:`VirtioDevice`."""
-        return self._config[offset : offset + length].ljust(length, b"\0")
+        with self.lock:
+            config = self._config
+        return config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See :class:`VirtioDevice`. ``writeback`` alone can be written (BLK-47)."""
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
         if 0 <= where < len(data) and allowed:
-            self.writeback = bool(data[where])
-            self._refresh_config()
+            with self.lock:
+                self.writeback = bool(data[where])
+                self._refresh_config()
 
     def connect(self, memory: GuestMemory, transport: Transport, **options: Any) -> None:
         """See :class:`VirtioDevice`. Zones that must be written in order need a driver that knows
@@ -185,9 +199,10 @@ class VirtioBlk(VirtioDevice):
         self._refresh_config()
 
     def _resized(self, size: int) -> None:
-        self.capacity = size // SECTOR_SIZE
-        self._refresh_config()
-        self.config_changed()
+        with self.holding():
+            self.capacity = size // SECTOR_SIZE
+            self._refresh_config()
+            self.config_changed()
 
     def save_own(self, stream: StateWriter) -> None:
         """See :class:`VirtioDevice`."""
@@ -214,13 +229,14 @@ class VirtioBlk(VirtioDevice):
 
     # -- requests ----------------------------------------------------------------------------
 
-    def process(self, chain: Chain) -> int:
+    def process(self, chain: Chain, queue: Queue) -> int:
         """Do one request; see :class:`VirtioDevice`.
 
         The used length is the number of bytes written into the chain: data and status where it
         succeeded, the status byte alone where it did not.
         """
-        memory = self._memory
+        memory, observer = self._memory, self.observer
+        started = 0 if observer is None else monotonic_ns()
         request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
         resets = self.resets
@@ -249,6 +265,13 @@ class VirtioBlk(VirtioDevice):
                 written = _total(incoming)
         if self.resets == resets:  # else the memory is the driver's again (BF-29)
             memory.store_byte(status_byte, status)
+        if observer is not None:
+            length = _total(outgoing) or written
+            observer.done(
+                RequestRecord(
+                    queue.index, kind, sector, length, status, started, monotonic_ns(), get_ident()
+                )
+            )
         return written + 1
 
     def status_of(self, error: Exception, sector: int, reading: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -129,6 +130,7 @@ def test_writes_end_at_the_capacity_and_the_zone_is_full_then():
 
 def test_a_request_across_a_boundary_is_refused():
     disk = make()
+    assert fault(disk.write, ZONE - 512, bytes(1024)) == ZoneFault.INVALID
     disk.write(0, b"x" * (ZONE - 512))
     assert fault(disk.write, ZONE - 512, bytes(1024)) == ZoneFault.INVALID
     assert fault(disk.read, ZONE - 512, 1024) == ZoneFault.INVALID
@@ -290,6 +292,37 @@ def test_zones_that_cannot_be_are_refused(options):
         make(**options)
 
 
+def test_an_append_has_its_place_when_the_one_before_is_done():
+    disk = make()
+    asked, below = threading.Semaphore(0), disk.below
+    entered, go = threading.Event(), threading.Event()
+    lock_of, write = disk._writer, below._writev
+
+    def writer(zone):
+        asked.release()
+        return lock_of(zone)
+
+    def slow(*arguments):
+        entered.set()
+        assert go.wait(30)
+        write(*arguments)
+
+    disk._writer, below._writev = writer, slow
+    places = []
+    data = [memoryview(bytes(512))]
+    threads = [threading.Thread(target=lambda: places.append(disk.append(0, data)))]
+    threads.append(threading.Thread(target=lambda: places.append(disk.append(0, data))))
+    threads[0].start()
+    assert entered.wait(30)
+    assert asked.acquire(timeout=30)
+    threads[1].start()
+    assert asked.acquire(timeout=30)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(places) == [0, 512]
+
+
 def test_appends_from_many_threads_have_places_of_their_own():
     disk = make()
     places = []
@@ -305,3 +338,45 @@ def test_appends_from_many_threads_have_places_of_their_own():
         thread.join()
     assert sorted(place for place, _ in places) == list(range(0, 80 * 512, 512))
     assert all(disk.read(place, 512) == letter * 512 for place, letter in places)
+
+
+def test_any_sequence_agrees_with_a_model():
+    """Writes, appends, resets and finishes at random, and power failures in between."""
+    chance = random.Random(11)
+    below, store = MemoryDisk(6 * ZONE), MemoryDisk(growable=True)
+    disk = ZonedDisk(below, zone_size=ZONE, max_open=2, max_active=4, store=store)
+    data = [b""] * 6
+    for _ in range(600):
+        number = chance.randrange(6)
+        zone = disk.zones[number]
+        block = chance.randbytes(1) * 512 * chance.randrange(1, 40)
+        if zone.state == FULL and len(data[number]) == ZONE:
+            disk.reset_zone(zone)
+            data[number] = b""
+        try:
+            match chance.randrange(8):
+                case 0 | 1 | 2:
+                    end = len(data[number]) if chance.randrange(4) else 512
+                    disk.write(zone.start + end, block)
+                    data[number] += block
+                case 3:
+                    place = disk.append(zone.start, [memoryview(block)])
+                    assert place == zone.start + len(data[number])
+                    data[number] += block
+                case 4:
+                    disk.reset_zone(zone)
+                    data[number] = b""
+                case 5:
+                    disk.finish_zone(zone)
+                case 6:
+                    disk.close_zone(zone)
+                case 7:
+                    disk.flush()
+                    disk = ZonedDisk(below, zone_size=ZONE, max_open=2, max_active=4, store=store)
+        except ZoneError:
+            pass
+        opened = sum(each.state in (IOPEN, EOPEN) for each in disk.zones)
+        assert opened <= 2
+        assert sum(each.state == CLOSED for each in disk.zones) + opened <= 4
+        zone = disk.zones[chance.randrange(6)]
+        assert disk.read(zone.start, ZONE) == data[zone.index].ljust(ZONE, b"\0")

@@ -51,6 +51,19 @@ def test_a_kick_that_was_never_sent_is_not_needed(machine: Any) -> None:
     assert finish(machine)[head].status == 0
 
 
+def test_kicks_that_were_suppressed_are_asked_for_again(make_started: Any) -> None:
+    machine = make_started(notify="deferred", driver={"features": 1 << at.VIRTIO_F_VERSION_1})
+    machine.driver.flush()
+    head = machine.driver.submit(at.VIRTIO_BLK_T_FLUSH)
+    machine.driver.kick()
+    assert machine.driver.ring.used_flags == at.VIRTQ_USED_F_NO_NOTIFY
+    machine.device.pause()
+    machine.device.resume()
+    assert finish(machine)[head].status == 0
+    assert machine.driver.ring.used_flags == 0
+    machine.driver.flush()
+
+
 def test_pausing_twice_is_pausing_once(machine: Any) -> None:
     machine.device.pause()
     machine.device.pause()
