@@ -61,7 +61,7 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     # -- packed queues --
     ("PKD-05", "mmio", "blk.py", _STATUS, _STATUS + "\n            if outgoing:\n                memory.store_byte(outgoing[0][0], 0x99)"),
     ("PKD-07", "mmio", "packed.py", "if flags & _OWNER != available:  # PKD-07", "if flags & available != available:"),
-    ("PKD-08", "mmio", "packed.py", "        self._staged.append(", "        self._write_used(self._used_origin, state.used_index, 0)\n        self._staged.append("),
+    ("PKD-08", "mmio", "packed.py", "        self._staged.append(", "        self._write_used(self._used_origin, state.used_index + 1, 0)\n        self._staged.append("),
     ("PKD-19", "mmio", "packed.py", "                readable.append((address, length))\n            if not flags & VIRTQ_DESC_F_NEXT:", "                readable.insert(1, (address, length))\n            if not flags & VIRTQ_DESC_F_NEXT:"),
     ("PKD-31", "mmio", "packed.py", "state.used_wrap = not state.used_wrap", "pass"),
     ("PKD-32", "mmio", "packed.py", "flags = _OWNER if state.used_wrap else 0  # PKD-32", "flags = VIRTQ_DESC_F_USED if state.used_wrap else 0"),
