@@ -67,6 +67,10 @@ _HOMES = {
     "ErrorPolicy": "virtio.error_policy",
     "ZonedDisk": "backend.zoned",
     "VhostUserServer": "virtio.vhost_user.server",
+    "VirtioPci": "virtio.pci",
+    "VhostUserServer": "virtio.vhost_user.server",
+    "ErrorPolicy": "virtio.error_policy",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -92,6 +96,7 @@ __all__ = [
     "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
+    "VirtioPci",
     "ZonedDisk",
     "__version__",
     "create_disk",
@@ -132,6 +137,7 @@ if TYPE_CHECKING:
     from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
     from .virtio.vhost_user.server import VhostUserServer
 
 
