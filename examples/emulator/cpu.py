@@ -27,7 +27,7 @@ import unicorn as u
 from unicorn import riscv_const as rv
 
 from .decode import changes_memory, data_address
-from .mmu import fetch_word
+from .mmu import fetch_word, tables_are_missing
 from .state import MACHINE, SUPERVISOR, HartState
 from .traps import Cause, enter_exception
 
@@ -36,10 +36,16 @@ __all__ = ["Cpu", "Interrupt", "Registers", "Stop"]
 _WFI = 0x10500073
 _ADDRESS_CAUSES = frozenset((0, 1, 4, 5, 6, 7, 12, 13, 15))
 _LOAD_CAUSES = (Cause.LOAD_MISALIGNED, Cause.LOAD_ACCESS, Cause.LOAD_PAGE_FAULT)
-_UNMAPPED = {
+_NO_ACCESS = {
     u.UC_ERR_FETCH_UNMAPPED: Cause.FETCH_ACCESS,
+    u.UC_ERR_FETCH_PROT: Cause.FETCH_ACCESS,  # from a device
     u.UC_ERR_READ_UNMAPPED: Cause.LOAD_ACCESS,
     u.UC_ERR_WRITE_UNMAPPED: Cause.STORE_ACCESS,
+}
+_PAGE_TO_ACCESS = {
+    Cause.FETCH_PAGE_FAULT: Cause.FETCH_ACCESS,
+    Cause.LOAD_PAGE_FAULT: Cause.LOAD_ACCESS,
+    Cause.STORE_PAGE_FAULT: Cause.STORE_ACCESS,
 }
 
 
@@ -230,15 +236,23 @@ class Cpu:
                 return
         elif number in _ADDRESS_CAUSES:
             value = state.badaddr
-        enter_exception(state, self._by_the_book(number, pc), value, pc)
+        enter_exception(state, self._by_the_book(number, pc, value), value, pc)
         state.store()
 
-    def _by_the_book(self, cause: int, pc: int) -> int:
-        """An atomic instruction faults as a store; the engine does it as a load and a store."""
+    def _by_the_book(self, cause: int, pc: int, address: int) -> int:
+        """The cause as the specification has it, where the engine sees it differently.
+
+        An atomic instruction faults as a store; the engine does it as a load and a store. Page
+        tables that lie where no memory is make an access fault; the engine calls it a page fault.
+        """
         if cause in _LOAD_CAUSES and changes_memory(
             fetch_word(self.state, self._ram, self._base, pc) or 0
         ):
-            return cause + 2
+            cause += 2
+        if cause in _PAGE_TO_ACCESS and tables_are_missing(
+            self.state, self._ram, self._base, address
+        ):
+            return _PAGE_TO_ACCESS[Cause(cause)]
         return cause
 
     def _on_breakpoint(self, uc: u.Uc, _: object) -> bool:
@@ -249,7 +263,7 @@ class Cpu:
 
     def _access_fault(self, error: u.UcError) -> None:
         """The engine stopped at an address where nothing is: for the guest that is an exception."""
-        cause = _UNMAPPED.get(error.errno)
+        cause = _NO_ACCESS.get(error.errno)
         if cause is None:
             raise error
         state = self.state
@@ -258,6 +272,6 @@ class Cpu:
         if cause != Cause.FETCH_ACCESS:
             word = fetch_word(state, self._ram, self._base, state.pc)
             value = 0 if word is None else data_address(state, word)
-            cause = Cause(self._by_the_book(cause, state.pc))
+            cause = Cause(self._by_the_book(cause, state.pc, value))
         enter_exception(state, cause, value, state.pc)
         state.store()
