@@ -39,7 +39,7 @@ from .uart import Uart
 
 __all__ = ["Board"]
 
-_SLICE = 50_000
+_SLICE = 200_000
 """Instructions between two looks at the devices, at most."""
 _CUT_SLICE = 5_000
 """Instructions that a slice counts for if it ends early, by wfi or for a device."""
