@@ -31,7 +31,7 @@ from .mmu import fetch_word, tables_are_missing
 from .state import MACHINE, SUPERVISOR, HartState
 from .traps import Cause, enter_exception
 
-__all__ = ["Cpu", "Interrupt", "Registers", "Stop"]
+__all__ = ["Cpu", "Interrupt", "Registers", "Stop", "no_firmware"]
 
 _WFI = 0x10500073
 _ADDRESS_CAUSES = frozenset((0, 1, 4, 5, 6, 7, 12, 13, 15))
@@ -80,6 +80,11 @@ class Registers(Protocol):
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 
+def no_firmware(state: HartState) -> bool:
+    """Nobody below the guest answers its calls."""
+    return False
+
+
 class Cpu:
     """One hart with its memory ``ram`` at physical address ``base``, starting in machine mode."""
 
@@ -88,7 +93,7 @@ class Cpu:
         self.state = HartState(self.uc)
         self.illegal: Callable[[HartState, int], bool] = lambda state, instruction: False
         """Asked first about an illegal instruction: True if it carried it out (on the state)."""
-        self.firmware: Callable[[HartState], bool] = lambda state: False
+        self.firmware: Callable[[HartState], bool] = no_firmware
         """Asked first about an ``ecall`` from supervisor mode: True if it answered it."""
         self.touched: Callable[[], None] = lambda: None
         """Called before every access to a device."""
@@ -212,6 +217,29 @@ class Cpu:
         self.uc.reg_write(rv.UC_RISCV_REG_PRIV, MACHINE)
         self.uc.ctl_remove_cache(page, end)
         self.state.store()
+
+    @property
+    def lines(self) -> int:
+        """The wires into the hart that are high."""
+        return self._lines
+
+    def forget_everything(self) -> None:
+        """Drop all that the engine has made of the guest's memory: code and translations.
+
+        What the guest does afterwards does not depend on what was cached before.
+        """
+        self.uc.ctl_flush_tb()
+        self.forget_translations()
+
+    def resume(self, pending: int, lines: int) -> None:
+        """The registers and the memory have become those of another moment: of one with these
+        interrupts pending (``mip``) and these wires high."""
+        self._lines = lines & sum(Interrupt)
+        self.forget_everything()
+        self.state.load()
+        # Down and up again, so that the engine looks.
+        self.state.mip = ~pending & 0xFFF
+        self._set_pending(pending)
 
     def forget_translations(self) -> None:
         """The guest's page tables have changed: what SFENCE.VMA does."""
