@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import pyvirtio
+from pyvirtio.backend.state import StateReader, StateWriter
 
 from . import layout as at
 from .clint import NEVER, Clint
 from .clock import Clock, InstructionClock
-from .cpu import Cpu, Interrupt, Stop
+from .cpu import Cpu, Interrupt, Stop, no_firmware
 from .csr import ExtraCsrs
 from .fdt import flatten
 from .image import load_program
@@ -39,7 +40,7 @@ from .uart import Uart
 
 __all__ = ["Board"]
 
-_SLICE = 50_000
+_SLICE = 200_000
 """Instructions between two looks at the devices, at most."""
 _CUT_SLICE = 5_000
 """Instructions that a slice counts for if it ends early, by wfi or for a device."""
@@ -248,6 +249,24 @@ class Board:
                 start = page
             previous = page
         self.cpu.forget_code(start << 12, (previous + 1 - start) << 12)
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write how the guest was started; between two slices there is nothing else."""
+        stream.flag(self.cpu.firmware is not no_firmware)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read it; returns how to put it in force."""
+        supervised = stream.flag()
+
+        def adopt() -> None:
+            self.cpu.firmware = self.sbi.handle if supervised else no_firmware
+            self._written.clear()
+
+        return adopt
 
     def close(self) -> None:
         """Unplug the disks, which stay open."""

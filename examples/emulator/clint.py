@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pyvirtio.backend.state import StateReader, StateWriter
+
 from .clock import Clock
 
 __all__ = ["NEVER", "Clint"]
@@ -89,3 +91,27 @@ class Clint:
             now = self._clock.now()
             self._shift = merged((now + self._shift) & NEVER, _MTIME) - now
             self.update()
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the registers."""
+        stream.u8(self._msip)
+        stream.u64(self._mtimecmp)
+        stream.u64(self._shift & NEVER)
+        stream.flag(self._kept is not None)
+        stream.u64(self._kept or 0)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read them; returns how to put them in force. The hart has its wires already."""
+        msip, mtimecmp, shift = stream.u8() & 1, stream.u64(), stream.u64()
+        has_kept, kept = stream.flag(), stream.u64()
+
+        def adopt() -> None:
+            self._msip, self._mtimecmp = msip, mtimecmp
+            self._shift = shift - (1 << 64) if shift >> 63 else shift
+            self._kept = kept if has_kept else None
+
+        return adopt

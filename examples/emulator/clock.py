@@ -9,7 +9,10 @@ wait for ages: going through Python is hundreds of times slower than an instruct
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
+
+from pyvirtio.backend.state import StateReader, StateWriter
 
 __all__ = ["TICKS_PER_SECOND", "Clock", "InstructionClock", "WallClock"]
 
@@ -43,6 +46,19 @@ class Clock(Protocol):
         """The guest has nothing to do before ``tick``: let the time pass."""
         ...
 
+    @property
+    def state_version(self) -> int:
+        """The version of what :meth:`save_state` writes."""
+        ...
+
+    def save_state(self, stream: StateWriter, /) -> None:
+        """Write what time it is."""
+        ...
+
+    def load_state(self, stream: StateReader, /) -> Callable[[], object]:
+        """Read it again; returns how to make it that time."""
+        ...
+
 
 class InstructionClock:
     """Time by instructions run: ``rate`` of them make a tick.
@@ -74,6 +90,19 @@ class InstructionClock:
     def sleep_until(self, tick: int) -> None:
         self._instructions = max(self._instructions, tick * self._rate)
 
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        stream.u64(self._instructions)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        instructions = stream.u64()
+
+        def adopt() -> None:
+            self._instructions = instructions
+
+        return adopt
+
 
 class WallClock:
     """Time by the host's clock."""
@@ -97,3 +126,17 @@ class WallClock:
 
     def sleep_until(self, tick: int) -> None:
         time.sleep(max(0, tick - self.now()) / TICKS_PER_SECOND)
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        stream.u64(self.now())
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        now = stream.u64()
+
+        def adopt() -> None:
+            # Guest time goes on from where it was.
+            self._start = time.monotonic_ns() - 100 * now
+
+        return adopt

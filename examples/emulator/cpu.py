@@ -27,19 +27,25 @@ import unicorn as u
 from unicorn import riscv_const as rv
 
 from .decode import changes_memory, data_address
-from .mmu import fetch_word
+from .mmu import fetch_word, tables_are_missing
 from .state import MACHINE, SUPERVISOR, HartState
 from .traps import Cause, enter_exception
 
-__all__ = ["Cpu", "Interrupt", "Registers", "Stop"]
+__all__ = ["Cpu", "Interrupt", "Registers", "Stop", "no_firmware"]
 
 _WFI = 0x10500073
 _ADDRESS_CAUSES = frozenset((0, 1, 4, 5, 6, 7, 12, 13, 15))
 _LOAD_CAUSES = (Cause.LOAD_MISALIGNED, Cause.LOAD_ACCESS, Cause.LOAD_PAGE_FAULT)
-_UNMAPPED = {
+_NO_ACCESS = {
     u.UC_ERR_FETCH_UNMAPPED: Cause.FETCH_ACCESS,
+    u.UC_ERR_FETCH_PROT: Cause.FETCH_ACCESS,  # from a device
     u.UC_ERR_READ_UNMAPPED: Cause.LOAD_ACCESS,
     u.UC_ERR_WRITE_UNMAPPED: Cause.STORE_ACCESS,
+}
+_PAGE_TO_ACCESS = {
+    Cause.FETCH_PAGE_FAULT: Cause.FETCH_ACCESS,
+    Cause.LOAD_PAGE_FAULT: Cause.LOAD_ACCESS,
+    Cause.STORE_PAGE_FAULT: Cause.STORE_ACCESS,
 }
 
 
@@ -74,6 +80,11 @@ class Registers(Protocol):
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 
+def no_firmware(state: HartState) -> bool:
+    """Nobody below the guest answers its calls."""
+    return False
+
+
 class Cpu:
     """One hart with its memory ``ram`` at physical address ``base``, starting in machine mode."""
 
@@ -82,7 +93,7 @@ class Cpu:
         self.state = HartState(self.uc)
         self.illegal: Callable[[HartState, int], bool] = lambda state, instruction: False
         """Asked first about an illegal instruction: True if it carried it out (on the state)."""
-        self.firmware: Callable[[HartState], bool] = lambda state: False
+        self.firmware: Callable[[HartState], bool] = no_firmware
         """Asked first about an ``ecall`` from supervisor mode: True if it answered it."""
         self.touched: Callable[[], None] = lambda: None
         """Called before every access to a device."""
@@ -207,6 +218,29 @@ class Cpu:
         self.uc.ctl_remove_cache(page, end)
         self.state.store()
 
+    @property
+    def lines(self) -> int:
+        """The wires into the hart that are high."""
+        return self._lines
+
+    def forget_everything(self) -> None:
+        """Drop all that the engine has made of the guest's memory: code and translations.
+
+        What the guest does afterwards does not depend on what was cached before.
+        """
+        self.uc.ctl_flush_tb()
+        self.forget_translations()
+
+    def resume(self, pending: int, lines: int) -> None:
+        """The registers and the memory have become those of another moment: of one with these
+        interrupts pending (``mip``) and these wires high."""
+        self._lines = lines & sum(Interrupt)
+        self.forget_everything()
+        self.state.load()
+        # Down and up again, so that the engine looks.
+        self.state.mip = ~pending & 0xFFF
+        self._set_pending(pending)
+
     def forget_translations(self) -> None:
         """The guest's page tables have changed: what SFENCE.VMA does."""
         self.uc.ctl(u.UC_CTL_TLB_FLUSH, u.UC_CTL_IO_WRITE)
@@ -230,15 +264,23 @@ class Cpu:
                 return
         elif number in _ADDRESS_CAUSES:
             value = state.badaddr
-        enter_exception(state, self._by_the_book(number, pc), value, pc)
+        enter_exception(state, self._by_the_book(number, pc, value), value, pc)
         state.store()
 
-    def _by_the_book(self, cause: int, pc: int) -> int:
-        """An atomic instruction faults as a store; the engine does it as a load and a store."""
+    def _by_the_book(self, cause: int, pc: int, address: int) -> int:
+        """The cause as the specification has it, where the engine sees it differently.
+
+        An atomic instruction faults as a store; the engine does it as a load and a store. Page
+        tables that lie where no memory is make an access fault; the engine calls it a page fault.
+        """
         if cause in _LOAD_CAUSES and changes_memory(
             fetch_word(self.state, self._ram, self._base, pc) or 0
         ):
-            return cause + 2
+            cause += 2
+        if cause in _PAGE_TO_ACCESS and tables_are_missing(
+            self.state, self._ram, self._base, address
+        ):
+            return _PAGE_TO_ACCESS[Cause(cause)]
         return cause
 
     def _on_breakpoint(self, uc: u.Uc, _: object) -> bool:
@@ -249,7 +291,7 @@ class Cpu:
 
     def _access_fault(self, error: u.UcError) -> None:
         """The engine stopped at an address where nothing is: for the guest that is an exception."""
-        cause = _UNMAPPED.get(error.errno)
+        cause = _NO_ACCESS.get(error.errno)
         if cause is None:
             raise error
         state = self.state
@@ -258,6 +300,6 @@ class Cpu:
         if cause != Cause.FETCH_ACCESS:
             word = fetch_word(state, self._ram, self._base, state.pc)
             value = 0 if word is None else data_address(state, word)
-            cause = Cause(self._by_the_book(cause, state.pc))
+            cause = Cause(self._by_the_book(cause, state.pc, value))
         enter_exception(state, cause, value, state.pc)
         state.store()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pyvirtio.backend.state import StateReader, StateWriter
+
 from .clint import NEVER, Clint
 from .clock import Clock
 from .state import MACHINE, SUPERVISOR, USER, HartState
@@ -80,6 +82,23 @@ class ExtraCsrs:
         if target:
             state.words[target] = old
         return True
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the registers."""
+        for value in (self._menvcfg, self._senvcfg, self._stimecmp):
+            stream.u64(value)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read them; returns how to put them in force. The hart has its wires already."""
+        menvcfg, senvcfg, stimecmp = stream.u64(), stream.u64(), stream.u64()
+
+        def adopt() -> None:
+            self._menvcfg, self._senvcfg = menvcfg & (_STCE | _FIOM), senvcfg & _FIOM
+            self._stimecmp = stimecmp
+
+        return adopt
 
     def _read(self, state: HartState, csr: int) -> int | None:
         if csr == _TIME:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .state import HartState
 
-__all__ = ["fetch_word", "translate"]
+__all__ = ["fetch_word", "tables_are_missing", "translate"]
 
 _LEVELS = {8: 3, 9: 4, 10: 5}
 """satp.MODE: levels of page tables."""
@@ -24,20 +24,34 @@ def translate(state: HartState, ram: memoryview, base: int, address: int) -> int
     levels = _LEVELS.get(state.satp >> 60)
     if state.priv == _MACHINE or levels is None:
         return address
-    table = (state.satp & ((1 << 44) - 1)) << 12
+    found, _ = _walk(state.satp, levels, ram, base, address)
+    return found
+
+
+def tables_are_missing(state: HartState, ram: memoryview, base: int, address: int) -> bool:
+    """True if the walk for ``address`` needs a page table outside memory."""
+    levels = _LEVELS.get(state.satp >> 60)
+    return levels is not None and not _walk(state.satp, levels, ram, base, address)[1]
+
+
+def _walk(
+    satp: int, levels: int, ram: memoryview, base: int, address: int
+) -> tuple[int | None, bool]:
+    """The physical address, None where there is none; and whether all tables are in memory."""
+    table = (satp & ((1 << 44) - 1)) << 12
     for level in range(levels - 1, -1, -1):
         shift = 12 + 9 * level
         where = table + 8 * (address >> shift & 0x1FF) - base
         if not 0 <= where <= len(ram) - 8:
-            return None
+            return None, False
         entry = int.from_bytes(ram[where : where + 8], "little")
         if not entry & _VALID:
-            return None
+            return None, True
         table = (entry >> 10 & ((1 << 44) - 1)) << 12
         if entry & (_READ | _WRITE | _EXECUTE):
             offset = address & ((1 << shift) - 1)
-            return table & ~((1 << shift) - 1) | offset
-    return None
+            return table & ~((1 << shift) - 1) | offset, True
+    return None, True
 
 
 def fetch_word(state: HartState, ram: memoryview, base: int, pc: int) -> int | None:

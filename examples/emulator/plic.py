@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pyvirtio.backend.state import StateReader, StateWriter
+
 __all__ = ["Plic"]
 
 _PENDING, _ENABLE, _ENABLE_STRIDE = 0x1000, 0x2000, 0x80
@@ -140,3 +142,29 @@ class Plic:
             elif self._has(context) and register == 4 and self._may_complete(context, value):
                 self._claimed &= ~(1 << value)
         self._update()
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the registers, and which sources are raised."""
+        for bits in (self._level, self._edges, self._claimed, *self._enable):
+            stream.data(bits.to_bytes(self._sources // 8 + 1, "little"))
+        for value in (*self._priority, *self._threshold):
+            stream.u8(value)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read them; returns how to put them in force. The hart has its wires already."""
+        level, edges, claimed, *enable = (
+            int.from_bytes(stream.data(), "little") & self._all
+            for _ in range(3 + len(self._enable))
+        )
+        values = [stream.u8() & _MAX_PRIORITY for _ in (*self._priority, *self._threshold)]
+
+        def adopt() -> None:
+            self._level, self._edges, self._claimed, self._enable = level, edges, claimed, enable
+            self._priority = values[: len(self._priority)]
+            self._threshold = values[len(self._priority) :]
+
+        return adopt

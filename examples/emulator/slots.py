@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyvirtio
+from pyvirtio.backend.state import StateReader, StateWriter
 
 __all__ = ["EmptySlot", "VirtioSlot"]
 
@@ -47,3 +48,21 @@ class VirtioSlot:
     def poll(self) -> None:
         """Do the work that the guest asked for."""
         self._mmio.poll()
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the device, and whether a notification is to be carried out once more."""
+        stream.flag(self._repeated)
+        self._mmio.save_state(stream)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read them; returns how to put them in force."""
+        repeated = stream.flag()
+        adopt_device = self._mmio.load_state(stream)
+
+        def adopt() -> None:
+            self._repeated = repeated
+            adopt_device()
+
+        return adopt

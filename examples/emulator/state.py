@@ -19,8 +19,8 @@ USER, SUPERVISOR, MACHINE = 0, 1, 3
 
 _HEADER = 40
 """Bytes of ``struct uc_context`` before the CPU's own state."""
-_WORDS = 123
-"""64-bit words of state from ``x0`` to ``mscratch``."""
+_WORDS = 191
+"""64-bit words of state from ``x0`` to the rules of memory protection (PMP)."""
 
 
 class _Word:
@@ -75,6 +75,12 @@ class HartState:
             raise RuntimeError("Unicorn gave an empty context")
         self.words = (ctypes.c_uint64 * _WORDS).from_address(address + _HEADER)
         self._prove_layout()
+
+    @staticmethod
+    def index_of(name: str) -> int:
+        """Which of the words a register is."""
+        word: _Word = HartState.__dict__[name]
+        return word.index
 
     def load(self) -> None:
         """Copy the registers out of the engine."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
+
+from pyvirtio.backend.state import StateReader, StateWriter
 
 __all__ = ["Power", "TestFinisher"]
 
@@ -45,3 +48,21 @@ class TestFinisher:
         elif command == _FAIL:
             self.power = Power.FAILED
             self.code = value >> 16 & 0xFFFF
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write whether and how the board has stopped."""
+        stream.text("" if self.power is None else self.power.name)
+        stream.u32(self.code)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read it; returns how to put it in force."""
+        name, code = stream.text(), stream.u32()
+        if name and name not in Power.__members__:
+            raise stream.malformed(f"has stopped as {name!r}, which is no way to stop")
+
+        def adopt() -> None:
+            self.power, self.code = Power[name] if name else None, code
+
+        return adopt

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from pyvirtio.backend.state import StateReader, StateWriter
+
 __all__ = ["Uart"]
 
 _IER_RX, _IER_TX, _IER_LINE = 1, 2, 4
@@ -168,3 +170,32 @@ class Uart:
             self._send(value)
         # The byte is gone at once: the transmitter is empty again.
         self._transmitted(True)
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    state_version = 1
+
+    def save_state(self, stream: StateWriter) -> None:
+        """Write the registers, and what waits to be read."""
+        for value in (self._ier, self._fcr, self._lcr, self._mcr, self._scratch):
+            stream.u8(value)
+        stream.u16(self._divisor & 0xFFFF)
+        stream.flag(self._overrun)
+        stream.flag(self._tx_event)
+        stream.data(bytes(self._fifo))
+        stream.data(bytes(self._outside))
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """Read them; returns how to put them in force. The PLIC has its wires already."""
+        registers = [stream.u8() for _ in range(5)]
+        divisor, overrun, tx_event = stream.u16(), stream.flag(), stream.flag()
+        fifo, outside = stream.data(), stream.data()
+        if len(fifo) > _FIFO:
+            raise stream.malformed("has more in its FIFO than there is room")
+
+        def adopt() -> None:
+            self._ier, self._fcr, self._lcr, self._mcr, self._scratch = registers
+            self._divisor, self._overrun, self._tx_event = divisor, overrun, tx_event
+            self._fifo, self._outside = deque(fifo), deque(outside)
+
+        return adopt

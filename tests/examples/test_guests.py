@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 from examples.emulator.board import Board
 from examples.emulator.firmware import find_u_boot, packages
 from examples.emulator.layout import KERNEL_OFFSET, RAM_BASE
+from examples.emulator.linux import COMMAND_LINE, RAM, find_linux
 from examples.emulator.packages import PackageError
 from examples.emulator.script import Session
 
@@ -53,6 +55,24 @@ def test_opensbi_starts_u_boot_in_supervisor_mode_which_reads_the_disk(u_boot, o
     session.command("virtio read 84000000 1 1", PROMPT)
     assert "found by the gue" in session.command("md.b 84000000 10", PROMPT)
     session.send("poweroff\r")
+    session.wait_for_power_off()
+
+
+def test_opensbi_starts_linux_in_supervisor_mode(opensbi):
+    try:
+        linux = find_linux()
+    except PackageError as error:
+        pytest.skip(f"no Linux: {error}")
+    session = Session()
+    board = Board(session.send_out, ram=RAM)
+    session.connect(board)
+    board.load_linux(linux.kernel)
+    arguments = COMMAND_LINE.replace("quiet", "")
+    board.start(board.load(opensbi), arguments, linux.initramfs)
+    said = session.expect("initramfs# ")
+    assert "SBI implementation ID=0x1 " in said
+    assert not re.search("WARNING|BUG|Oops|Unable to handle", said)
+    session.send("/bin/busybox poweroff -f\r")
     session.wait_for_power_off()
 
 

@@ -81,7 +81,7 @@ def test_two_boots_are_the_same_to_the_byte_and_the_tick():
         sent = bytearray()
         board = Board(sent.append, ram=RAM, disks=[pyvirtio.MemoryDisk(MIB)])
         board.start_supervisor(board.load_linux(linux.kernel), "earlycon=sbi", linux.initramfs)
-        for _ in range(600):
+        for _ in range(150):
             if board.step():
                 board.sleep()
         board.cpu.state.load()

@@ -39,6 +39,7 @@ BODY = RAM_BASE + 0x100
         pytest.param("li a5, 0x50000000\n .half 0x4798", 5, 0x50000008, 8, id="c.lw from nowhere"),
         pytest.param("li sp, 0x50000000\n .half 0xe406", 7, 0x50000008, 8, id="c.sdsp to nowhere"),
         pytest.param("li t1, 0x50000000\n jr t1", 1, 0x50000000, None, id="jump to nowhere"),
+        pytest.param("li t1, 0x10000000\n jr t1", 1, 0x10000000, None, id="jump into a device"),
         pytest.param(
             "addi t1, s0, 2\n amoadd.w t2, t3, (t1)", 6, RAM_BASE + 0x100002, 4, id="misaligned AMO"
         ),
@@ -199,3 +200,50 @@ def test_protection_by_pmp_is_obeyed(guest):
         ld t2, 0(t1)
     """
     assert guest(source).run()[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("access", "cause"),
+    [("ld t1, 0(s0)", 5), ("sd t1, 0(s0)", 7), ("amoadd.w t2, t3, (s0)", 7)],
+    ids=["load", "store", "atomic"],
+)
+def test_page_tables_outside_memory_make_an_access_fault(guest, access, cause):
+    # In machine mode with supervisor mode's translation (MPRV), so that the code is still there.
+    source = f"""
+        la t0, handler
+        csrw mtvec, t0
+        li t0, 0x40000
+        li t1, 1
+        slli t1, t1, 63
+        or t0, t0, t1
+        csrw satp, t0
+        sfence.vma
+        li t0, 0x1000
+        csrc mstatus, t0
+        li t0, 0x20800
+        csrs mstatus, t0
+        {access}
+    handler:
+        li t0, 0x20000
+        csrc mstatus, t0
+        csrr t0, mcause
+        sd t0, 0(s0)
+    """
+    assert guest(source).run()[0] == cause
+
+
+@pytest.mark.parametrize(
+    ("instruction", "status"),
+    [
+        ("sfence.vma", 0x10_0000),
+        ("csrr a0, satp", 0x10_0000),
+        ("mret", 0),
+        ("csrr a0, mscratch", 0),
+    ],
+    ids=["fence with TVM", "satp with TVM", "mret", "register of machine mode"],
+)
+def test_supervisor_mode_may_not(guest, instruction, status):
+    found = guest(
+        f"{TO_SUPERVISOR} li t0, {status}\n csrs mstatus, t0\n mret\n body: {instruction}"
+    )
+    assert found.run()[0] == 2
