@@ -258,6 +258,8 @@ def _open(
     read_only: bool = False,
     policy: object = None,
     probed: bool = False,
+    no_io: bool = False,
+    for_check: bool = False,
     **options: Any,
 ) -> Disk:
     values = Options(options)

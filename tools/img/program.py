@@ -1,16 +1,107 @@
-"""The program as a whole: global options, then a subcommand."""
+"""The program as a whole: its own options, then a subcommand."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
 from ... import __version__
 
-__all__ = ["run"]
+__all__ = ["VERSION", "run"]
+
+VERSION = "7.2.22"
+"""The version of qemu-img whose language this is."""
 
 
 def run(argv: list[str]) -> int:
     """Run the command line ``argv`` (the program's name first); returns the exit status."""
     name = os.path.basename(argv[0])
-    print(f"{name} version 7.2.22 (pyvirtio {__version__})")
+    if argv[1:2] in (["--version"], ["-V"]):
+        print(f"{name} version {VERSION} (pyvirtio {__version__})")
+        return _finish(0)
+    from ..messages import Failure, report, say_more, text_of
+
+    try:
+        return _finish(_run(argv))
+    except Failure as failure:
+        if failure.message:
+            report(failure.message)
+        return _finish(failure.status)
+    except KeyboardInterrupt:
+        _finish(0)
+        say_more("\n")
+        # As a shell expects of one that was interrupted.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 130
+    except (OSError, ValueError, KeyError, MemoryError, ArithmeticError) as error:
+        report(text_of(error))
+        return _finish(1)
+
+
+def _finish(status: int) -> int:
+    """Write out what was printed; a reader that has gone, or a full disk, is no traceback."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What is left would be tried again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    from ..getopt import Option, UsageError, parse
+    from ..messages import Failure, report, say_more
+    from .commands import OURS, QEMU
+
+    options = (
+        Option(("--help", "-h")),
+        Option(("--version", "-V")),
+        Option(("--trace", "-T"), "pattern"),
+    )
+    try:
+        if len(argv) < 2:
+            raise UsageError("Not enough arguments")
+        found, rest = parse(argv[1:], options, permute=False, before=argv[0])
+        for option, _ in found:
+            if option == "--help":
+                return _help()
+            if option == "--version":
+                return run([argv[0], "--version"])
+        if not rest:
+            return 0
+        command = rest[0]
+        if command not in QEMU and command not in OURS:
+            raise UsageError(f"Command not found: {command}")
+        return _call(command, rest)
+    except UsageError as error:
+        report(str(error))
+        say_more(f"Try '{os.path.basename(argv[0])} --help' for more information\n")
+        raise Failure() from None
+
+
+def _call(command: str, words: list[str]) -> int:
+    from importlib import import_module
+
+    from ..getopt import UsageError, parse
+
+    module = import_module(f".{command.replace('-', '_')}", __package__)
+    arguments = words[1:]
+    if command == "resize" and len(arguments) < 2:
+        raise UsageError("Not enough arguments")
+    last = arguments.pop() if command == "resize" else None
+    found, operands = parse(arguments, module.OPTIONS, before=words[0])
+    if any(option == "--help" for option, _ in found):
+        return _help()
+    if last is not None:
+        operands.append(last)  # a size may begin with a dash
+    status: int = module.run(found, operands)
+    return status
+
+
+def _help() -> int:
+    from .help import help_text
+
+    print(help_text(), end="")
     return 0

@@ -1,0 +1,102 @@
+"""``snapshot``: list, create, apply and delete internal snapshots."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+from ...errors import PyvirtioError
+from ..getopt import Option, UsageError
+from ..messages import Failure, text_of
+from ..objects import Objects
+from .listing import snapshot_lines
+from .opening import Source, open_image
+from .shared import FORCE_SHARE, HELP, IMAGE_OPTS, OBJECT, QUIET, one_operand
+
+if TYPE_CHECKING:
+    from ...backend.disk import Disk
+    from ...qcow2.snapshots import Snapshots
+
+__all__ = ["OPTIONS", "run"]
+
+OPTIONS = (
+    HELP,
+    OBJECT,
+    IMAGE_OPTS,
+    FORCE_SHARE,
+    QUIET,
+    Option(("-l",), None, "List the snapshots."),
+    Option(("-a",), "snapshot", "Make the disk what it was at a snapshot."),
+    Option(("-c",), "snapshot", "Create a snapshot."),
+    Option(("-d",), "snapshot", "Delete a snapshot."),
+)
+
+_MAX_NAME = 255
+"""Bytes of a name that QEMU keeps."""
+
+
+def run(found: list[tuple[str, str]], operands: list[str]) -> int:
+    """Run the subcommand."""
+    objects = Objects()
+    action, name = "", ""
+    for option, value in found:
+        if option == "--object":
+            objects.add(value)
+        elif option in ("-l", "-a", "-c", "-d"):
+            if action:
+                raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
+            action, name = option, value
+    given = dict(found)
+    filename = one_operand(operands)
+    source = Source(filename, None, "--image-opts" in given, "-U" in given)
+    with open_image(source, objects, writable=action != "-l") as disk:
+        if action == "-l":
+            listed = disk.info().snapshots
+            if listed:
+                print("Snapshot list:", *snapshot_lines(listed), sep="\n")
+        elif action:
+            _change(disk, action, name)
+    return 0
+
+
+def _change(disk: Disk, action: str, name: str) -> None:
+    snapshots: Snapshots = getattr(disk, "snapshots", None)
+    if snapshots is None:
+        _refuse(action, name)
+    verb = {"-a": "apply", "-c": "create", "-d": "delete"}[action]
+    try:
+        if action == "-c":
+            kept = name.encode(errors="surrogateescape")[:_MAX_NAME]
+            snapshots.create(
+                kept.decode(errors="surrogateescape"), icount=0, date=time.time_ns() // 1000 / 1e6
+            )
+        elif action == "-a":
+            snapshots.apply(snapshots.find(name))
+        else:
+            snapshots.delete(snapshots.find_by(name=name))
+    except KeyError:
+        if action == "-a":
+            raise Failure(f"Could not apply snapshot '{name}': {_no_such(name)}") from None
+        raise Failure(f"Could not delete snapshot '{name}': snapshot not found") from None
+    except (PyvirtioError, ValueError, OSError) as error:
+        text = text_of(error)
+        prefix = f"Could not {verb} snapshot '{name}': "
+        if action == "-c" and not text.startswith(prefix):
+            number = getattr(error, "errno", None) or errno.EINVAL
+            text = f"-{number} ({os.strerror(number)})"
+        raise Failure(text if text.startswith(prefix) else prefix + text) from error
+
+
+def _no_such(name: str) -> str:
+    return f"Failed to load snapshot: Can't find snapshot '{name}'"
+
+
+def _refuse(action: str, name: str) -> None:
+    text = f"-{errno.ENOTSUP} ({os.strerror(errno.ENOTSUP)})"
+    if action == "-c":
+        raise Failure(f"Could not create snapshot '{name}': {text}")
+    if action == "-a":
+        raise Failure(f"Could not apply snapshot '{name}': Block driver does not support it")
+    raise Failure(f"Could not delete snapshot '{name}': snapshot not found")
