@@ -122,9 +122,7 @@ def _on_breakpoint(session: Session, action: Callable[[BlkdebugDisk], None], wha
 
 def _break(session: Session, arguments: Arguments) -> None:
     event, tag = arguments.operands
-    _on_breakpoint(
-        session, lambda node: node.rules.add_breakpoint(event, tag), "set breakpoint"
-    )
+    _on_breakpoint(session, lambda node: node.rules.add_breakpoint(event, tag), "set breakpoint")
 
 
 def _remove_break(session: Session, arguments: Arguments) -> None:
@@ -245,9 +243,7 @@ COMMANDS = [
     Command(
         "wait_break", _wait_break, "waits for the suspension of a request", "tag", least=1, most=1
     ),
-    Command(
-        "abort", _abort, "simulate a program crash using abort(3)", needs_image=False
-    ),
+    Command("abort", _abort, "simulate a program crash using abort(3)", needs_image=False),
     Command(
         "sleep",
         _sleep,

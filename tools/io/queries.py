@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ...errors import PyvirtioError, message_of
+from ..qjson import described
 from .help_texts import HELP
 from .session import Session, error_number, reason
 from .table import Arguments, Command
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 _SECTOR = 512
+_PROTOCOLS = ("file", "host_device", "null-co", "null-aio", "nbd", "blkdebug", "blkverify")
 _PREALLOCATION = ("off", "metadata", "falloc", "full")
 
 
@@ -51,37 +53,15 @@ def _info(session: Session, arguments: Arguments) -> None:
     disk = session.image
     facts = disk.info()
     print("format name:", facts.format)
-    if not disk.children and facts.format in ("file", "host_device", "null-co", "null-aio", "nbd"):
+    if facts.format in _PROTOCOLS:
         print("format name:", facts.format)
-    if facts.format in ("null-co", "null-aio", "nbd", "blkdebug", "blkverify"):
+    if facts.format in ("null-co", "null-aio", "nbd"):
         raise CommandError  # QEMU has nothing more to say of these, and fails
     print("cluster size:", show_size(facts.cluster_size or 0))
     print("vm state offset:", show_size(facts.vm_state_offset or 0))
     if facts.specific:
         print("Format specific information:")
-        _show(facts.specific, 1)
-
-
-def _show(facts: object, level: int) -> None:
-    """A tree of facts, one a line."""
-    items = (
-        ((name.replace("-", " "), value) for name, value in facts.items())
-        if isinstance(facts, dict)
-        else ((f"[{index}]", value) for index, value in enumerate(_listed(facts)))
-    )
-    for name, value in items:
-        indent = "    " * level
-        if isinstance(value, dict | list | tuple):
-            print(f"{indent}{name}:")
-            _show(value, level + 1)
-        elif isinstance(value, bool):
-            print(f"{indent}{name}: {'true' if value else 'false'}")
-        else:
-            print(f"{indent}{name}: {value}")
-
-
-def _listed(facts: object) -> list[object]:
-    return list(facts) if isinstance(facts, list | tuple) else [facts]
+        print(*described(facts.specific, 1), sep="\n")
 
 
 def _discard(session: Session, arguments: Arguments) -> None:

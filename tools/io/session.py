@@ -87,6 +87,7 @@ class Session:
         self.quitting = False
         self._name: str | None = None
         self._options: dict[str, Any] = {}
+        self._flush_failed = False
         self._pending: set[threading.Thread] = set()
         self._done: queue.SimpleQueue[tuple[threading.Thread, Callable[[], None]]] = (
             queue.SimpleQueue()
@@ -186,10 +187,25 @@ class Session:
         disk, self.disk = self.disk, None
         if disk is None:
             return
+        self._flush_last(disk)
         try:
             disk.close()
         except (PyvirtioError, ValueError) as error:
-            self.error(f"Failed to close the image: {message_of(error)}")
+            if not self._flush_failed:
+                self.error(f"Failed to close the image: {message_of(error)}")
+
+    def _flush_last(self, disk: Disk) -> None:
+        """Flush before closing, and complain of what is lost cache by cache, as QEMU does."""
+        self._flush_failed = False
+        if disk.read_only or disk.format_name != "qcow2":
+            return
+        for cache in ("L2 table", "refcount block"):
+            try:
+                disk.flush()
+                return
+            except (PyvirtioError, ValueError) as error:
+                self._flush_failed = True
+                self.error(f"Failed to flush the {cache} cache: {reason(error_number(error))}")
 
     def reopen(self, flags: OpenFlags, options: dict[str, Any]) -> None:
         """Have the image open in another way. Raises CommandError if that cannot be: it then is
@@ -197,9 +213,9 @@ class Session:
         disk = self.image
         self.drain()
         for option in options:
-            if option in ("driver", "node-name") or option.startswith(("file.", "backing.")):
-                if options[option] != self._options.get(option, ...):
-                    self.fail(f"Cannot change the option '{option}'")
+            fixed = option in ("driver", "node-name") or option.startswith(("file.", "backing."))
+            if fixed and options[option] != self._options.get(option, ...):
+                self.fail(f"Cannot change the option '{option}'")
         unchanged = flags.__dict__ == self.flags.__dict__ and not options
         if unchanged:
             return

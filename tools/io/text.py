@@ -40,9 +40,7 @@ def number(text: str) -> int:
     except OverflowError:
         value = _INT64_MAX + 1
     except ValueError:
-        print(
-            "Parsing error: non-numeric argument, or extraneous/unrecognized suffix --", text
-        )
+        print("Parsing error: non-numeric argument, or extraneous/unrecognized suffix --", text)
         raise CommandError from None
     if value > _INT64_MAX:
         print("Parsing error: argument too large --", text)
@@ -66,12 +64,11 @@ def pattern_byte(text: str) -> int:
 
 def show_size(value: float) -> str:
     """A number of bytes in the largest unit it fills."""
-    for bits, unit in _UNITS:
+    digits, unit = f"{value:f}", "bytes"
+    for bits, name in _UNITS:
         if value >= 1 << bits:
-            digits = f"{value / (1 << bits):.3f}"
+            digits, unit = f"{value / (1 << bits):.3f}", name
             break
-    else:
-        digits, unit = f"{value:f}", "bytes"
     at = digits.find(".000")
     return f"{digits if at < 0 else digits[:at]} {unit}"
 
@@ -85,9 +82,7 @@ def hours(seconds: float, *, fixed: bool) -> str:
     return f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60 + fraction:05.2f}"
 
 
-def report(
-    verb: str, seconds: float, offset: int, count: int, total: int, *, terse: bool
-) -> None:
+def report(verb: str, seconds: float, offset: int, count: int, total: int, *, terse: bool) -> None:
     """Print what one operation has done and how long it took."""
     spent = hours(seconds, fixed=terse)
     rate = total / seconds if seconds else float("inf")
@@ -106,5 +101,7 @@ def dump(data: bytes | bytearray, offset: int) -> None:
     for start in range(0, len(data), 16):
         row = data[start : start + 16]
         digits = "".join(f"{byte:02x} " for byte in row)
-        text = "".join(chr(byte) if chr(byte).isascii() and chr(byte).isalnum() else "." for byte in row)
+        text = "".join(
+            chr(byte) if chr(byte).isascii() and chr(byte).isalnum() else "." for byte in row
+        )
         print(f"{offset + start:08x}:  {digits} {text}")

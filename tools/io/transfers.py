@@ -109,6 +109,9 @@ def _zeroer(
 
     def work() -> None:
         check_range(disk, offset, count)
+        unit = disk.limits.write_zeroes_alignment
+        if "n" in arguments and (offset % unit or (count % unit and offset + count < disk.size)):
+            raise UnsupportedError("not without writing", feature="zeroes")
         disk.write_zeroes(offset, count, unmap="u" in arguments, fallback="n" not in arguments)
         if fua:
             disk.flush()
@@ -119,6 +122,17 @@ def _zeroer(
 def _compressor(disk: Disk, offset: int, data: bytes) -> Callable[[], None]:
     def work() -> None:
         check_range(disk, offset, len(data))
+        unit = disk.limits.discard_alignment
+        aligned = not (offset % unit or len(data) % unit)
+        if (
+            disk.format_name == "qcow2"
+            and aligned
+            and any(
+                extent.host_offset is not None and extent.depth == 0
+                for extent in disk.extents(offset, len(data))
+            )
+        ):
+            raise BackendError(errno.EIO, "QEMU compresses only what is not allocated")
         disk.write_compressed(offset, [data])
 
     return work
