@@ -108,7 +108,9 @@ def _contents(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(1 << 20)
     except OSError as error:
-        raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}") from error
+        raise Failure(
+            f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}"
+        ) from error
 
 
 def _base64(text: str | bytes) -> bytes:

@@ -98,5 +98,5 @@ def _refuse(action: str, name: str) -> None:
     if action == "-c":
         raise Failure(f"Could not create snapshot '{name}': {text}")
     if action == "-a":
-        raise Failure(f"Could not apply snapshot '{name}': Block driver does not support it")
+        raise Failure(f"Could not apply snapshot '{name}': Block driver does not support snapshots")
     raise Failure(f"Could not delete snapshot '{name}': snapshot not found")
