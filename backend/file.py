@@ -148,8 +148,8 @@ class FileDisk(Disk):
         except OSError as error:
             raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
         if os.path.isdir(name):
-            error = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-            raise BackendError.wrap(error, f"Could not create '{name}'", name)
+            reason = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+            raise BackendError.wrap(reason, f"Could not create '{name}'", name)
         if not made and not os.path.exists(name):  # a symbolic link to what is not there yet
             try:
                 os.close(os.open(name, flags, mode))

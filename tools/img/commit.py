@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ...backend.chain import layers
@@ -80,7 +81,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
 def find_layer(disk: Disk, name: str) -> Disk | None:
     """The layer below the disk that goes by a name: as an image has it, or as a path."""
     chain = list(layers(disk))
-    for above, layer in zip(chain, chain[1:], strict=False):
+    for above, layer in pairwise(chain):
         if name == layer.filename or name == getattr(above, "backing_file", None):
             return layer
         full = full_name(above.filename, name)
