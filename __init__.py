@@ -24,6 +24,7 @@ for _name, _module, _attribute, _prefixes in (
     ("null-co", "null", "NULL_CO", ("null-co",)),
     ("null-aio", "null", "NULL_AIO", ("null-aio",)),
     ("blkdebug", "blkdebug", "DRIVER", ("blkdebug",)),
+    ("copy-on-read", "copy_on_read", "DRIVER", ()),
 ):
     _register_driver(_name, f"{__name__}.backend.{_module}", _attribute, prefixes=_prefixes)
 

@@ -135,7 +135,8 @@ class BlkdebugDisk(FilterDisk):
         return _aligned_extent(self, extent, offset, length)
 
     def info(self) -> DiskInfo:
-        return DiskInfo(self.format_name, self.size, None, self.filename)
+        """Facts about the disk; QEMU does not count the space below a protocol."""
+        return replace(super().info(), actual_size=None)
 
     def _close(self) -> None:
         self.rules.resume_all()

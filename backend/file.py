@@ -344,7 +344,7 @@ class FileDisk(Disk):
         old = self.size
         if preallocation != "off" and size < old:
             raise UnsupportedError(
-                "Preallocation can't be used for shrinking files", feature="preallocation"
+                "Cannot use preallocation for shrinking files", feature="preallocation"
             )
         try:
             if self._direct is not None:

@@ -38,8 +38,16 @@ class FilterDisk(Disk):
         return self.below.has_zero_init
 
     def info(self) -> DiskInfo:
-        """Facts about the disk; QEMU does not count the space of what lies below a filter."""
-        return DiskInfo(self.format_name, self.size, None, self.filename)
+        """Facts about the disk: what holds for the one below, but for its format's own."""
+        below = self.below.info()
+        return DiskInfo(
+            self.format_name,
+            self.size,
+            below.actual_size,
+            self.filename,
+            cluster_size=below.cluster_size,
+            vm_state_offset=below.vm_state_offset,
+        )
 
     def _follow(self) -> None:
         """The disk below may have changed its size."""
