@@ -69,6 +69,7 @@ def open_node(
         options = parse_json(filename[len("json:") :]) | options
         filename = None
     driver, filename = _driver_of(context, filename, options)
+    context = replace(context, protocol=isinstance(driver, Driver) and driver.protocol)
     if options.get("backing", ...) in (None, ""):
         if options.pop("backing") == "":
             _warn(

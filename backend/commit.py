@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .chain import as_overlay, depth_of, is_above
 from .disk import Disk
+from .pace import Pace
 from .progress import Progress, silent
 
 __all__ = ["commit"]
@@ -16,6 +17,7 @@ def commit(
     base: Disk | None = None,
     *,
     keep: bool = False,
+    rate_limit: int = 0,
     progress: Progress = silent,
 ) -> None:
     """Have ``base``, a disk in the overlay's backing chain, hold what the overlay reads as.
@@ -24,7 +26,7 @@ def commit(
     ``keep`` is set. Layers between the two are skipped: with a base further down the overlay
     stays as it is. A base that is smaller grows; one that was opened read-only is reopened for the
     time. Nobody else may write to the overlay meanwhile. Other overlays of the base change their
-    contents; this one does not, at no moment.
+    contents; this one does not, at no moment. ``rate_limit`` is in bytes written per second.
     """
     target = overlay.backing if base is None else base
     if target is None:
@@ -38,7 +40,7 @@ def commit(
     try:
         if target.size < overlay.size:
             target.truncate(overlay.size)
-        _copy(overlay, target, depth, progress)
+        _copy(overlay, target, depth, Pace(rate_limit), progress)
         target.flush()
         if not keep and depth == 1:
             as_overlay(overlay).make_empty()
@@ -47,7 +49,7 @@ def commit(
             target.reopen(read_only=True)
 
 
-def _copy(overlay: Disk, target: Disk, depth: int, progress: Progress) -> None:
+def _copy(overlay: Disk, target: Disk, depth: int, pace: Pace, progress: Progress) -> None:
     size = overlay.size
     offset = 0
     while offset < size:
@@ -58,6 +60,7 @@ def _copy(overlay: Disk, target: Disk, depth: int, progress: Progress) -> None:
                 target.write_zeroes(offset, length, unmap=True)
             else:
                 length = min(length, _CHUNK)
+                pace.wait(length)
                 target.write(offset, overlay.read(offset, length))
         offset += length
         progress(offset, size)

@@ -23,6 +23,8 @@ class Comparison:
     """Not a difference by itself, unless it was asked for (``strict``)."""
     offset: int | None = None
     """The first byte that differs, if the contents were compared and do."""
+    past_end: bool = False
+    """The difference is behind the end of the shorter disk."""
     message: str = "Images are identical."
     """In QEMU's words, which give the sector of a difference rather than the byte."""
 
@@ -62,7 +64,7 @@ def compare(
                 length = min(length, _CHUNK)
                 at = first_nonzero(longer.read(offset, length))
                 if at >= 0:
-                    return _mismatch(True, offset + at)
+                    return _mismatch(True, offset + at, past_end=True)
             offset += length
             progress(offset, total)
     return Comparison(True, sizes_differ)
@@ -73,9 +75,10 @@ def _state(extent: Extent) -> tuple[bool, ...]:
     return extent.data, extent.zero, extent.allocated, extent.compressed, placed
 
 
-def _mismatch(sizes_differ: bool, offset: int) -> Comparison:
+def _mismatch(sizes_differ: bool, offset: int, *, past_end: bool = False) -> Comparison:
     told = offset // _SECTOR * _SECTOR
-    return Comparison(False, sizes_differ, offset, f"Content mismatch at offset {told}!")
+    message = f"Content mismatch at offset {told}!"
+    return Comparison(False, sizes_differ, offset, past_end, message)
 
 
 def _compare(

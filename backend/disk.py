@@ -380,7 +380,7 @@ class Disk(ABC):
             offset += extent.length
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        raise UnsupportedError(f"{self.format_name}: cannot be resized", feature="truncate")
+        raise UnsupportedError("Image format driver does not support resize", feature="truncate")
 
     def _close(self) -> None:
         """Release what the disk holds; ``closed`` is set, the flush is done."""

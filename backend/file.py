@@ -147,6 +147,9 @@ class FileDisk(Disk):
             made = False
         except OSError as error:
             raise BackendError.wrap(error, f"Could not create '{name}'", name) from error
+        if os.path.isdir(name):
+            reason = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+            raise BackendError.wrap(reason, f"Could not create '{name}'", name)
         if not made and not os.path.exists(name):  # a symbolic link to what is not there yet
             try:
                 os.close(os.open(name, flags, mode))
@@ -341,7 +344,7 @@ class FileDisk(Disk):
         old = self.size
         if preallocation != "off" and size < old:
             raise UnsupportedError(
-                "Preallocation can't be used for shrinking files", feature="preallocation"
+                "Cannot use preallocation for shrinking files", feature="preallocation"
             )
         try:
             if self._direct is not None:
@@ -473,7 +476,9 @@ def _check_modes(cache: str, discard: str) -> None:
 
 
 def _check_preallocation(mode: str) -> None:
-    if mode not in ("off", "falloc", "full"):
+    if mode not in ("off", "metadata", "falloc", "full"):
+        raise ValueError(f"invalid parameter value: {mode}")
+    if mode == "metadata":
         raise UnsupportedError(f"Unsupported preallocation mode: {mode}", feature="preallocation")
 
 

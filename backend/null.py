@@ -63,7 +63,7 @@ class NullDisk(Disk):
             length,
             data=False,
             zero=self.read_zeroes,
-            allocated=True,
+            allocated=self.read_zeroes,
             host_offset=offset,
             file=self,
         )

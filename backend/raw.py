@@ -154,7 +154,7 @@ class RawDisk(Disk):
             run,
             data=below.data,
             zero=below.zero,
-            allocated=True,
+            allocated=below.data or below.zero,
             host_offset=self.offset + offset,
             file=self.file,
         )

@@ -86,7 +86,7 @@ class CreateOptions(EncryptionOptions):
         )
         if compression is None:
             raise ValueError(
-                f"Parameter 'compression_type' does not accept value '{self.compression_type}'"
+                f"Parameter 'compression-type' does not accept value '{self.compression_type}'"
             )
         if version < 3 and compression is not CompressionType.DEFLATE:
             raise ValueError(

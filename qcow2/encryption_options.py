@@ -44,5 +44,5 @@ class EncryptionOptions:
         if name is None:
             return CryptMethod.NONE
         if name not in ("aes", "luks"):
-            raise ValueError(f"Unknown encryption format '{name}'")
+            raise ValueError(f"Parameter 'format' does not accept value '{name}'")
         return CryptMethod.AES if name == "aes" else CryptMethod.LUKS

@@ -205,6 +205,7 @@ class Metadata:
     def _write_l1(self, first: int, entries: list[int]) -> None:
         place = self.header.l1_table_offset + 8 * first
         self.overlap.check_l1(place, 8 * len(entries))
+        self.file.debug_event("l1_update")
         self.file.write(place, pack_table(entries))
 
     def write_l2_table(self, offset: int, contents: bytes, *, active: bool = True) -> None:
@@ -266,6 +267,7 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
+        self.file.debug_event("cluster_free")
         self._announce(first, count, times)
         self._freed(self.refcounts.add(first, count, -times), kind)
 
@@ -373,6 +375,7 @@ class Metadata:
     def flush_alone(self) -> None:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
+        self.file.debug_event("flush_to_os")
         with self.lock:
             if not self.dirty:
                 staged = None
@@ -388,6 +391,7 @@ class Metadata:
         if staged is None:
             if self.data_file is not None:
                 self.data_file.flush()
+            self.file.debug_event("flush_to_disk")
             self.file.flush()
             return
         try:

@@ -23,7 +23,9 @@ MODES = ("off", "metadata", "falloc", "full")
 def check_mode(mode: str) -> None:
     """Raise UnsupportedError for a mode that is none."""
     if mode not in MODES:
-        raise UnsupportedError(f"Unsupported preallocation mode '{mode}'", feature="preallocation")
+        raise UnsupportedError(
+            f"Parameter 'preallocation' does not accept value '{mode}'", feature="preallocation"
+        )
 
 
 def preallocate(metadata: Metadata, start: int, end: int, mode: str) -> None:

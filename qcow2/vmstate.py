@@ -81,6 +81,7 @@ class VmState:
         """Read from byte ``position`` on into ``buffers``; zeroes where nothing was written."""
         views, length = as_views(buffers)
         _check(position, length)
+        self._metadata.file.debug_event("vmstate_load")
         offset = self.offset + position
         plain = self._reader.encryption is None and not self._metadata.geometry.extended_l2
         if self._writer is None and plain and length > self._metadata.cluster_size:
@@ -137,6 +138,7 @@ class VmState:
         self._metadata.check_writable()
         if self._writer is None or not length:
             return
+        self._metadata.file.debug_event("vmstate_save")
         with self._writing:
             known = self.size
             self._make_room(position + length)

@@ -14,13 +14,15 @@ __all__ = ["Failure", "errno_text", "program_name", "report", "say_more", "text_
 class Failure(Exception):
     """Ends a command: the message has been or will be told, and ``status`` is the exit status.
 
-    A message of several lines has the program's name before the first only.
+    A message of several lines has the program's name before the first only; ``hint`` follows it
+    as it stands.
     """
 
-    def __init__(self, message: str = "", status: int = 1) -> None:
+    def __init__(self, message: str = "", status: int = 1, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.status = status
+        self.hint = hint
 
 
 def program_name() -> str:

@@ -32,6 +32,8 @@ class Objects:
 
     def __init__(self) -> None:
         self.secrets: dict[str, bytes] = {}
+        self.throttle_groups: dict[str, dict[str, str]] = {}
+        """The properties of each."""
         self.graph = Graph(secrets=self.secrets, warn=_warn)
         """For every image opened in this run."""
         self._known: set[str] = set()
@@ -61,6 +63,8 @@ class Objects:
             )
         if kind == "secret":
             self.secrets[name] = self._secret(options)
+        elif kind == "throttle-group":
+            self.throttle_groups[name] = options
         self._known.add(name)
 
     def secret(self, name: str) -> bytes:
@@ -108,7 +112,9 @@ def _contents(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(1 << 20)
     except OSError as error:
-        raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}") from error
+        raise Failure(
+            f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}"
+        ) from error
 
 
 def _base64(text: str | bytes) -> bytes:

@@ -33,8 +33,8 @@ def _bucket(key: str) -> int:
 
 
 def ordered(members: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The members in their order: by bucket, in one bucket the last first."""
-    return sorted(list(members.items())[::-1], key=lambda member: _bucket(member[0]))
+    """The members in their order: by bucket."""
+    return sorted(members.items(), key=lambda member: _bucket(member[0]))
 
 
 def pretty(value: object, indent: int = 0) -> str:

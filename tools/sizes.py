@@ -48,7 +48,9 @@ def cvtnum(name: str, text: str, low: int = 0, high: int = INT64_MAX) -> int:
         from .messages import report
 
         report(f"Invalid {name} specified. You may use k, M, G, T, P or E suffixes for")
-        raise Failure("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.") from None
+        raise Failure(
+            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ) from None
     if not low <= value <= high:
         raise Failure(f"Invalid {name} specified. Must be between {low} and {high}.")
     return value

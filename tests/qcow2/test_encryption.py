@@ -151,7 +151,7 @@ def test_no_encryption_without_a_passphrase(options: dict[str, Any]) -> None:
     ("options", "text"),
     [
         ({"encryption": True, "encrypt_format": "luks"}, "mutually exclusive"),
-        ({"encrypt_format": "rot13"}, "Unknown encryption format 'rot13'"),
+        ({"encrypt_format": "rot13"}, "Parameter 'format' does not accept value 'rot13'"),
         ({"encrypt_format": "luks", "encrypt_cipher_alg": "aes-192"}, "not supported"),
     ],
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ...backend.disk import Disk
     from ...backend.file import CacheMode
 
-__all__ = ["CacheChoice", "Source", "cache_mode", "open_image"]
+__all__ = ["CacheChoice", "Source", "cache_mode", "open_image", "open_quietly"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,33 @@ def open_image(
 
     Raises Failure with the message that the user reads.
     """
+    try:
+        return open_quietly(
+            source,
+            objects,
+            writable=writable,
+            cache=cache,
+            backing=backing,
+            unmap=unmap,
+            secrets=secrets,
+            **arguments,
+        )
+    except (PyvirtioError, ValueError, OSError) as error:
+        raise Failure(f"Could not open '{source.name}': {text_of(error)}") from error
+
+
+def open_quietly(
+    source: Source,
+    objects: Objects,
+    *,
+    writable: bool = False,
+    cache: CacheChoice | None = None,
+    backing: bool = True,
+    unmap: bool = False,
+    secrets: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Disk:
+    """As :func:`open_image`, but what the library raises comes out."""
     from ...backend.blockdev import Context, open_node
 
     options: dict[str, Any] = dict(secrets or {})
@@ -86,12 +113,8 @@ def open_image(
         force_share=source.force_share,
         no_backing=not backing,
     )
-    try:
-        return open_node(
-            context, None if source.image_opts else source.name, options, arguments=arguments
-        )
-    except (PyvirtioError, ValueError, OSError) as error:
-        raise Failure(f"Could not open '{source.name}': {text_of(error)}") from error
+    name = None if source.image_opts else source.name
+    return open_node(context, name, options, arguments=arguments)
 
 
 def _image_options(source: Source, objects: Objects) -> dict[str, Any]:

@@ -18,8 +18,7 @@ def run(argv: list[str]) -> int:
     """Run the command line ``argv`` (the program's name first); returns the exit status."""
     name = os.path.basename(argv[0])
     if argv[1:2] in (["--version"], ["-V"]):
-        print(f"{name} version {VERSION} (pyvirtio {__version__})")
-        return _finish(0)
+        return _finish(0, f"{name} version {VERSION} (pyvirtio {__version__})\n")
     from ..messages import Failure, report, say_more, text_of
 
     try:
@@ -27,6 +26,7 @@ def run(argv: list[str]) -> int:
     except Failure as failure:
         if failure.message:
             report(failure.message)
+            say_more(failure.hint)
         return _finish(failure.status)
     except KeyboardInterrupt:
         _finish(0)
@@ -40,9 +40,10 @@ def run(argv: list[str]) -> int:
         return _finish(1)
 
 
-def _finish(status: int) -> int:
+def _finish(status: int, text: str = "") -> int:
     """Write out what was printed; a reader that has gone, or a full disk, is no traceback."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except (OSError, ValueError):
         # What is left would be tried again when Python ends.

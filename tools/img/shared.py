@@ -56,16 +56,18 @@ class Meter:
     On a terminal with the rate and the time left, into a pipe as QEMU does.
     """
 
-    def __init__(self, shown: bool, step: float = 1.0) -> None:
+    def __init__(self, shown: bool, step: float = 1.0, *, begin: bool = True) -> None:
         self._shown = shown
         self._step = step
+        self._begin = begin
         self._last = 0.0
         self._started = monotonic()
         self._terminal = shown and sys.stdout.isatty()
         self._width = 0
 
     def __enter__(self) -> Self:
-        self.percent(0.0)
+        if self._begin:
+            self.percent(0.0)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -62,9 +62,9 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
 
 
 def _change(disk: Disk, action: str, name: str) -> None:
-    snapshots: Snapshots = getattr(disk, "snapshots", None)
+    snapshots: Snapshots | None = getattr(disk, "snapshots", None)
     if snapshots is None:
-        _refuse(action, name)
+        raise _refusal(action, name)
     verb = {"-a": "apply", "-c": "create", "-d": "delete"}[action]
     try:
         if action == "-c":
@@ -93,10 +93,12 @@ def _no_such(name: str) -> str:
     return f"Failed to load snapshot: Can't find snapshot '{name}'"
 
 
-def _refuse(action: str, name: str) -> None:
+def _refusal(action: str, name: str) -> Failure:
     text = f"-{errno.ENOTSUP} ({os.strerror(errno.ENOTSUP)})"
     if action == "-c":
-        raise Failure(f"Could not create snapshot '{name}': {text}")
+        return Failure(f"Could not create snapshot '{name}': {text}")
     if action == "-a":
-        raise Failure(f"Could not apply snapshot '{name}': Block driver does not support it")
-    raise Failure(f"Could not delete snapshot '{name}': snapshot not found")
+        return Failure(
+            f"Could not apply snapshot '{name}': Block driver does not support snapshots"
+        )
+    return Failure(f"Could not delete snapshot '{name}': snapshot not found")
