@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .direct import SharedLock
 from .disk import Disk, Extent
 from .filter import FilterDisk
-from .direct import SharedLock
 from .node import Node, Role
 from .registry import Driver
 

@@ -104,10 +104,25 @@ def _amend(disk: Disk, given: Given, objects: Objects, meter: Meter, *, force: b
         for name, value in given.values.items()
         if name not in _PLAIN and name != "data_file"
     }
+    _check_files(disk, given)
+    if "data_file" in given.values:
+        changes["data_file"] = given.values["data_file"]
     if keys:
         _amend_keys(disk, keys, objects, force=force)
     if changes:
         amend(progress=meter, **changes)
+
+
+def _check_files(disk: Disk, given: Given) -> None:
+    """What QEMU does not change here."""
+    info = disk.info()
+    backing, kind = given.text("backing_file"), given.text("backing_fmt")
+    given_any = backing is not None or kind is not None
+    if given_any and (backing, kind) != (info.backing_filename, info.backing_format):
+        hint = "You can use 'qemu-img rebase' instead.\n"
+        raise Failure("Cannot amend the backing file", hint=hint)
+    if "data_file" in given.values and "data-file" not in disk.children:
+        raise Failure("data-file can only be set for images that use an external data file")
 
 
 def _amend_keys(disk: Disk, keys: dict[str, Any], objects: Objects, *, force: bool) -> None:

@@ -99,9 +99,9 @@ def create_settings(format: str, *, protocol: bool = True) -> tuple[Setting, ...
     settings = _CREATE.get(format)
     if settings is None:
         from ...backend.registry import format_names
-        from .formats import DRIVERS
+        from .formats import DRIVERS, NOT_HERE
 
-        if format in DRIVERS or format in format_names():
+        if format in (*DRIVERS, *NOT_HERE) or format in format_names():
             raise Failure(f"Format driver '{format}' does not support image creation")
         raise Failure(f"Unknown file format '{format}'")
     if protocol:
