@@ -6,7 +6,6 @@ with many more clusters in use than the host has space for: their metadata were 
 
 from __future__ import annotations
 
-from ..backend.disk import Extent
 from .metadata import Metadata
 
 __all__ = ["HostHoles"]
@@ -32,18 +31,7 @@ class HostHoles:
         extent = file.block_status(host, there)
         if extent.zero and extent.length == there == file.size - host:
             return True, length
-        return self._whole_clusters(host, length, extent)
-
-    def _whole_clusters(self, host: int, length: int, extent: Extent) -> tuple[bool, int]:
-        """A hole counts as far as it fills clusters: in one that holds data it is only what was
-        never written beside them."""
-        size = self._metadata.cluster_size
-        end = host + extent.length
-        if extent.zero:
-            if not host % size and end // size * size > host:
-                return True, min(length, end // size * size - host)
-            return False, min(length, (host // size + 1) * size - host)
-        return False, min(length, -(-end // size) * size - host)
+        return extent.zero, extent.length
 
     def _detect(self) -> bool:
         """More clusters in use than there is space for (QEMU's measure of it)."""

@@ -59,8 +59,6 @@ def test_an_empty_image_is_measured_as_qemu_does(options):
 @pytest.mark.parametrize("options", CASES)
 def test_a_chain_is_measured_as_qemu_does(tmp_path, options):
     chain = Chain(tmp_path)
-    for image in tmp_path.iterdir():  # no holes: QEMU takes images with many for preallocated ones
-        image.write_bytes(image.read_bytes())
     arguments = ["-O", "qcow2", "-f", "qcow2", *(("-o", written(options)) if options else ())]
     with chain.open(read_only=True) as disk:
         assert as_qemu(measure(disk, **options)) == qemu_measure(*arguments, chain.top)
