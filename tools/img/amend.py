@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PyvirtioError
+from ...errors import ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, text_of
+from ..messages import Failure, report, text_of
 from ..objects import Objects
 from ..optlist import Given, accumulate, wants_help
 from .opening import Source, cache_mode, open_image
@@ -110,7 +112,15 @@ def _amend(disk: Disk, given: Given, objects: Objects, meter: Meter, *, force: b
     if keys:
         _amend_keys(disk, keys, objects, force=force)
     if changes:
-        amend(progress=meter, **changes)
+        try:
+            amend(progress=meter, **changes)
+        except ImageError as error:
+            if "L1 table" not in str(error):
+                raise
+            report(text_of(error))
+            number = errno.EFBIG if "too large" in str(error) else errno.EINVAL
+            text = f"Failed to turn zero into data clusters: {os.strerror(number)}"
+            raise Failure(text) from error
 
 
 def _check_files(disk: Disk, given: Given) -> None:

@@ -114,9 +114,10 @@ def amend_settings(format: str) -> tuple[Setting, ...]:
     """The options that can be changed. Raises Failure if the format is unknown or has none."""
     settings = _AMEND.get(format)
     if settings is None:
-        if format in _CREATE:
-            raise Failure(f"Format driver '{format}' does not support option amendment")
-        create_settings(format)
+        from .formats import NOT_HERE, is_driver
+
+        if format not in NOT_HERE and not is_driver(format):
+            raise Failure(f"Unknown file format '{format}'")
         raise Failure(f"Format driver '{format}' does not support option amendment")
     return settings
 
