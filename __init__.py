@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _register_format("qcow2", f"{__name__}.qcow2")
+_register_format("luks", f"{__name__}.backend.luks")
 _register_format("raw", f"{__name__}.backend.raw")
 # Drivers that are no formats: module, attribute, and the prefixes of their file names.
 for _name, _module, _attribute, _prefixes in (
@@ -24,7 +25,13 @@ for _name, _module, _attribute, _prefixes in (
     ("null-co", "null", "NULL_CO", ("null-co",)),
     ("null-aio", "null", "NULL_AIO", ("null-aio",)),
     ("blkdebug", "blkdebug", "DRIVER", ("blkdebug",)),
+    ("blklogwrites", "blklogwrites", "DRIVER", ()),
+    ("blkverify", "blkverify", "DRIVER", ("blkverify",)),
+    ("compress", "compress", "DRIVER", ()),
     ("copy-on-read", "copy_on_read", "DRIVER", ()),
+    ("preallocate", "preallocate", "DRIVER", ()),
+    ("quorum", "quorum", "DRIVER", ()),
+    ("throttle", "throttle", "DRIVER", ()),
 ):
     _register_driver(_name, f"{__name__}.backend.{_module}", _attribute, prefixes=_prefixes)
 

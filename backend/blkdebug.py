@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedError
 from .blkdebug_rules import Rule, Rules, make_rule, read_config, rules_from_options
-from .buffers import copy_in, gather, split
+from .buffers import split
 from .disk import Disk, DiskInfo, Extent, Limits
-from .filter import FilterDisk
+from .filter import AlignedFilter
 from .node import Node, Role
 from .registry import Driver
 
@@ -19,7 +18,7 @@ __all__ = ["DRIVER", "BlkdebugDisk", "debug_node"]
 _INT_MAX = 0x7FFF_FFFF
 
 
-class BlkdebugDisk(FilterDisk):
+class BlkdebugDisk(AlignedFilter):
     """Lets requests to the disk below fail, or wait, as its rules say.
 
     ``limits`` are what it pretends to like: unlike other disks it sees to it that the disk below
@@ -41,12 +40,10 @@ class BlkdebugDisk(FilterDisk):
     ) -> None:
         super().__init__(below, limits=limits)
         self.rules = Rules(list(rules or []))
-        self._align = self.limits.request_alignment
         self._max_transfer = self.limits.max_transfer
         self._max_write_zeroes = max_write_zeroes
         self._max_discard = max_discard
         self._name = name
-        self._padding = threading.Lock()
 
     @property
     def filename(self) -> str | None:
@@ -57,53 +54,21 @@ class BlkdebugDisk(FilterDisk):
         """Acted on; the disk below does not hear of it."""
         self.rules.happen(name)
 
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        start, end = self._padded(offset, length)
-        if (start, end) == (offset, offset + length):
-            self._read_pieces(start, views, length)
-            return
-        data = bytearray(end - start)
-        self._read_pieces(start, [memoryview(data)], end - start)
-        copy_in(views, memoryview(data)[offset - start : offset - start + length])
-
-    def _read_pieces(self, offset: int, views: list[memoryview], length: int) -> None:
+    def _read_aligned(self, offset: int, views: list[memoryview], length: int) -> None:
         step = self._max_transfer or length
         for done in range(0, length, step):
             part = min(step, length - done)
             self.rules.check(offset + done, part, "read")
-            super()._readv(offset + done, split(views, done, part), part)
+            super()._read_aligned(offset + done, split(views, done, part), part)
 
-    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        start, end = self._padded(offset, length)
-        if (start, end) == (offset, offset + length):
-            self._write_pieces(start, views, length)
-            return
-        with self._padding:
-            data = bytearray(end - start)
-            for at in {start, end - self._align}:
-                piece = memoryview(data)[at - start : at - start + self._align]
-                inside = max(0, min(self.size - at, len(piece)))
-                self._read_pieces(at, [piece[:inside]], inside)
-            data[offset - start : offset - start + length] = gather(views)
-            self._write_pieces(start, [memoryview(data)], end - start)
-
-    def _write_pieces(self, offset: int, views: list[memoryview], length: int) -> None:
+    def _write_aligned(self, offset: int, views: list[memoryview], length: int) -> None:
         self.rules.happen("pwritev")
         step = self._max_transfer or length
         for done in range(0, length, step):
             part = min(step, length - done)
             self.rules.check(offset + done, part, "write")
-            super()._writev(offset + done, split(views, done, part), part)
+            super()._write_aligned(offset + done, split(views, done, part), part)
         self.rules.happen("pwritev_done")
-
-    def _padded(self, offset: int, length: int) -> tuple[int, int]:
-        """The range around a request that is aligned; the end of the disk counts as aligned."""
-        end = offset + length
-        if end != self.size or self.growable:
-            end = -(-end // self._align) * self._align
-            if not self.growable:
-                end = min(end, self.size)
-        return offset // self._align * self._align, end
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         if length < self._align:

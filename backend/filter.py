@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .buffers import copy_in, gather
+from .direct import SharedLock
 from .disk import Disk, DiskInfo, Extent, Limits
 
-__all__ = ["FilterDisk"]
+__all__ = ["AlignedFilter", "FilterDisk"]
 
 
 class FilterDisk(Disk):
@@ -101,3 +103,53 @@ class FilterDisk(Disk):
 
     def _close(self) -> None:
         self.below.close()
+
+
+class AlignedFilter(FilterDisk):
+    """A filter that meets only requests aligned to its limits: what is not is padded first, and
+    what a write does not cover is read before."""
+
+    def __init__(self, below: Disk, *, limits: Limits | None = None) -> None:
+        super().__init__(below, limits=limits)
+        self._align = self.limits.request_alignment
+        self._padding = SharedLock()
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        start, end = self._padded(offset, length)
+        if (start, end) == (offset, offset + length):
+            self._read_aligned(start, views, length)
+            return
+        data = memoryview(bytearray(end - start))
+        self._read_aligned(start, [data], end - start)
+        copy_in(views, data[offset - start : offset - start + length])
+
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+        start, end = self._padded(offset, length)
+        if (start, end) == (offset, offset + length):
+            with self._padding.shared():
+                self._write_aligned(start, views, length)
+            return
+        with self._padding.alone():
+            data = memoryview(bytearray(end - start))
+            for at in {start, max(start, (end - 1) // self._align * self._align)}:
+                inside = max(0, min(self.size, end, at + self._align) - at)
+                if inside:
+                    self._read_aligned(at, [data[at - start : at - start + inside]], inside)
+            data[offset - start : offset - start + length] = gather(views)
+            self._write_aligned(start, [data], end - start)
+
+    def _padded(self, offset: int, length: int) -> tuple[int, int]:
+        """The range around a request that is aligned; the end of the disk counts as aligned."""
+        end = offset + length
+        if end != self.size or self.growable:
+            end = -(-end // self._align) * self._align
+            if not self.growable:
+                end = min(end, self.size)
+        return offset // self._align * self._align, end
+
+    def _read_aligned(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.readv(offset, views)
+
+    def _write_aligned(self, offset: int, views: list[memoryview], length: int) -> None:
+        self.below.writev(offset, views)
+        self._follow()

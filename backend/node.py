@@ -208,6 +208,8 @@ class Node:
         }
         if Role.FILE in role:
             changes |= {"protocol": True, "growable": self._is_format or context.growable}
+        elif Role.FILTERED in role:
+            changes |= {"protocol": True}
         elif Role.DATA in role:
             changes |= {"protocol": self._is_format, "growable": self._is_format}
         elif Role.BACKING in role:

@@ -34,6 +34,9 @@ class TableCache:
         self.slot_size = slot_size
         self.slot_bits = slot_size.bit_length() - 1
         self.slots = slots
+        self.load_event, self.update_event = (
+            ("refblock_load", "refblock_update_part") if write_back else ("l2_load", "l2_update")
+        )
         self._file = file
         self._write_back = write_back
         self._slab = mmap(-1, slot_size * slots, flags=MAP_PRIVATE | MAP_ANONYMOUS)
@@ -79,6 +82,7 @@ class TableCache:
         slot = self._vacate()
         start = slot << self.slot_bits
         try:
+            self._file.debug_event(self.load_event)
             self._file.readv(offset, [self.view[start : start + self.slot_size]])
         except BaseException:
             self._free.append(slot)
@@ -199,6 +203,7 @@ class TableCache:
     def _write(self, slot: int) -> None:
         if self.guard is not None:
             self.guard(self._offsets[slot], self.slot_size)
+        self._file.debug_event(self.update_event)
         self._file.writev(self._offsets[slot], [self.slice(slot)])
         self._dirty.discard(slot)
 
@@ -212,7 +217,7 @@ class TableCache:
             self._pins[slot] += 1
             staged.append((slot, self._offsets[slot], bytes(self.slice(slot))))
         self._dirty.clear()
-        return StagedSlices(staged, self._release, self.guard)
+        return StagedSlices(staged, self._release, self.guard, self.update_event)
 
     def _release(self, slots: list[int], written: bool) -> None:
         for slot in slots:
@@ -261,8 +266,10 @@ class StagedSlices:
         staged: list[tuple[int, int, bytes]],
         release: Callable[[list[int], bool], None],
         guard: Callable[[int, int], None] | None,
+        event: str,
     ) -> None:
         self._guard = guard
+        self._event = event
         self._staged = staged
         self._release = release
 
@@ -274,6 +281,7 @@ class StagedSlices:
         for _, offset, data in self._staged:
             if self._guard is not None:
                 self._guard(offset, len(data))
+            file.debug_event(self._event)
             file.writev(offset, [data])
 
     def done(self, *, written: bool) -> None:

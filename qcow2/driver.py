@@ -504,6 +504,11 @@ class Qcow2Disk(Disk):
             if self._metadata.dirty:
                 self._metadata.flush()
 
+    @property
+    def unflushed(self) -> bool:
+        """True if metadata have changed that are not in the file yet."""
+        return self._metadata.dirty
+
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
             pass

@@ -18,6 +18,7 @@ def make_empty(metadata: Metadata) -> None:
     image in which each L2 table is there whole or not at all, and leaks.
     """
     metadata.check_writable()
+    metadata.file.debug_event("empty_image_prepare")
     tables = metadata.tables
     entries = metadata.geometry.l1_entries(metadata.header.size)
     former = array("Q", tables.l1[:entries])

@@ -253,6 +253,7 @@ class Metadata:
 
         The dropped references must be off the disk.
         """
+        self.file.debug_event("cluster_free")
         self._announce(first, count, times)
         self._freed(self.refcounts.add(first, count, -times), kind)
 
@@ -360,6 +361,7 @@ class Metadata:
     def flush_alone(self) -> None:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
+        self.file.debug_event("flush_to_os")
         with self.lock:
             if not self.dirty:
                 staged = None
@@ -375,6 +377,7 @@ class Metadata:
         if staged is None:
             if self.data_file is not None:
                 self.data_file.flush()
+            self.file.debug_event("flush_to_disk")
             self.file.flush()
             return
         try:
@@ -445,6 +448,7 @@ class _Staged:
             for first, entries in _runs(self.l1):
                 place = metadata.header.l1_table_offset + 8 * first
                 metadata.overlap.check_l1(place, 8 * len(entries))
+                file.debug_event("l1_update")
                 file.write(place, pack_table(entries))
             file.flush()
 

@@ -210,6 +210,7 @@ class Refcounts:
             first, count = self._find_free(self._hint, want)
             self._hint = first
             if self._ensure_block(first):
+                self._file.debug_event("cluster_alloc")
                 return self._take(first, count)
 
     def allocate_contiguous(self, count: int) -> int:
@@ -345,6 +346,7 @@ class Refcounts:
             return False
         if self.table[block]:
             return True
+        self._file.debug_event("refblock_alloc")
         first = block << self._block_bits
         self._refuse_invalid(first, 1)
         self.fresh = max(self.fresh, first + 1)
@@ -362,6 +364,7 @@ class Refcounts:
         if self.overlap is not None:
             self.overlap.check(offset, len(contents))
             self.overlap.add_block(cluster)
+        self._file.debug_event("refblock_alloc_write")
         self._file.write(offset, contents)
 
     def _grow_table(self, blocks: int) -> None:
@@ -370,6 +373,7 @@ class Refcounts:
         The new table, and the blocks that count it, lie behind everything counted today. Ends
         with all of it on stable storage and the old table's clusters free.
         """
+        self._file.debug_event("reftable_grow")
         geometry = self._geometry
         limit = layout.MAX_REFCOUNT_TABLE_SIZE >> geometry.cluster_bits
         first_block = len(self.table)
@@ -400,6 +404,7 @@ class Refcounts:
         old = self._header.refcount_table_offset >> geometry.cluster_bits
         old_clusters = self._header.refcount_table_clusters
         with self._health.step("Moving the refcount table"):
+            self._file.debug_event("refblock_alloc_switch_table")
             self._file.write(
                 layout.REFCOUNT_TABLE_OFFSET_OFFSET,
                 layout.REFCOUNT_TABLE_FIELDS.pack(offset, clusters),
@@ -481,4 +486,5 @@ class Refcounts:
         for entry in sorted(entries):
             if self.overlap is not None:
                 self.overlap.check_table(table + 8 * entry, 8)
+            self._file.debug_event("refblock_alloc_hookup")
             self._file.write(table + 8 * entry, layout.U64.pack(self.table[entry]))

@@ -80,6 +80,7 @@ class VmState:
         """Read from byte ``position`` on into ``buffers``; zeroes where nothing was written."""
         views, length = as_views(buffers)
         _check(position, length)
+        self._metadata.file.debug_event("vmstate_load")
         offset = self.offset + position
         while length:
             run = self._reader.read_own_run(offset, views, length)
@@ -104,6 +105,7 @@ class VmState:
         self._metadata.check_writable()
         if self._writer is None or not length:
             return
+        self._metadata.file.debug_event("vmstate_save")
         with self._writing:
             known = self.size
             self._make_room(position + length)

@@ -32,6 +32,8 @@ class Objects:
 
     def __init__(self) -> None:
         self.secrets: dict[str, bytes] = {}
+        self.throttle_groups: dict[str, dict[str, str]] = {}
+        """The properties of each."""
         self.graph = Graph(secrets=self.secrets, warn=_warn)
         """For every image opened in this run."""
         self._known: set[str] = set()
@@ -61,6 +63,8 @@ class Objects:
             )
         if kind == "secret":
             self.secrets[name] = self._secret(options)
+        elif kind == "throttle-group":
+            self.throttle_groups[name] = options
         self._known.add(name)
 
     def secret(self, name: str) -> bytes:

@@ -329,7 +329,7 @@ def test_preallocation_metadata_is_refused_in_qemus_words(disk):
 
 
 def test_preallocation_when_shrinking_is_refused(disk):
-    with pytest.raises(UnsupportedError, match="Preallocation can't be used for shrinking files"):
+    with pytest.raises(UnsupportedError, match="Cannot use preallocation for shrinking files"):
         disk.truncate(0, preallocation="full", shrink=True)
 
 

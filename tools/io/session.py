@@ -16,6 +16,7 @@ from ...errors import PyvirtioError, UnsupportedError, message_of
 from .text import CommandError, warn
 
 if TYPE_CHECKING:
+    from ...backend.blockdev import Graph
     from ...backend.disk import Disk
     from ..objects import Objects
     from .table import Command
@@ -87,6 +88,8 @@ class Session:
         self.quitting = False
         self._name: str | None = None
         self._options: dict[str, Any] = {}
+        self.wrote = False
+        """A command has changed the image."""
         self._flush_failed = False
         self._pending: set[threading.Thread] = set()
         self._done: queue.SimpleQueue[tuple[threading.Thread, Callable[[], None]]] = (
@@ -144,10 +147,10 @@ class Session:
         self._name, self.flags, self._options = name, flags, options
 
     def _open(self, name: str | None, flags: OpenFlags, options: dict[str, Any]) -> Disk:
-        from ...backend.blockdev import Context, Graph, open_node
+        from ...backend.blockdev import Context, open_node
 
         context = Context(
-            Graph(secrets={} if self.objects is None else self.objects.secrets, warn=self.warn),
+            self._graph(),
             read_only=flags.read_only,
             direct=flags.direct,
             no_flush=flags.no_flush,
@@ -171,6 +174,22 @@ class Session:
             disk = CopyOnReadDisk(disk)
         self._listen(disk)
         return disk
+
+    def _graph(self) -> Graph:
+        """What the nodes of one image share: the objects of the command line."""
+        from ...backend.blockdev import Graph
+
+        graph = Graph(warn=self.warn)
+        if self.objects is not None:
+            graph.secrets = self.objects.secrets
+            if self.objects.throttle_groups:
+                from ...backend.throttle import ThrottleGroup, ThrottleLimits
+
+                graph.objects = {
+                    name: ThrottleGroup(ThrottleLimits.of(options))
+                    for name, options in self.objects.throttle_groups.items()
+                }
+        return graph
 
     @staticmethod
     def _listen(disk: Disk) -> None:
@@ -197,7 +216,8 @@ class Session:
     def _flush_last(self, disk: Disk) -> None:
         """Flush before closing, and complain of what is lost cache by cache, as QEMU does."""
         self._flush_failed = False
-        if disk.read_only or disk.format_name != "qcow2":
+        self._flush_failed = not self.wrote  # then nothing is lost, whatever a flush says
+        if disk.read_only or not getattr(disk, "unflushed", False):
             return
         for cache in ("L2 table", "refcount block"):
             try:

@@ -101,6 +101,7 @@ def _run(session: Session, words: list[str]) -> None:
     if len(operands) < least or (most is not None and len(operands) > most):
         usage(command)
     command.call(session, Arguments(options, operands))
+    session.wrote |= command.writes
 
 
 def _check_count(command: Command, words: list[str]) -> None:
