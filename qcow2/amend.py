@@ -142,7 +142,8 @@ def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, vers
                 "Refcount widths other than 16 bits require compatibility level 1.1 or above "
                 "(use compat=1.1 or greater)"
             )
-    if options.lazy_refcounts and version < 3:
+    was_lazy = bool(header.compatible_features & Compatible.LAZY_REFCOUNTS)
+    if options.lazy_refcounts and not was_lazy and version < 3:
         raise ValueError(
             "Lazy refcounts only supported with compatibility level 1.1 and above "
             "(use compat=1.1 or greater)"

@@ -69,10 +69,9 @@ def _given(
     filename: str, format: str, options: str | None, size: int | None, chosen: dict[str, str]
 ) -> Given:
     """The options for creating."""
-    if not is_driver(format):
-        raise Failure(f"Unknown file format '{format}'")
+    settings = create_settings(format)
     check_protocol(filename)
-    given = Given(create_settings(format))
+    given = Given(settings)
     if options is not None:
         given.parse(options)
     if given.number("size") is None:

@@ -28,6 +28,8 @@ def run(argv: list[str]) -> int:
             report(failure.message)
             say_more(failure.hint)
         return _finish(failure.status)
+    except BrokenPipeError:
+        return _finish(0)
     except KeyboardInterrupt:
         _finish(0)
         say_more("\n")
@@ -86,13 +88,21 @@ def _call(command: str, words: list[str]) -> int:
     from importlib import import_module
 
     from ..getopt import UsageError, parse
+    from ..messages import say_more
 
     module = import_module(f".{command.replace('-', '_')}", __package__)
     arguments = words[1:]
     if command == "resize" and len(arguments) < 2:
         raise UsageError("Not enough arguments")
     last = arguments.pop() if command == "resize" else None
-    found, operands = parse(arguments, module.OPTIONS, before=words[0])
+    try:
+        found, operands = parse(arguments, module.OPTIONS, before=words[0])
+    except UsageError as error:
+        if command != "measure":
+            raise
+        # This one leaves the message to getopt, and goes on to the help text.
+        say_more(f"measure: {error}\n")
+        return _help()
     if any(option == "--help" for option, _ in found):
         return _help()
     if last is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from typing import TYPE_CHECKING
 
-from ...errors import PyvirtioError
+from ...errors import ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, text_of
+from ..messages import Failure, report, text_of
 from ..objects import Objects
 from .listing import snapshot_lines
 from .opening import Source, open_image
@@ -33,6 +34,7 @@ OPTIONS = (
     Option(("-d",), "snapshot", "Delete a snapshot."),
 )
 
+_NO_SUCH = "Failed to load snapshot: No such file or directory"
 _MAX_NAME = 255
 """Bytes of a name that QEMU keeps."""
 
@@ -78,19 +80,26 @@ def _change(disk: Disk, action: str, name: str) -> None:
             snapshots.delete(snapshots.find_by(name=name))
     except KeyError:
         if action == "-a":
-            raise Failure(f"Could not apply snapshot '{name}': {_no_such(name)}") from None
+            raise Failure(f"Could not apply snapshot '{name}': {_NO_SUCH}") from None
         raise Failure(f"Could not delete snapshot '{name}': snapshot not found") from None
     except (PyvirtioError, ValueError, OSError) as error:
         text = text_of(error)
+        number = _number(error)
+        if action == "-a" and isinstance(error, ImageError):
+            report(text)
+            text = f"Failed to load snapshot: {os.strerror(number)}"
         prefix = f"Could not {verb} snapshot '{name}': "
         if action == "-c" and not text.startswith(prefix):
-            number = getattr(error, "errno", None) or errno.EINVAL
             text = f"-{number} ({os.strerror(number)})"
         raise Failure(text if text.startswith(prefix) else prefix + text) from error
 
 
-def _no_such(name: str) -> str:
-    return f"Failed to load snapshot: Can't find snapshot '{name}'"
+def _number(error: Exception) -> int:
+    """The error's number, as far as it can be told."""
+    number: int | None = getattr(error, "errno", None)
+    if number:
+        return number
+    return errno.EFBIG if re.search("too (big|large|many)", str(error), re.I) else errno.EINVAL
 
 
 def _refusal(action: str, name: str) -> Failure:
