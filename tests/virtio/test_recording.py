@@ -27,12 +27,11 @@ def record(path: Path, disk: Any, *, transport: dict[str, Any], **options: Any) 
     mmio = recorder.attach(VirtioMmio(device, recorder.memory, **transport))
     assert mmio.size == at.MMIO_SIZE
     driver = BlockDriver(
-        Registers(mmio.read, mmio.write),
+        Registers(mmio.read, mmio.write, legacy=transport.get("legacy", False)),
         memory,
         Arena(BASE, SIZE),
         queue_size=16,
         wait=mmio.poll,
-        legacy=transport.get("legacy", False),
     )
     driver.start()
     chance = random.Random(5)

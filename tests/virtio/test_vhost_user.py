@@ -334,7 +334,7 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
     driver.write(0, MARK)
     # As if it had been killed while it did these: they are noted, and never answered.
     taken = threading.Event()
-    first.device.process = lambda chain: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
+    first.device.process = lambda *_: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
     heads = [driver.submit(at.VIRTIO_BLK_T_OUT, 4 + round, MARK[:512]) for round in range(3)]
     driver.kick()
     assert taken.wait(10)
