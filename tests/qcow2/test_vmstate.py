@@ -231,3 +231,9 @@ def test_clusters_shared_unevenly_count_to_the_limit() -> None:
         disk.write(0, b"y" * 5000)  # the old clusters are at 2, the new ones at 1
         disk.snapshots.create("three")
         assert clean(disk)
+
+
+def test_a_part_of_the_vm_state_is_read_where_it_stands() -> None:
+    with make(cluster_size=4096) as disk:
+        disk.vmstate.write(0, STATE)
+        assert disk.vmstate.read(100, 50) == STATE[100:150]
