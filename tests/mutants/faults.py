@@ -2,7 +2,7 @@
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
 forgotten, a wrong constant. ``qcow2/`` comes first, file by file, with what is done in bulk, then
-``backend/``, then what the features add, then ``machine/`` and ``virtio/``.
+``backend/``, then what the features add, what works unseen, ``machine/`` and ``virtio/``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def _load() -> list[Fault]:
     from feature_faults import FEATURES
     from machine_faults import MACHINES
     from qcow2_faults import QCOW2
+    from quiet_faults import QUIET
     from virtio_faults import VIRTIO
 
     return [
@@ -42,6 +43,7 @@ def _load() -> list[Fault]:
             *BULK,
             *BACKEND,
             *FEATURES,
+            *QUIET,
             *MACHINES,
             *VIRTIO,
         )
