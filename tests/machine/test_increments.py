@@ -119,6 +119,8 @@ def test_pages_of_zeroes_are_zero_clusters() -> None:
     assert guest.save("three").ram_bytes == 0
     guest.snapshots.loadvm("two")
     assert guest.ram == bytes(5) + b"\1" + bytes(RAM - 6)
+    guest.snapshots.loadvm("three")
+    assert guest.ram == bytes(RAM)
 
 
 def test_what_was_loaded_is_what_the_next_one_shares_with() -> None:
@@ -288,6 +290,15 @@ def test_a_placed_section_that_makes_no_sense_loads_nothing(change: Any) -> None
     with pytest.raises(ImageError, match="ram/main"):
         guest.snapshots.loadvm("one")
     assert guest.ram == before
+
+
+def test_pages_past_the_end_are_none_even_where_all_is_zeroes() -> None:
+    guest = Guest()
+    guest.ram[:] = bytes(RAM)
+    guest.save("one")
+    rewritten(guest, lambda size, page, position, sums: (size, page, position + 1, sums))
+    with pytest.raises(ImageError, match="past its end"):
+        guest.snapshots.loadvm("one")
 
 
 def test_places_that_overlap_are_not_shared_with() -> None:
@@ -465,6 +476,7 @@ def test_a_fork_is_not_opened_as_something_else(tmp_path: Path) -> None:
     with open_fork(tmp_path / "fork", read_only=True) as fork:
         assert fork.read(0, 4) == b"then"
     with pyvirtio.open_disk(tmp_path / "disk") as disk:
+        disk.snapshots.create("another")
         disk.snapshots.delete("machine")
     with pytest.raises(ImageError, match="is gone"):
         open_fork(tmp_path / "fork", read_only=True)

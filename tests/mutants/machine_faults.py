@@ -24,7 +24,7 @@ MACHINES: list[tuple[str, ...]] = [
     ("machine/placed.py", "RAM of another size is taken", "    if found != size:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
     ("machine/placed.py", "pages of another size are taken", "    if page != PAGE:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
     ("machine/placed.py", "a short table is taken", "    if len(data) != 4 * pages_of(size):\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
-    ("machine/placed.py", "pages past the end are looked for", "    if placed.position + placed.size > source.size:\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
+    ("machine/placed.py", "pages past the end are looked for", "    if placed.position + placed.size > source.size:\n", "    if False:\n", INCREMENTS + "pages_past_the_end_are_none_even_where_all_is_zeroes"),
     # -- increments --
     ("machine/increment.py", "a base that is gone is shared with", "        if base is not None and any(other is base.snapshot for other in snapshots):\n", "        if base is not None:\n", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
     ("machine/increment.py", "a base is known by its name", "any(other is base.snapshot for other in snapshots)", "any(other.name == base.snapshot.name for other in snapshots)", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
@@ -72,7 +72,7 @@ MACHINES: list[tuple[str, ...]] = [
     ("qcow2/aside.py", "a draft given up leaks", "                    metadata.lower(*part, DiscardKind.OTHER)\n", "                    pass\n", ASIDE + "a_draft_given_up_leaves_nothing"),
     ("qcow2/aside.py", "a draft outlives a repair", "        if self.closed or self._metadata.refcounts is not self._refcounts:\n", "        if self.closed:\n", ASIDE + "a_draft_does_not_outlive_a_repair"),
     ("qcow2/aside.py", "the tail of a cluster is not written", "                    views.append(memoryview(bytes(-len(part) % size)))\n", "                    pass\n", ASIDE + "another_process_finds_it", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
-    ("qcow2/reference_vector.py", "what was raised stays raised", "            take_off()\n            raise\n", "            raise\n", ASIDE + "a_refcount_at_its_limit_refuses_the_snapshot_and_changes_nothing"),
+    ("qcow2/reference_vector.py", "what was raised stays raised", "            take_off()\n            raise\n", "            raise\n", ASIDE + "a_vector_is_raised_whole_or_not_at_all"),
     ("qcow2/known_references.py", "changed tables count as they were", "                _exchange(references, known[1], table)\n", "                pass\n", "machine/test_sequences.py"),
     ("qcow2/known_references.py", "a table that moved counts in its old place", "                references.add_clusters([offset >> bits])\n                _exchange", "                references.add_clusters([known[0] >> bits])\n                _exchange", "machine/test_sequences.py"),
     ("qcow2/refcount_codec.py", "refcounts run over", "        if passed & _top_bits(len(deltas), self.order):\n", "        if False:\n", ASIDE + "packed_refcounts_add_up_or_nothing_changes"),

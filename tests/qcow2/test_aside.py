@@ -11,6 +11,7 @@ import pytest
 import pyvirtio
 from pyvirtio import BackendError, ImageError, UnsupportedError
 from pyvirtio.qcow2.refcount_codec import codec_for
+from pyvirtio.qcow2.reference_vector import ReferenceVector
 from support.filters import CappedDisk
 from support.images import KeptDisk, assert_clean, new_image, reopen
 
@@ -246,6 +247,8 @@ def test_going_back_brings_no_vm_state_unless_asked() -> None:
     one = keep(disk, "one", [(0, b"1" * 5000)], size=5000)
     disk.write(0, b"y" * 5000)
     disk.snapshots.apply(one, vm_state=False)
+    disk.flush()
+    assert reopen(file).vmstate.size == 0
     assert (disk.read(0, 5000), disk.vmstate.size) == (b"x" * 5000, 0)
     disk.snapshots.apply(one)
     assert disk.vmstate.read(0, 5000) == b"1" * 5000
@@ -287,3 +290,23 @@ def test_packed_refcounts_add_up_or_nothing_changes(order: int) -> None:
         else:
             assert found is not None
             assert list(codec.load(memoryview(bytearray(found)), 0, count)) == differences
+
+
+def test_a_vector_is_raised_whole_or_not_at_all() -> None:
+    file, disk = new_image(2 << 20, refcount_bits=2)
+    disk.write(0, b"x" * (2 << 20))
+    metadata = disk._metadata
+    early, late = 100, 4000  # counted in two slices
+    with metadata.lock:
+        metadata.refcounts.add(late, 1, 2)
+        vector = ReferenceVector(metadata)
+        vector.add_clusters([early, late])
+        with pytest.raises(ImageError, match="limit reached"):
+            vector.raise_refcounts()
+        assert [metadata.refcounts.get(cluster) for cluster in (early, late)] == [1, 3]
+        metadata.refcounts.add(late, 1, -2)
+        take_off = vector.raise_refcounts()
+        assert [metadata.refcounts.get(cluster) for cluster in (early, late)] == [2, 2]
+        take_off()
+    disk.flush()
+    assert_clean(file)
