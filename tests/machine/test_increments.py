@@ -166,6 +166,40 @@ def test_all_is_written_if_there_is_nothing_to_share_with(why: str) -> None:
     assert guest.disks[0].check().clean
 
 
+def test_a_renamed_base_is_found_by_its_uuid() -> None:
+    guest = Guest()
+    guest.save("one")
+    guest.disks[0].snapshots.rename("one", "first")
+    guest.touch(1)
+    assert (guest.save("two").whole, guest.snapshots.last_save.pages) == (False, 1)
+    guest.disks[0].invalidate()
+    guest.touch(2)
+    assert not guest.save("three").whole
+    now = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("three")
+    assert guest.ram == now
+    assert parents(guest) == {"first": None, "two": "first", "three": "two"}
+
+
+def test_another_machines_snapshot_is_not_shared_with() -> None:
+    guest = Guest()
+    guest.save("one")
+    base = guest.disks[0].snapshots.find("one")
+    guest.snapshots.delvm("one")
+    other = Guest(*guest.disks)
+    other.ram[:] = bytes(RAM)
+    other.save("one")
+    # It may come to lie where the base was.
+    base.l1_table_offset = guest.disks[0].snapshots.find("one").l1_table_offset
+    guest.touch(1)
+    assert guest.save("two").whole
+    now = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("two")
+    assert guest.ram == now
+
+
 def test_a_save_that_failed_loses_no_dirty_page(monkeypatch: pytest.MonkeyPatch) -> None:
     dirty = DirtyPages(RAM)
     guest = Guest(dirty={"main": dirty})

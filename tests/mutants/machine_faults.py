@@ -26,8 +26,9 @@ MACHINES: list[tuple[str, ...]] = [
     ("machine/placed.py", "a short table is taken", "    if len(data) != 4 * pages_of(size):\n", "    if False:\n", INCREMENTS + "a_placed_section_that_makes_no_sense_loads_nothing"),
     ("machine/placed.py", "pages past the end are looked for", "    if placed.position + placed.size > source.size:\n", "    if False:\n", INCREMENTS + "pages_past_the_end_are_none_even_where_all_is_zeroes"),
     # -- increments --
-    ("machine/increment.py", "a base that is gone is shared with", "        if base is not None and any(other is base.snapshot for other in snapshots):\n", "        if base is not None:\n", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
-    ("machine/increment.py", "a base is known by its name", "any(other is base.snapshot for other in snapshots)", "any(other.name == base.snapshot.name for other in snapshots)", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
+    ("machine/increment.py", "a base is known by its place", "if lineage is not None and lineage.uuid == base.lineage.uuid:", "if lineage is not None:", INCREMENTS + "another_machines_snapshot_is_not_shared_with"),
+    ("machine/increment.py", "a base with another name is lost", "                        return other\n        return None\n", "                        return None\n        return None\n", INCREMENTS + "a_renamed_base_is_found_by_its_uuid"),
+    ("machine/increment.py", "trackers are trusted after all", "        self._trusted = False\n\n\nclass", "        pass\n\n\nclass", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
     ("machine/increment.py", "a whole save trusts the tracker", '                changed[name] = b"\\1" * len(found)\n', "                pass\n", INCREMENTS + "all_is_written_if_there_is_nothing_to_share_with"),
     ("machine/increment.py", "zeroes are written", "        runs = zeroes if nothing.startswith(contents) else data\n", "        runs = data\n", INCREMENTS + "pages_of_zeroes_are_zero_clusters"),
     ("machine/increment.py", "zeroes are left as they were", "            draft.write_zeroes(_clusters(zeroes, position, draft.cluster_size))\n", "", INCREMENTS + "pages_of_zeroes_are_zero_clusters"),
