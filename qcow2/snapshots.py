@@ -138,6 +138,11 @@ class Snapshots:
         for view in list(self._views):
             view.close()
 
+    def give_up_drafts(self) -> None:
+        """Close every draft that became no snapshot."""
+        for draft in self._drafts:
+            draft.close()
+
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
         """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
         based on it."""

@@ -110,6 +110,13 @@ def test_a_draft_given_up_leaves_nothing() -> None:
     assert state(disk, one) == b"1" * 5000
 
 
+def test_a_draft_that_is_open_when_the_image_is_closed_leaves_nothing() -> None:
+    file, disk = new_image()
+    disk.snapshots.draft().write([(0, memoryview(b"2" * 5000))])
+    disk.close()
+    assert_clean(file)
+
+
 def test_what_is_written_twice_leaves_nothing_of_the_first() -> None:
     file, disk = new_image()
     with disk.snapshots.draft() as draft:
