@@ -260,6 +260,8 @@ class Snapshots:
         self._check_writable("Could not begin a snapshot: -95 (Operation not supported)")
         metadata, geometry = self._metadata, self._metadata.geometry
         known = self._base
+        if known is not None and known.references.refcounts is not metadata.refcounts:
+            known = None  # counted for another layout
         if base is not None and (known is None or known.snapshot is not base):
             l1 = self.l1_table(self._resolve(base))
             first = geometry.l1_entries(base.disk_size)

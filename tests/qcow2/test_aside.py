@@ -237,6 +237,18 @@ def test_another_process_finds_it() -> None:
     assert other.check().clean
 
 
+def test_a_base_is_counted_anew_where_refcounts_have_another_width() -> None:
+    file, disk = new_image()
+    keep(disk, "one", [(0, b"1" * 50_000)], size=50_000)
+    disk.amend(refcount_bits=64)
+    two = keep(disk, "two", [(512, b"2" * 512)], disk.snapshots.find("one"), size=50_000)
+    assert state(disk, two) == b"1" * 512 + b"2" * 512 + b"1" * 48_976
+    disk.snapshots.delete(disk.snapshots.find("one"))
+    assert state(disk, two) == b"1" * 512 + b"2" * 512 + b"1" * 48_976
+    disk.flush()
+    assert_clean(file)
+
+
 def test_going_back_to_where_one_is_writes_nothing() -> None:
     file, disk = new_image()
     disk.write(0, b"x" * 5000)
