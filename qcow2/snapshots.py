@@ -65,8 +65,6 @@ class Snapshots:
         self._base: Base | None = None
         """The snapshot made last, if made of a draft: the next is likely based on it."""
         self._active = KnownReferences(metadata)
-        self.tables_written = 0
-        """Bytes of L1 and snapshot tables written so far."""
         metadata.overlap.snapshots = lambda: (self._list, self._table_length)
 
     def load(self) -> None:
@@ -403,7 +401,6 @@ class Snapshots:
         offset = first << metadata.cluster_bits
         metadata.overlap.check(offset, count << metadata.cluster_bits)
         metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
-        self.tables_written += count << metadata.cluster_bits
         return offset
 
     def _lower(self, l1: array[int], offset: int, size: int) -> None:

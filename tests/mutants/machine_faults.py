@@ -72,6 +72,7 @@ MACHINES: list[tuple[str, ...]] = [
     ("qcow2/aside.py", "any number shares a host cluster", "        if places and len(packed) <= room:\n", "        if len(packed) <= room:\n", ASIDE + "few_compressed_clusters_share_a_host_cluster"),
     ("qcow2/aside.py", "a draft given up leaks", "                    metadata.lower(*part, DiscardKind.OTHER)\n", "                    pass\n", ASIDE + "a_draft_given_up_leaves_nothing"),
     ("qcow2/driver.py", "a draft outlives its image", "                        self.snapshots.give_up_drafts()\n", "", ASIDE + "a_draft_that_is_open_when_the_image_is_closed_leaves_nothing"),
+    ("qcow2/aside.py", "compressed clusters are not encrypted", "        if self._metadata.header.crypt_method is not layout.CryptMethod.NONE:\n", "        if False:\n", ASIDE + "compressed_clusters_of_an_encrypted_image_are_refused"),
     ("qcow2/aside.py", "a draft outlives a repair", "        if self.closed or self._metadata.refcounts is not self._refcounts:\n", "        if self.closed:\n", ASIDE + "a_draft_does_not_outlive_a_repair"),
     ("qcow2/aside.py", "the tail of a cluster is not written", "                    views.append(memoryview(bytes(-len(part) % size)))\n", "                    pass\n", ASIDE + "another_process_finds_it", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
     ("qcow2/reference_vector.py", "what was raised stays raised", "            take_off()\n            raise\n", "            raise\n", ASIDE + "a_vector_is_raised_whole_or_not_at_all"),

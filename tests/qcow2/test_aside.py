@@ -142,6 +142,12 @@ def test_few_compressed_clusters_share_a_host_cluster() -> None:
     assert max(counts) == 8
 
 
+def test_compressed_clusters_of_an_encrypted_image_are_refused() -> None:
+    _, disk = new_image(encrypt_format="aes", passphrase="x")
+    with disk.snapshots.draft() as draft, pytest.raises(UnsupportedError, match="encryption"):
+        draft.write_compressed([(0, memoryview(b"secret" * 1000))])
+
+
 def test_a_base_of_another_size_is_not_shared() -> None:
     _, disk = new_image(1 << 16)
     one = keep(disk, "one", [(0, b"1" * 5000)], size=5000)
