@@ -108,7 +108,7 @@ class CreateOptions(EncryptionOptions):
         if backed and self.preallocation != "off" and not self.extended_l2:
             raise ValueError(
                 "Backing file and preallocation can only be used at the same time if "
-                "extended_l2 is enabled"
+                "extended_l2 is on"
             )
         if self.backing_fmt is not None and self.backing_file is None:
             raise ValueError("Backing format cannot be used without backing file")

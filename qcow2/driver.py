@@ -16,7 +16,7 @@ from .check import CheckResult, Fix, check
 from .cleaner import CacheCleaner
 from .compressed_writing import CompressedWriter
 from .corruption import CorruptionError, CorruptionListener
-from .data_file import data_file_info, is_raw, open_data_file, resize_data_file
+from .data_file import data_file_info, open_data_file, resize_data_file
 from .header import Header, read_header
 from .layout import Autoclear, CryptMethod, Incompatible
 from .metadata import Metadata
@@ -312,7 +312,11 @@ class Qcow2Disk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        return not is_raw(self._header) or self._metadata.data.has_zero_init
+        l1 = self._metadata.tables.l1
+        if not l1 or not l1[0]:
+            return True
+        # Preallocated, it may be: then the file's zeroes show, which are not those of a cipher.
+        return self._metadata.encryption is None and self._metadata.data.has_zero_init
 
     @property
     def children(self) -> Mapping[str, Disk]:

@@ -31,6 +31,8 @@ def block_status(reader: Reader, offset: int, length: int) -> Extent:
         return Extent(run, True, False, True, compressed=True, depth=depth)
     backing = reader.backing
     if backing is None or offset >= backing.size:
-        return Extent(run, False, reader.backing_known, False, depth=depth)
+        if not host:
+            place = {}
+        return Extent(run, False, reader.backing_known, False, depth=depth, **place)
     below = backing.block_status(offset, min(run, backing.size - offset))
     return replace(below, depth=depth + 1 + below.depth)

@@ -133,7 +133,8 @@ class SubclusterTables(Tables):
             entry = 0 if position < 0 else self.entry_at(position)
             self.check_entry(entry, cluster)
             kind, stop = first_run(entry, within >> bits)
-            host = (entry & layout.OFFSET_MASK) + within if kind in _CONTIGUOUS else 0
+            place = entry & layout.OFFSET_MASK
+            host = place + within if kind in _CONTIGUOUS or (kind is _UNALLOCATED and place) else 0
             if at == offset:
                 first_kind, first_host = kind, host
                 if kind is ClusterKind.COMPRESSED:
@@ -143,6 +144,7 @@ class SubclusterTables(Tables):
                 kind is not first_kind
                 or entry & flags != flags
                 or (host and host != first_host + at - offset)
+                or (first_host and not host)
             ):
                 break
             at = (cluster << self._cluster_bits) + (stop << bits)

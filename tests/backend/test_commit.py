@@ -147,3 +147,9 @@ def test_a_read_only_overlay_is_not_emptied(tmp_path):
     chain = Chain(tmp_path)
     with chain.open(read_only=True) as disk, pytest.raises(ValueError, match="read-only"):
         commit(disk)
+
+
+def test_a_disk_is_not_its_own_base(tmp_path):
+    chain = Chain(tmp_path)
+    with chain.open() as disk, pytest.raises(ValueError, match="not in the backing chain"):
+        commit(disk, disk)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 
 import pyvirtio
 from pyvirtio import MemoryDisk, UnsupportedError, convert
 from pyvirtio.backend.disk import Extent
+from pyvirtio.backend.pump import pump
 from pyvirtio.backend.zeroes import first_nonzero, units, zero_runs
 from support.chains import Chain, words
 from support.peers import requires
@@ -289,3 +291,26 @@ def test_what_qemu_converts_we_convert_back(tmp_path):
     ):
         convert(disk, target, target_is_new=True)
     assert raw.read_bytes() == chain.contents["top"]
+
+
+def test_one_thread_tells_of_each_piece():
+    told = []
+    pump(iter(range(5)), lambda n: n, lambda n, m: None, told.append, workers=1, in_order=True)
+    assert told == [0, 1, 2, 3, 4]
+
+
+def test_an_error_in_between_stops_the_threads():
+    def fail(piece):
+        raise KeyboardInterrupt
+
+    written = []
+    with pytest.raises(KeyboardInterrupt):
+        pump(
+            iter(range(1000)),
+            lambda n: time.sleep(0.001),
+            lambda n, data: written.append(n),
+            fail,
+            workers=2,
+            in_order=False,
+        )
+    assert len(written) < 1000

@@ -133,3 +133,15 @@ def test_a_shared_lock_is_shared_and_exclusive():
         assert not inside.wait(0.05)
     thread.join()
     assert inside.is_set()
+
+
+def test_buffers_that_lie_unaligned_go_by_the_bounce_buffer(disk, monkeypatch):
+    block = disk.limits.request_alignment
+    memory = memoryview(mmap.mmap(-1, 3 * block))
+    monkeypatch.setattr(disk._direct, "memory_alignment", block)
+    seen = []
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, v, at: seen.extend(v) or real(fd, v, at))
+    disk.write(0, memory[1 : 1 + block])
+    monkeypatch.undo()
+    assert all(view.obj is not memory.obj for view in seen)

@@ -472,3 +472,18 @@ def test_invalidate_sees_a_size_that_others_changed(disk):
     disk.invalidate()
     assert disk.size == 2 << 20
     assert disk.read((2 << 20) - 1, 1) == b"\0"
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_creation_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old):
+    path = tmp_path / "disk"
+    if old:
+        path.write_bytes(b"old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(BackendError):
+        FileDisk.create(path, 4096)
+    assert path.exists() is old

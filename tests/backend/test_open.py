@@ -339,3 +339,13 @@ def test_create_does_not_touch_a_file_in_use(tmp_path):
 def test_create_in_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(BackendError, match=r"Could not create .*No such file or directory"):
         create_disk(tmp_path / "none" / "disk", 4096, format="raw")
+
+
+def test_the_file_of_a_failed_image_is_closed_at_once(tmp_path):
+    """Though whoever keeps the error keeps all that led to it."""
+    image(tmp_path / "a", "none")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BackendError) as caught:
+        open_disk(tmp_path / "a")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert caught.value

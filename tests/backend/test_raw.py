@@ -176,3 +176,9 @@ def test_raw_by_choice_is_not_guarded(toy):
     disk = RawDisk(MemoryDisk(4096))
     disk.write(0, HEADER)
     assert disk.read(0, 4) == b"TOY!"
+
+
+@pytest.mark.parametrize("window", [{"offset": -512}, {"size": -512}])
+def test_windows_before_the_file_are_refused(window):
+    with pytest.raises(ValueError, match="cannot be negative"):
+        RawDisk(MemoryDisk(4096), **window)

@@ -204,3 +204,26 @@ def test_random_overlays_keep_their_contents_through_every_operation(tmp_path):
             stream(disk)
             assert disk.read(0, disk.size) == chain.contents["top"]
             assert disk.check().clean
+
+
+def test_the_former_backing_file_is_closed(tmp_path):
+    chain = Chain(tmp_path)
+    with chain.open() as disk:
+        former = disk.backing
+        rebase(disk, None)
+        assert former.closed
+        assert not disk.closed
+
+
+def test_what_was_copied_is_stable_before_the_name_changes(tmp_path, monkeypatch):
+    chain = Chain(tmp_path)
+    events = []
+    with chain.open() as disk:
+        flush, change = disk.flush, disk.change_backing_file
+        monkeypatch.setattr(disk, "flush", lambda: (events.append("flush"), flush())[1])
+        monkeypatch.setattr(
+            disk, "change_backing_file", lambda *named: (events.append("name"), change(*named))[1]
+        )
+        rebase(disk, None)
+        monkeypatch.undo()
+    assert events[:2] == ["flush", "name"]

@@ -280,3 +280,40 @@ def test_keys_are_kept_in_the_words_of_qemu(amendment: str, ours_do: Any, tmp_pa
         ours_do(disk.encryption)
     assert str(refused.value) in str(caught.value)
     assert path.read_bytes() == blank("luks")
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("method", ["aes", "luks"])
+def test_preallocated_images_read_as_zeroes_and_qemu_uses_them(
+    tmp_path: Path, method: str, mode: str
+) -> None:
+    path, size = tmp_path / "a.qcow2", 1 << 20
+    with pyvirtio.create_disk(
+        path, size, encrypt_format=method, preallocation=mode, **QUICK
+    ) as disk:
+        assert not any(disk.read(0, size))
+        disk.truncate(2 * size, preallocation=mode)
+        assert not any(disk.read(0, 2 * size))
+        disk.write(size - 512, b"x" * 1024)
+    peer_check(path, method)
+    peer_io(path, method, "read -P 0 0 512k", f"read -P 120 {size - 512} 1k", "write -P 7 4k 64k")
+    with pyvirtio.open_disk(path, passphrase=PASSPHRASE) as disk:
+        assert disk.read(4096, 65536) == b"\7" * 65536
+
+
+@pytest.mark.parametrize("method", [None, "aes", "luks"])
+def test_what_qemu_preallocated_is_zeroes_only_where_nothing_is_encrypted(
+    tmp_path: Path, method: str | None
+) -> None:
+    plain, full = tmp_path / "plain.qcow2", tmp_path / "full.qcow2"
+    for path, mode in ((plain, "off"), (full, "metadata")):
+        if method is None:
+            qemu_img("create", "-q", "-f", "qcow2", "-o", f"preallocation={mode}", path, "1M")
+        else:
+            peer_create(path, 1 << 20, method, preallocation=mode)
+    secret = None if method is None else PASSPHRASE
+    with pyvirtio.open_disk(plain, passphrase=secret) as disk:
+        assert disk.has_zero_init
+    with pyvirtio.open_disk(full, passphrase=secret) as disk:
+        assert disk.has_zero_init is (method is None)
+        assert any(disk.read(0, 4096)) is (method is not None)

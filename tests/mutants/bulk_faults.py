@@ -6,6 +6,7 @@
 TALLY = "qcow2/test_tally.py::test_"
 SNAPSHOTS = "qcow2/test_snapshot_rules.py::test_"
 PART = "qcow2/test_zeroes_in_part.py::test_"
+MAP = "backend/test_map.py::test_"
 RESIZE = "qcow2/test_resize.py::test_"
 
 BULK: list[tuple[str, ...]] = [
@@ -35,4 +36,9 @@ BULK: list[tuple[str, ...]] = [
     ("qcow2/driver.py", "growing hides whole clusters alone by zeroes", "        unit = self._metadata.geometry.subcluster_size\n", "        unit = self._metadata.cluster_size\n", RESIZE + "growing_hides_a_longer_backing_file_by_subclusters"),
     ("qcow2/bitmaps.py", "what lies past the end is recorded", "        if offset >= self.disk_size:\n", "        if False:\n", RESIZE + "what_is_hidden_for_growing_is_no_write_for_bitmaps"),
     ("qcow2/resize.py", "nothing behind the end counts as stored", "            if kind in (ClusterKind.NORMAL, ClusterKind.COMPRESSED):\n", "            if False:\n", RESIZE + "what_a_cluster_has_behind_the_end_does_not_show"),
+    # -- facts --
+    ("qcow2/driver.py", "a cipher's zeroes are zeroes", "return self._metadata.encryption is None and self._metadata.data.has_zero_init", "return self._metadata.data.has_zero_init", "interop/test_encryption.py::test_what_qemu_preallocated_is_zeroes_only_where_nothing_is_encrypted"),
+    ("qcow2/driver.py", "only preallocated images read as zeroes", "        if not l1 or not l1[0]:\n", "        if not l1:\n", "interop/test_encryption.py::test_what_qemu_preallocated_is_zeroes_only_where_nothing_is_encrypted"),
+    ("qcow2/status.py", "subclusters that are not allocated have no place", "        if not host:\n            place", "        if True:\n            place", MAP + "subclusters_that_are_not_allocated_have_a_place_as_with_qemu"),
+    ("qcow2/subclusters.py", "places that do not follow are one run", "                or (first_host and not host)\n", "", MAP + "subclusters_that_are_not_allocated_have_a_place_as_with_qemu"),
 ]

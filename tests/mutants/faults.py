@@ -2,7 +2,8 @@
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
 forgotten, a wrong constant. ``qcow2/`` comes first, file by file, with what is done in bulk, then
-``backend/``, then what the features add.
+``backend/``, then what the features add, and
+what works unseen.
 """
 
 from __future__ import annotations
@@ -33,10 +34,18 @@ def _load() -> list[Fault]:
     from feature_faults import FEATURES
     from machine_faults import MACHINES
     from qcow2_faults import QCOW2
+    from quiet_faults import QUIET
 
     return [
         Fault(file, what, old, new, tuple(f"tests/{test}" for test in tests))
-        for file, what, old, new, *tests in (*QCOW2, *BULK, *BACKEND, *FEATURES, *MACHINES)
+        for file, what, old, new, *tests in (
+            *QCOW2,
+            *BULK,
+            *BACKEND,
+            *FEATURES,
+            *MACHINES,
+            *QUIET,
+        )
     ]
 
 

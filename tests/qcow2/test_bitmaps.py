@@ -1004,3 +1004,18 @@ def test_bitmaps_stored_while_the_image_is_open_go_on(image):
     with reopened(image) as disk:
         assert dirty(disk) == [(0, CLUSTER), (MIB, CLUSTER)]
         assert disk.check().clean
+
+
+def test_the_data_of_a_bitmap_are_no_leak(image):
+    with reopened(image) as disk:
+        disk.write(0, b"x" * 100)
+    with reopened(image) as disk:
+        assert disk.bitmaps["b"].count == CLUSTER
+        assert disk.check().clean
+
+
+def test_a_disabled_bitmap_is_disabled_for_the_next_process(image):
+    with reopened(image) as disk:
+        disk.bitmaps.disable("b")
+    with reopened(image) as disk:
+        assert not disk.bitmaps["b"].enabled

@@ -322,3 +322,15 @@ def test_discard_request_reaches_the_file_if_it_is_to(tmp_path: Path, passed: bo
         disk.flush()
         file = disk.children["file"]
         assert (file.read(host, 3) == b"\0\0\0") == passed
+
+
+def test_cleaning_drops_unused_refcounts_too(tmp_path: Path) -> None:
+    with pyvirtio.create_disk(tmp_path / "image.qcow2", 4 << 30) as disk:
+        disk.write(0, b"a" * CLUSTER)
+        disk.flush()
+        refcounts: TableCache = disk._metadata.refcounts.cache
+        assert refcounts.index
+        cleaner = CacheCleaner(disk._metadata, 0)
+        cleaner.clean()
+        cleaner.clean()
+        assert not refcounts.index

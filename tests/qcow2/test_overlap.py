@@ -212,3 +212,10 @@ def test_freed_tables_clusters_take_data(tmp_path: Path) -> None:
             disk.flush()
             disk.write(2 << 20, b"y" * (1 << 20))
         assert disk.check().clean
+
+
+def test_the_header_is_a_structure() -> None:
+    with pyvirtio.create_disk(pyvirtio.MemoryDisk(growable=True), 1 << 20) as disk:
+        disk._metadata.overlap.check(65536 * 40, 512)
+        with pytest.raises(ImageError, match="qcow2_header"):
+            disk._metadata.overlap.check(100, 1)

@@ -96,3 +96,44 @@ def test_holes_of_the_host_in_preallocated_clusters_are_zeroes(tmp_path):
             (900, True, True),
             (60, True, False),
         ]
+
+
+def test_nobody_asks_for_holes_where_the_host_has_the_space(tmp_path):
+    """One hole in much that is stored is not worth a question for each run."""
+    path = tmp_path / "a"
+    with pyvirtio.create_disk(path, 4 << 20) as disk:
+        disk.write(0, b"\x11" * (4 << 20))
+        with disk._metadata.lock:
+            host = disk._metadata.tables.map(0, 1)[1]
+        disk.flush()
+        disk.children["file"].discard(host + (64 << 10), 64 << 10)
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        assert [(e.length, e.data, e.zero) for e in disk.extents()] == [(4 << 20, True, False)]
+
+
+def test_a_run_is_one_in_its_middle_too():
+    """Where it goes on in another slice of the table, which is compared as a whole."""
+    file = MemoryDisk(growable=True)
+    disk = pyvirtio.create_disk(file, 1 << 20, cluster_size=4096, preallocation="metadata")
+    disk.flush()
+    table = disk._metadata.tables.l2_offset(0)
+    entries = [file.read(table + 8 * i, 8) for i in (100, 101)]
+    file.write(table + 8 * 100, entries[1] + entries[0])
+    again = Qcow2Disk.open(file, read_only=True, l2_cache_entry_size=512)
+    assert [size >> 12 for size, *_ in again.runs()] == [100, 1, 1, 154]
+
+
+def test_zero_clusters_with_a_place_are_no_data():
+    disk = pyvirtio.create_disk(MemoryDisk(growable=True), 1 << 20)
+    disk.write(0, words(1, 200_000))
+    disk.write_zeroes(0, 1 << 17)
+    first = next(iter(disk.extents()))
+    assert (first.length, first.data, first.zero, first.allocated) == (1 << 17, False, True, True)
+    assert first.host_offset is not None
+
+
+def test_a_part_begins_where_it_lies():
+    disk = pyvirtio.create_disk(MemoryDisk(growable=True), 1 << 20)
+    disk.write(0, words(1, 200_000))
+    (whole, *_), (part, *_) = list(disk.extents()), list(disk.extents(1000, 5000))
+    assert part.host_offset == whole.host_offset + 1000

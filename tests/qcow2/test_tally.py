@@ -119,3 +119,10 @@ def test_what_was_handed_on_is_not_counted_again() -> None:
 def test_entries_that_lie_unaligned_do_not_spill_into_their_neighbours() -> None:
     table = pack_table([entry(9) | 0xE00, entry(3, copied=True), 0, layout.ZERO])
     assert list(host_clusters(table, 12)) == [9, 3, 0, 0]
+
+
+def test_a_run_across_the_window_counts_on_both_sides() -> None:
+    counts, found = counting()
+    counts.add_run(WINDOW - 2, 4, 2)
+    counts.finish()
+    assert found == {WINDOW - 2: 2, WINDOW - 1: 2, WINDOW: 2, WINDOW + 1: 2}

@@ -247,3 +247,9 @@ def test_serializers_work_on_the_streams() -> None:
         with io.BufferedWriter(disk.vmstate.writer()) as stream:
             pickle.dump([STATE, 5], stream)
         assert pickle.load(disk.vmstate.reader()) == [STATE, 5]
+
+
+def test_a_part_of_the_vm_state_is_read_where_it_stands() -> None:
+    with make(cluster_size=4096) as disk:
+        disk.vmstate.write(0, STATE)
+        assert disk.vmstate.read(100, 50) == STATE[100:150]

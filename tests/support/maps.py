@@ -21,7 +21,7 @@ def qemu_map(path: Path) -> Extents:
     for entry in qemu_img_json("map", "-U", "-f", "qcow2", path):
         # A hole in the file below makes QEMU add "zero" to stored data.
         state = "data" if entry["data"] else "zero" if entry["zero"] else "nothing"
-        host = entry.get("offset") if state == "data" else None
+        host = entry.get("offset")
         found.append((entry["start"], entry["length"], entry["depth"], state, host))
     return joined(found)
 
@@ -32,7 +32,7 @@ def our_map(disk: Disk) -> Extents:
     start = 0
     for extent in disk.extents():
         state = "data" if extent.data else "zero" if extent.zero else "nothing"
-        host = extent.host_offset if state == "data" else None
+        host = extent.host_offset
         found.append((start, extent.length, extent.depth, state, host))
         start += extent.length
     return joined(found)
