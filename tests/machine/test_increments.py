@@ -144,6 +144,20 @@ def test_a_fresh_process_goes_on_from_what_it_loads() -> None:
     assert (other.save("loaded").pages, other.snapshots.last_save.whole) == (1, False)
 
 
+def test_ram_inside_the_stream_is_loaded_and_not_shared_with() -> None:
+    guest = Guest()
+    size = guest.machine.save(guest.disks[0].vmstate)
+    guest.disks[0].snapshots.create("packed", vm_state_size=size)
+    then = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("packed")
+    assert guest.ram == then
+    assert guest.save("placed").whole
+    guest.touch(5)
+    guest.snapshots.loadvm("placed")
+    assert guest.ram == then
+
+
 @pytest.mark.parametrize("why", ["deleted", "resized", "forgotten", "taken by another"])
 def test_all_is_written_if_there_is_nothing_to_share_with(why: str) -> None:
     guest = Guest()
