@@ -109,6 +109,28 @@ def test_only_dirty_pages_are_written(how: Any) -> None:
     assert guest.disks[0].check().clean
 
 
+@pytest.mark.parametrize("cluster_size", [512, PAGE, 65536, 2 << 20])
+def test_any_cluster_size_and_several_rams(cluster_size: int) -> None:
+    chance, disk = random.Random(1), new_disk(cluster_size=cluster_size)
+    rams = {
+        "large": bytearray(chance.randbytes((5 << 20) + 77)),
+        "small": bytearray(b"x" * 5000),
+        "empty": bytearray(),
+    }
+    snapshots = MachineSnapshots(Machine({}, rams), [disk])
+    states = []
+    for number in range(4):
+        for page in chance.sample(range(1280), 1100):  # more than a write's list can be long
+            rams["large"][page * PAGE] = chance.randrange(256)
+        rams["small"][chance.randrange(5000)] ^= 1
+        snapshots.savevm(f"s{number}")
+        states.append({name: bytes(ram) for name, ram in rams.items()})
+    for number in (2, 0, 3, 1):
+        snapshots.loadvm(f"s{number}")
+        assert {name: bytes(ram) for name, ram in rams.items()} == states[number]
+    assert disk.check().clean
+
+
 def test_pages_of_zeroes_are_zero_clusters() -> None:
     guest = Guest()
     guest.ram[:] = bytes(RAM)
