@@ -10,16 +10,17 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedError
+from ..errors import ImageError, UnsupportedError
 from ..qcow2.aside import Draft
 from ..qcow2.driver import Qcow2Disk
 from ..qcow2.snapshots import Snapshot
 from .dirty import PAGE, Tracker, pages_of
-from .lineage import LINEAGE, LINEAGE_VERSION, Lineage, parse_lineage
+from .lineage import LINEAGE, LINEAGE_VERSION, Lineage, parse_lineage, read_lineage
 from .placed import PLACED_VERSION, Placed, payload_length, read_placed
 from .state import Machine
 from .stream import Source, StreamReader, StreamWriter
@@ -89,6 +90,9 @@ class Increments:
         """By section."""
         self._compress = compress
         self._base: Kept | None = None
+        """The state that was saved or loaded last."""
+        self._trusted = False
+        """The trackers know what is different from it."""
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -114,20 +118,39 @@ class Increments:
     def adopt(self, snapshot: Snapshot, pending: Pending) -> None:
         """The draft became this snapshot: the next one is based on it."""
         self._base = replace(pending.kept, snapshot=snapshot)
+        self._trusted = True
         for name, ram in self._machine.ram_views().items():
             self._trackers[name].settle(ram, pending.changed[name])
 
     def _begin(self) -> tuple[Kept | None, Draft]:
         """The state to share with, if there is one, and a draft that begins with it."""
         base, snapshots = self._base, self._disk.snapshots
-        if base is not None and any(other is base.snapshot for other in snapshots):
+        if base is not None and self._trusted:
+            base.snapshot = self._find(base)
             sizes = {name: len(ram) for name, ram in self._machine.ram_views().items()}
-            if sizes == {name: placed.size for name, placed in base.placed.items()}:
+            same = sizes == {name: placed.size for name, placed in base.placed.items()}
+            if base.snapshot is not None and same:
                 try:
                     return base, snapshots.draft(base.snapshot)
                 except UnsupportedError:
                     pass  # the disk has another size now
         return None, snapshots.draft()
+
+    def _find(self, base: Kept) -> Snapshot | None:
+        """The snapshot of ``base``, if it is still there."""
+        if base.snapshot is None:
+            return None
+        for other in self._disk.snapshots:
+            if other is base.snapshot:
+                return other
+        # It may have another name, or the image may have been read anew: its UUID is the same.
+        for other in self._disk.snapshots:
+            if other.l1_table_offset == base.snapshot.l1_table_offset and other.vm_state_size:
+                with suppress(ImageError), self._disk.snapshots.open(other) as view:
+                    lineage = read_lineage(view.vmstate)
+                    if lineage is not None and lineage.uuid == base.lineage.uuid:
+                        return other
+        return None
 
     def _write(self, base: Kept | None, draft: Draft) -> Pending | None:
         """None if the stream is longer than what is reserved for it."""
@@ -213,12 +236,13 @@ class Increments:
             if _makes_sense(placed.values(), reader.length, self._disk.info().cluster_size or 1):
                 reserve = min((p.position for p in placed.values()), default=0)
                 self._base = Kept(lineage, reserve, reader.length, placed, snapshot)
+                self._trusted = True
         for name, ram in views.items():
             self._trackers[name].settle(ram, None)
 
     def forget(self) -> None:
-        """Nothing is known of the machine's RAM any more: the next save is a whole one."""
-        self._base = None
+        """RAM may be anything: the next save is a whole one."""
+        self._trusted = False
 
 
 class _Memory:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from ..backend.buffers import split, total
-from ..errors import BackendError, PyvirtioError
+from ..errors import BackendError, PyvirtioError, UnsupportedError
 from . import layout
 from .compression import compress
 from .metadata import Metadata
@@ -44,9 +44,7 @@ class Base:
 
     __slots__ = ("l1", "references", "snapshot")
 
-    def __init__(
-        self, snapshot: Snapshot | None, l1: array[int], references: ReferenceVector
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, l1: array[int], references: ReferenceVector) -> None:
         self.snapshot = snapshot
         self.l1 = l1
         """L1 entries of the VM state, without flags."""
@@ -54,7 +52,7 @@ class Base:
         """To the tables and to what they refer to."""
 
     @classmethod
-    def read(cls, metadata: Metadata, snapshot: Snapshot | None, l1: array[int]) -> Base:
+    def read(cls, metadata: Metadata, snapshot: Snapshot, l1: array[int]) -> Base:
         """Count the references of VM state that is in the file (lock held)."""
         references = ReferenceVector(metadata)
         for _, offset in l2_tables(metadata, l1):
@@ -90,8 +88,6 @@ class Draft:
         """Host byte for more compressed data, bytes left there, clusters that may join."""
         self.data_written = 0
         """Bytes of VM state that were written to the file, zeroes that fill clusters included."""
-        self.tables_written = 0
-        """Bytes of L2 tables."""
         self.closed = False
 
     # -- changing ------------------------------------------------------------------------------
@@ -125,8 +121,13 @@ class Draft:
     def write_compressed(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """:meth:`write`, each cluster compressed by the image's method where that saves anything.
 
-        Up to MAX_SHARING of them lie in one host cluster.
+        Up to MAX_SHARING of them lie in one host cluster. Raises UnsupportedError for an encrypted
+        image.
         """
+        if self._metadata.header.crypt_method is not layout.CryptMethod.NONE:
+            raise UnsupportedError(
+                "Compression and encryption not supported at the same time", feature="compression"
+            )
         kind, size = self._metadata.header.compression_type, self.cluster_size
         for position, data in pieces:
             first = self._first_cluster(position)
@@ -295,7 +296,6 @@ class Draft:
             host, length = first << metadata.cluster_bits, count << metadata.cluster_bits
             metadata.overlap.check(host, length)
             metadata.file.writev(host, [memoryview(pack_table(self._tables[i])) for i in part])
-            self.tables_written += length
             for i, index in enumerate(part):
                 self._l1[index] = host + (i << metadata.cluster_bits)
             self._references.add_clusters(range(first, first + count))

@@ -570,6 +570,7 @@ class Qcow2Disk(Disk):
             try:
                 if not self.read_only and self._metadata.health.reason is None:
                     with self._metadata.gate.exclusive():
+                        self.snapshots.give_up_drafts()
                         self._metadata.settle()
                         self.bitmaps.store()
                         self._metadata.settle()

@@ -65,8 +65,6 @@ class Snapshots:
         self._base: Base | None = None
         """The snapshot made last, if made of a draft: the next is likely based on it."""
         self._active = KnownReferences(metadata)
-        self.tables_written = 0
-        """Bytes of L1 and snapshot tables written so far."""
         metadata.overlap.snapshots = lambda: (self._list, self._table_length)
 
     def load(self) -> None:
@@ -137,6 +135,11 @@ class Snapshots:
         """Close every view that is open."""
         for view in list(self._views):
             view.close()
+
+    def give_up_drafts(self) -> None:
+        """Close every draft that became no snapshot."""
+        for draft in self._drafts:
+            draft.close()
 
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
         """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
@@ -255,6 +258,8 @@ class Snapshots:
         self._check_writable("Could not begin a snapshot: -95 (Operation not supported)")
         metadata, geometry = self._metadata, self._metadata.geometry
         known = self._base
+        if known is not None and known.references.refcounts is not metadata.refcounts:
+            known = None  # counted for another layout
         if base is not None and (known is None or known.snapshot is not base):
             l1 = self.l1_table(self._resolve(base))
             first = geometry.l1_entries(base.disk_size)
@@ -396,7 +401,6 @@ class Snapshots:
         offset = first << metadata.cluster_bits
         metadata.overlap.check(offset, count << metadata.cluster_bits)
         metadata.file.write(offset, contents.ljust(count << metadata.cluster_bits, b"\0"))
-        self.tables_written += count << metadata.cluster_bits
         return offset
 
     def _lower(self, l1: array[int], offset: int, size: int) -> None:

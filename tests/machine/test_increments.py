@@ -109,6 +109,28 @@ def test_only_dirty_pages_are_written(how: Any) -> None:
     assert guest.disks[0].check().clean
 
 
+@pytest.mark.parametrize("cluster_size", [512, PAGE, 65536, 2 << 20])
+def test_any_cluster_size_and_several_rams(cluster_size: int) -> None:
+    chance, disk = random.Random(1), new_disk(cluster_size=cluster_size)
+    rams = {
+        "large": bytearray(chance.randbytes((5 << 20) + 77)),
+        "small": bytearray(b"x" * 5000),
+        "empty": bytearray(),
+    }
+    snapshots = MachineSnapshots(Machine({}, rams), [disk])
+    states = []
+    for number in range(4):
+        for page in chance.sample(range(1280), 1100):  # more than a write's list can be long
+            rams["large"][page * PAGE] = chance.randrange(256)
+        rams["small"][chance.randrange(5000)] ^= 1
+        snapshots.savevm(f"s{number}")
+        states.append({name: bytes(ram) for name, ram in rams.items()})
+    for number in (2, 0, 3, 1):
+        snapshots.loadvm(f"s{number}")
+        assert {name: bytes(ram) for name, ram in rams.items()} == states[number]
+    assert disk.check().clean
+
+
 def test_pages_of_zeroes_are_zero_clusters() -> None:
     guest = Guest()
     guest.ram[:] = bytes(RAM)
@@ -119,6 +141,8 @@ def test_pages_of_zeroes_are_zero_clusters() -> None:
     assert guest.save("three").ram_bytes == 0
     guest.snapshots.loadvm("two")
     assert guest.ram == bytes(5) + b"\1" + bytes(RAM - 6)
+    guest.snapshots.loadvm("three")
+    assert guest.ram == bytes(RAM)
 
 
 def test_what_was_loaded_is_what_the_next_one_shares_with() -> None:
@@ -142,6 +166,20 @@ def test_a_fresh_process_goes_on_from_what_it_loads() -> None:
     assert (other.save("loaded").pages, other.snapshots.last_save.whole) == (1, False)
 
 
+def test_ram_inside_the_stream_is_loaded_and_not_shared_with() -> None:
+    guest = Guest()
+    size = guest.machine.save(guest.disks[0].vmstate)
+    guest.disks[0].snapshots.create("packed", vm_state_size=size)
+    then = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("packed")
+    assert guest.ram == then
+    assert guest.save("placed").whole
+    guest.touch(5)
+    guest.snapshots.loadvm("placed")
+    assert guest.ram == then
+
+
 @pytest.mark.parametrize("why", ["deleted", "resized", "forgotten", "taken by another"])
 def test_all_is_written_if_there_is_nothing_to_share_with(why: str) -> None:
     guest = Guest()
@@ -162,6 +200,40 @@ def test_all_is_written_if_there_is_nothing_to_share_with(why: str) -> None:
     guest.snapshots.loadvm("two")
     assert guest.ram == now
     assert guest.disks[0].check().clean
+
+
+def test_a_renamed_base_is_found_by_its_uuid() -> None:
+    guest = Guest()
+    guest.save("one")
+    guest.disks[0].snapshots.rename("one", "first")
+    guest.touch(1)
+    assert (guest.save("two").whole, guest.snapshots.last_save.pages) == (False, 1)
+    guest.disks[0].invalidate()
+    guest.touch(2)
+    assert not guest.save("three").whole
+    now = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("three")
+    assert guest.ram == now
+    assert parents(guest) == {"first": None, "two": "first", "three": "two"}
+
+
+def test_another_machines_snapshot_is_not_shared_with() -> None:
+    guest = Guest()
+    guest.save("one")
+    base = guest.disks[0].snapshots.find("one")
+    guest.snapshots.delvm("one")
+    other = Guest(*guest.disks)
+    other.ram[:] = bytes(RAM)
+    other.save("one")
+    # It may come to lie where the base was.
+    base.l1_table_offset = guest.disks[0].snapshots.find("one").l1_table_offset
+    guest.touch(1)
+    assert guest.save("two").whole
+    now = bytes(guest.ram)
+    guest.touch(5)
+    guest.snapshots.loadvm("two")
+    assert guest.ram == now
 
 
 def test_a_save_that_failed_loses_no_dirty_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +360,15 @@ def test_a_placed_section_that_makes_no_sense_loads_nothing(change: Any) -> None
     with pytest.raises(ImageError, match="ram/main"):
         guest.snapshots.loadvm("one")
     assert guest.ram == before
+
+
+def test_pages_past_the_end_are_none_even_where_all_is_zeroes() -> None:
+    guest = Guest()
+    guest.ram[:] = bytes(RAM)
+    guest.save("one")
+    rewritten(guest, lambda size, page, position, sums: (size, page, position + 1, sums))
+    with pytest.raises(ImageError, match="past its end"):
+        guest.snapshots.loadvm("one")
 
 
 def test_places_that_overlap_are_not_shared_with() -> None:
@@ -465,6 +546,7 @@ def test_a_fork_is_not_opened_as_something_else(tmp_path: Path) -> None:
     with open_fork(tmp_path / "fork", read_only=True) as fork:
         assert fork.read(0, 4) == b"then"
     with pyvirtio.open_disk(tmp_path / "disk") as disk:
+        disk.snapshots.create("another")
         disk.snapshots.delete("machine")
     with pytest.raises(ImageError, match="is gone"):
         open_fork(tmp_path / "fork", read_only=True)

@@ -11,6 +11,7 @@ import pytest
 import pyvirtio
 from pyvirtio import BackendError, ImageError, UnsupportedError
 from pyvirtio.qcow2.refcount_codec import codec_for
+from pyvirtio.qcow2.reference_vector import ReferenceVector
 from support.filters import CappedDisk
 from support.images import KeptDisk, assert_clean, new_image, reopen
 
@@ -109,6 +110,13 @@ def test_a_draft_given_up_leaves_nothing() -> None:
     assert state(disk, one) == b"1" * 5000
 
 
+def test_a_draft_that_is_open_when_the_image_is_closed_leaves_nothing() -> None:
+    file, disk = new_image()
+    disk.snapshots.draft().write([(0, memoryview(b"2" * 5000))])
+    disk.close()
+    assert_clean(file)
+
+
 def test_what_is_written_twice_leaves_nothing_of_the_first() -> None:
     file, disk = new_image()
     with disk.snapshots.draft() as draft:
@@ -132,6 +140,12 @@ def test_few_compressed_clusters_share_a_host_cluster() -> None:
     metadata = disk._metadata
     counts = [n for part in metadata.refcounts.counts(0, file.size // 4096) for n in part]
     assert max(counts) == 8
+
+
+def test_compressed_clusters_of_an_encrypted_image_are_refused() -> None:
+    _, disk = new_image(encrypt_format="aes", passphrase="x")
+    with disk.snapshots.draft() as draft, pytest.raises(UnsupportedError, match="encryption"):
+        draft.write_compressed([(0, memoryview(b"secret" * 1000))])
 
 
 def test_a_base_of_another_size_is_not_shared() -> None:
@@ -229,6 +243,18 @@ def test_another_process_finds_it() -> None:
     assert other.check().clean
 
 
+def test_a_base_is_counted_anew_where_refcounts_have_another_width() -> None:
+    file, disk = new_image()
+    keep(disk, "one", [(0, b"1" * 50_000)], size=50_000)
+    disk.amend(refcount_bits=64)
+    two = keep(disk, "two", [(512, b"2" * 512)], disk.snapshots.find("one"), size=50_000)
+    assert state(disk, two) == b"1" * 512 + b"2" * 512 + b"1" * 48_976
+    disk.snapshots.delete(disk.snapshots.find("one"))
+    assert state(disk, two) == b"1" * 512 + b"2" * 512 + b"1" * 48_976
+    disk.flush()
+    assert_clean(file)
+
+
 def test_going_back_to_where_one_is_writes_nothing() -> None:
     file, disk = new_image()
     disk.write(0, b"x" * 5000)
@@ -246,6 +272,8 @@ def test_going_back_brings_no_vm_state_unless_asked() -> None:
     one = keep(disk, "one", [(0, b"1" * 5000)], size=5000)
     disk.write(0, b"y" * 5000)
     disk.snapshots.apply(one, vm_state=False)
+    disk.flush()
+    assert reopen(file).vmstate.size == 0
     assert (disk.read(0, 5000), disk.vmstate.size) == (b"x" * 5000, 0)
     disk.snapshots.apply(one)
     assert disk.vmstate.read(0, 5000) == b"1" * 5000
@@ -287,3 +315,23 @@ def test_packed_refcounts_add_up_or_nothing_changes(order: int) -> None:
         else:
             assert found is not None
             assert list(codec.load(memoryview(bytearray(found)), 0, count)) == differences
+
+
+def test_a_vector_is_raised_whole_or_not_at_all() -> None:
+    file, disk = new_image(2 << 20, refcount_bits=2)
+    disk.write(0, b"x" * (2 << 20))
+    metadata = disk._metadata
+    early, late = 100, 4000  # counted in two slices
+    with metadata.lock:
+        metadata.refcounts.add(late, 1, 2)
+        vector = ReferenceVector(metadata)
+        vector.add_clusters([early, late])
+        with pytest.raises(ImageError, match="limit reached"):
+            vector.raise_refcounts()
+        assert [metadata.refcounts.get(cluster) for cluster in (early, late)] == [1, 3]
+        metadata.refcounts.add(late, 1, -2)
+        take_off = vector.raise_refcounts()
+        assert [metadata.refcounts.get(cluster) for cluster in (early, late)] == [2, 2]
+        take_off()
+    disk.flush()
+    assert_clean(file)
