@@ -52,7 +52,9 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "ErrorPolicy": "virtio.error_policy",
     "VhostUserServer": "virtio.vhost_user.server",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
+    "ZonedDisk",
     "__version__",
     "create_disk",
     "open_disk",
@@ -97,6 +100,7 @@ if TYPE_CHECKING:
     from .backend.rebase import rebase
     from .backend.registry import Measurement
     from .backend.stream import stream
+    from .backend.zoned import ZonedDisk
     from .errors import (
         BackendError,
         GuestError,
@@ -109,6 +113,7 @@ if TYPE_CHECKING:
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk
+    from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
     from .virtio.vhost_user.server import VhostUserServer

@@ -5,8 +5,8 @@ methods here, as :class:`~.transport.TransportDevice` has them, and is told abou
 the two of :class:`~.transport.Transport`. What a driver can see and change is plain data in
 :class:`DeviceState`. Serving the queues is :mod:`.service`'s, saving and loading :mod:`.saving`'s.
 
-A device is driven by one thread at a time. Its methods may be called again from inside an
-interrupt callback.
+A device is driven by one thread at a time; with ``io_threads``, by any. Its methods may be called
+again from inside an interrupt callback.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
+from .guarded import Guarded, locked
 from .iommu import Translate, TranslatedMemory
 from .layout import (
     BIG,
@@ -40,13 +41,14 @@ from .layout import (
     Structs,
 )
 from .memory import GuestMemory
-from .packed import PackedRing
+from .observe import Observer, Observers
 from .queue import DeviceState, Queue
 from .ring import Chain, QueueState, Ring
+from .rings import make_ring
 from .saving import load_device, save_device
 from .service import Service
-from .split import SplitRing
 from .transport import Transport
+from .workers import WorkerService
 
 __all__ = ["VirtioDevice"]
 
@@ -61,7 +63,7 @@ _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
 
 
-class VirtioDevice(ABC):
+class VirtioDevice(Guarded, ABC):
     """The transport-independent part of every virtio device."""
 
     device_id: int
@@ -76,13 +78,15 @@ class VirtioDevice(ABC):
         in_order: bool = False,
         access_platform: bool = False,
         iommu: Translate | None = None,
+        io_threads: int = 0,
         strict: bool = False,
     ) -> None:
         """``features``: those of the device type, as a bit mask. ``packed``, ``in_order``,
         ``access_platform``: offer packed queues, IN_ORDER, ACCESS_PLATFORM.
 
         ``iommu`` translates every address that the driver gives, see :mod:`.iommu`; it implies
-        ACCESS_PLATFORM, and a driver that does not accept that is refused (BF-91). With ``strict``
+        ACCESS_PLATFORM, and a driver that does not accept that is refused (BF-91).
+        ``io_threads``: so many threads serve the queues, see :mod:`.workers`. With ``strict``
         an error of the driver raises GuestError after the device has answered it, and an error of
         our own is raised as it is.
         """
@@ -90,6 +94,9 @@ class VirtioDevice(ABC):
             raise ValueError(f"queue_size is {queue_size}, must be a power of two up to 32768")
         if not 0 < num_queues <= 1024:
             raise ValueError(f"num_queues is {num_queues}, must be 1 to 1024")
+        if io_threads < 0 or (io_threads and strict):
+            raise ValueError("io_threads must be 0 or more, and 0 with strict")
+        super().__init__()
         self.strict = strict
         self.legacy = False
         self.structs: Structs = LITTLE
@@ -105,14 +112,19 @@ class VirtioDevice(ABC):
         ):
             self._type_features |= wanted << bit
         self._memory: GuestMemory = _NO_MEMORY
-        self._transport: Transport | None = None
         self._violation: GuestError | None = None
         self.resets = 0
         """How often the device was reset: a request looks whether that happened under it."""
         self.wrap_ring: Callable[[int, Ring], Ring] | None = None
         """Given a queue's index and new ring, gives the ring to be used: for who wants to see what
         is taken and used (vhost-user's inflight tracking). Set before queues are enabled."""
-        self.service = Service(self)
+        self.on_stop: Callable[[Exception], object] | None = None
+        """Called with the error that has paused the device (an error policy of ``stop``), from the
+        thread that served; :meth:`resume` tries the request again."""
+        self._stopped_by: Exception | None = None
+        self.observer: Observers | None = None
+        self._observers: list[Observer] = []
+        self.service = WorkerService(self, io_threads) if io_threads else Service(self)
         self.kick: Callable[[int], None] = self.service.kick
         """See :class:`~.transport.TransportDevice`."""
         self.poll: Callable[[], bool] = self.service.poll
@@ -136,14 +148,14 @@ class VirtioDevice(ABC):
         ``defer``: a kick only marks its queue, :meth:`poll` serves it. ``features``: what the
         transport adds to those of the device, as a bit mask.
         """
-        if self._transport is not None:
+        if self.transport is not None:
             raise ValueError("the device is attached already")
         if order != "little" and not legacy:
             raise ValueError("only a legacy device has the guest's byte order")
         if legacy and self._iommu is not None:
             raise ValueError("a legacy device has no IOMMU")
         self._memory = self._seen(memory)
-        self._transport = transport
+        self.transport = transport
         self.legacy = legacy
         self.structs = LITTLE if order == "little" else BIG
         self.service.defer = defer
@@ -155,7 +167,7 @@ class VirtioDevice(ABC):
 
         A queue whose rings do not lie in the new one breaks the device.
         """
-        paused = self.service.paused
+        paused = self.paused
         self.pause()
         self._memory = self._seen(memory)
         self.memory_changed()
@@ -164,6 +176,11 @@ class VirtioDevice(ABC):
 
     def _seen(self, memory: GuestMemory) -> GuestMemory:
         return memory if self._iommu is None else TranslatedMemory(memory, self._iommu)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory, by the addresses that the driver uses."""
+        return self._memory
 
     # -- features ----------------------------------------------------------------------------
 
@@ -179,6 +196,7 @@ class VirtioDevice(ABC):
         """The driver has accepted feature (bit number) ``feature``."""
         return bool(self.state.driver_features >> feature & 1)
 
+    @locked
     def set_driver_features(self, features: int, mask: int = -1) -> None:
         """The driver accepts ``features`` among those in ``mask``.
 
@@ -189,12 +207,13 @@ class VirtioDevice(ABC):
             return
         state.driver_features = state.driver_features & ~mask | features & mask
         if self.legacy:  # in force at once, rings that are in use already included
+            self.service.drain()
             state.driver_features &= self.offered_features
             for queue in self.queues:
-                queue.ring = None
-            self._refresh_rings()
+                queue.park()
+            self.refresh_rings()
 
-    def _features_valid(self) -> bool:
+    def features_valid(self) -> bool:
         """The driver's features go together (BF-19)."""
         if self._iommu is not None and not self.accepted(VIRTIO_F_ACCESS_PLATFORM):
             return False
@@ -207,6 +226,7 @@ class VirtioDevice(ABC):
         """The device status field (§2.1)."""
         return self.state.status
 
+    @locked
     def set_status(self, value: int) -> None:
         """The driver writes the status field: 0 resets, bits are set, never cleared (BF-02)."""
         if value == 0:
@@ -216,9 +236,9 @@ class VirtioDevice(ABC):
         new = value & _DRIVER_BITS & ~state.status
         if self.legacy:
             new &= ~STATUS_FEATURES_OK
-        if new & STATUS_FEATURES_OK and not self._features_valid():
+        if new & STATUS_FEATURES_OK and not self.features_valid():
             new &= ~STATUS_FEATURES_OK  # BF-19
-        if new & STATUS_DRIVER_OK and not self._features_valid():
+        if new & STATUS_DRIVER_OK and not self.features_valid():
             # Without FEATURES_OK before it: some small drivers leave that out, and may.
             new &= ~STATUS_DRIVER_OK
             self.guest_error(GuestError("DRIVER_OK with features that cannot be"))
@@ -229,7 +249,7 @@ class VirtioDevice(ABC):
             new & STATUS_DRIVER_OK and not state.status & STATUS_FEATURES_OK
         ):
             self.negotiated()
-        self._refresh_rings()
+        self.refresh_rings()
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
@@ -238,8 +258,12 @@ class VirtioDevice(ABC):
                 else:
                     self.kick(queue.index)
 
+    @locked
     def reset(self) -> None:
         """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
+        for queue in self.queues:
+            queue.drop()
+        self.service.drain()  # before the status reads 0
         state = self.state
         state.status = 0
         state.driver_features = 0
@@ -256,6 +280,7 @@ class VirtioDevice(ABC):
         queue.state = QueueState(max_size, max_size)
         queue.drop()
 
+    @locked
     def guest_error(self, error: GuestError) -> None:
         """The driver has done what only a reset can mend (BF-07): stop until then."""
         _log.warning("%s needs a reset: %s", type(self).__name__, error)
@@ -263,6 +288,7 @@ class VirtioDevice(ABC):
         if self.strict:
             raise error
 
+    @locked
     def stop_working(self) -> None:
         """An error was met that only a reset can mend: let go of the queues, and say so."""
         state = self.state
@@ -271,8 +297,8 @@ class VirtioDevice(ABC):
             queue.drop()
         if not self.legacy and not state.status & STATUS_NEEDS_RESET:
             state.status |= STATUS_NEEDS_RESET
-            if state.status & STATUS_DRIVER_OK and self._transport is not None:
-                self._transport.config_interrupt()  # BF-08
+            if state.status & STATUS_DRIVER_OK:
+                self.config_due()  # BF-08
 
     # -- queues ------------------------------------------------------------------------------
 
@@ -286,6 +312,7 @@ class VirtioDevice(ABC):
         :class:`~.transport.TransportDevice`."""
         return self.queues[index].state if 0 <= index < len(self.queues) else None
 
+    @locked
     def enable_queue(self, index: int) -> None:
         """The driver has set up queue ``index`` (its :class:`QueueState`) and enables it.
 
@@ -303,20 +330,25 @@ class VirtioDevice(ABC):
         if self._may_serve():
             self._go_live(queue, ring)
 
+    @locked
     def disable_queue(self, index: int) -> None:
         """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
         self.stop_queue(index)
         self.queues[index].state.rewind()
 
+    @locked
     def stop_queue(self, index: int) -> None:
         """Stop using queue ``index`` when its requests under way are done; its indices stay.
 
         A request that is held for a retry is dropped: it is the driver's to give again.
         """
         queue = self.queues[index]
+        queue.park()
+        self.service.drain(queue)
         queue.drop()
         queue.state.ready = False
 
+    @locked
     def reset_queue(self, index: int) -> None:
         """Queue ``index`` is as after a reset of the device (§2.6.1; BF-38 to BF-40).
 
@@ -324,6 +356,8 @@ class VirtioDevice(ABC):
         is called from inside it) is done to its end. Ignored unless RING_RESET was accepted.
         """
         if self.accepted(VIRTIO_F_RING_RESET):
+            self.queues[index].drop()
+            self.service.drain(self.queues[index])
             self._forget(self.queues[index])
             self.state.queues[index] = self.queues[index].state
 
@@ -339,7 +373,7 @@ class VirtioDevice(ABC):
             return False
         return self.legacy or bool(state.status & STATUS_DRIVER_OK)
 
-    def _refresh_rings(self) -> None:
+    def refresh_rings(self) -> None:
         """Bring every queue's ring in line with status and features."""
         live = self._may_serve()
         for queue in self.queues:
@@ -356,7 +390,7 @@ class VirtioDevice(ABC):
         if self.wrap_ring is not None:
             ring = self.wrap_ring(queue.index, ring)
         queue.ring = ring
-        queue.express = self.make_express(queue, ring)
+        queue.express = self._express(queue, ring)
 
     # -- serving -----------------------------------------------------------------------------
 
@@ -371,26 +405,66 @@ class VirtioDevice(ABC):
 
     def resume(self) -> None:
         """Go on serving. What an error has stopped is tried again, first."""
-        if not self.service.paused:
-            return
-        if not self.service.idle():
+        if self.service.inside():
             raise ValueError("a device is not resumed from inside one of its requests")
-        self.service.paused = False
-        self._refresh_rings()
-        self.service.resume()
+        self.service.drain()
+        self._resume()
+
+    @locked
+    def _resume(self) -> None:
+        if self.service.paused:
+            self.service.paused = False
+            self.refresh_rings()
+            self.service.resume()
+
+    def close(self) -> None:
+        """The device is not used any more: requests under way are done, its threads end."""
+        self.pause()
+        self.service.close()
 
     @property
     def paused(self) -> bool:
         """Between :meth:`pause` (or a stop by an error) and :meth:`resume`."""
         return self.service.paused
 
-    def interrupt(self, index: int) -> None:
-        """Tell the driver of what was used on queue ``index``."""
-        if self._transport is not None:
-            self._transport.queue_interrupt(index)
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Have ``observer`` told what the device does, until what this returns is called."""
+        self._observers.append(observer)
+        self._set_observers()
+
+        def stop() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+                self._set_observers()
+
+        return stop
+
+    @locked
+    def _set_observers(self) -> None:
+        observers = self._observers
+        self.observer = Observers(observers) if observers else None
+        for queue in self.queues:
+            if queue.ring is not None:
+                queue.express = self._express(queue, queue.ring)
+
+    def _express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
+        if self.service.inline and self.observer is None:
+            return self.make_express(queue, ring)
+        return None
+
+    def hold(self, error: Exception) -> None:
+        """Pause for an error of the host's; called from inside the request that met it."""
+        with self.lock:
+            self.service.pause()
+            self._stopped_by = error
+            self.attention = True
 
     def after_serving(self, failure: Exception | None) -> None:
         """A kick was served, up to an error of the driver's or our own, if there was one."""
+        self.attention = False
+        stopped_by, self._stopped_by = self._stopped_by, None
+        if stopped_by is not None and self.on_stop is not None:
+            self.on_stop(stopped_by)
         if failure is not None or self._violation is not None:
             error, self._violation = failure or self._violation, None
             if self.strict and error is not None:
@@ -400,6 +474,7 @@ class VirtioDevice(ABC):
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
         if self.strict and self._violation is None:
             self._violation = error
+            self.attention = True
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -415,7 +490,8 @@ class VirtioDevice(ABC):
         """
         if not self.service.idle():
             raise ValueError("a device is not saved from inside one of its requests")
-        save_device(self, stream)
+        with self.lock:
+            save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:
         """Read what :meth:`save_state` has written; returns how to put it in force.
@@ -424,49 +500,11 @@ class VirtioDevice(ABC):
         of one with other queues or features, or attached in another way; UnsupportedError for a
         newer one.
         """
-        state, flags, held, adopt_own = load_device(self, stream)
-
-        def adopt() -> None:
-            self.service.drain()
-            self.state = state
-            self._violation = None
-            self.resets += 1
-            for queue, queue_state in zip(self.queues, state.queues, strict=True):
-                queue.drop()
-                queue.state = queue_state
-            self._refresh_rings()
-            for queue, (pending, suppressed), chains in zip(self.queues, flags, held, strict=True):
-                queue.held[:] = chains
-                queue.pending = (pending or bool(chains)) and queue.ring is not None
-                queue.suppressed = suppressed
-                if queue.ring is not None:
-                    queue.ring.suppressed = suppressed
-            adopt_own()
-            if not self.service.defer:
-                for queue in self.queues:
-                    if queue.held:
-                        self.kick(queue.index)
-
-        return adopt
+        return load_device(self, stream)
 
     def make_ring(self, state: QueueState, features: int) -> Ring:
-        """A ring for a queue, under the features that the driver has accepted. Raises GuestError
-        for a queue that cannot work."""
-        indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
-        event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
-        in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
-        if features >> VIRTIO_F_RING_PACKED & 1:
-            return PackedRing(
-                state, self._memory, indirect=indirect, event_idx=event_idx, in_order=in_order
-            )
-        return SplitRing(
-            state,
-            self._memory,
-            indirect=indirect,
-            event_idx=event_idx,
-            in_order=in_order,
-            structs=self.structs,
-        )
+        """A ring for a queue, under ``features``. Raises GuestError for one that cannot work."""
+        return make_ring(state, features, self._memory, self.structs)
 
     # -- what a kind of device provides --------------------------------------------------------
 
@@ -480,8 +518,8 @@ class VirtioDevice(ABC):
         called."""
 
     @abstractmethod
-    def process(self, chain: Chain) -> int:
-        """Do one request and give the number of bytes written into the chain.
+    def process(self, chain: Chain, queue: Queue) -> int:
+        """Do one request of ``queue`` and give the number of bytes written into the chain.
 
         :data:`~.service.HELD` for one that is to be done again, when the device is resumed: it is
         paused then. Raises GuestError for a chain that cannot be answered.
@@ -515,10 +553,16 @@ class VirtioDevice(ABC):
     @property
     def config_generation(self) -> int:
         """Another number after every change of the configuration that the driver did not make."""
-        return self.state.config_generation
+        with self.lock:
+            return self.state.config_generation
 
     def config_changed(self) -> None:
-        """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65)."""
-        self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF
-        if self.state.status & STATUS_DRIVER_OK and self._transport is not None:
-            self._transport.config_interrupt()
+        """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65).
+
+        Called with the lock held, in which it was changed, so that no driver sees half of it.
+        """
+        with self.lock:
+            self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF
+            if self.state.status & STATUS_DRIVER_OK:
+                self.config_due()
+        self.announce()

@@ -24,6 +24,7 @@ from .layout import (
     VIRTQ_DESC_F_WRITE,
 )
 from .memory import GuestMemory
+from .service import HELD
 from .split import SplitRing
 
 if TYPE_CHECKING:
@@ -95,7 +96,14 @@ def make_express(
                         else:
                             disk.writev(sector * SECTOR_SIZE, [view], fua=not blk.writeback)
                     except Exception as error:
-                        status = blk.status_of(error, sector)
+                        status = blk.status_of(error, sector, reading)
+                        if status == HELD:
+                            state.next_avail = position
+                            queue.held.append(ring.pop())
+                            count = left = 0
+                            continue
+                        if status == VIRTIO_BLK_S_OK and reading:  # the error is ignored
+                            written += length
                     finally:
                         view.release()
                     if queue.ring is not ring:  # reset or paused from inside

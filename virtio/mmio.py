@@ -6,6 +6,7 @@ harm: an emulator that stops its CPU inside the access will execute it again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -65,7 +66,11 @@ class VirtioMmio:
         self._order: ByteOrder = order
         self._interrupt = interrupt
         self._interrupt_status = 0
+        self._line_lock = threading.Lock()
         self._level = False
+        """What the emulator was last told."""
+        self._caller = 0
+        """The thread that is telling it, 0 is none."""
         self._page_size = 0  # not reset: Linux writes it once, before the first reset
         self._select_registers()
         self._reset_registers()
@@ -114,27 +119,47 @@ class VirtioMmio:
     @property
     def irq_level(self) -> bool:
         """The level of the interrupt line."""
-        return self._level
+        return self._interrupt_status != 0
 
     # -- the device's side (Transport) ---------------------------------------------------------
 
     def queue_interrupt(self, index: int) -> None:
         """See :class:`~.transport.Transport`."""
-        self._interrupt_status |= MMIO_INTERRUPT_USED_BUFFER
-        if not self._level:
-            self._update_level()
+        if not self._interrupt_status & MMIO_INTERRUPT_USED_BUFFER:
+            self._change_status(MMIO_INTERRUPT_USED_BUFFER, 0)
 
     def config_interrupt(self) -> None:
         """See :class:`~.transport.Transport`."""
-        self._interrupt_status |= at.MMIO_INTERRUPT_CONFIG_CHANGE
+        self._change_status(at.MMIO_INTERRUPT_CONFIG_CHANGE, 0)
+
+    def _change_status(self, add: int, remove: int) -> None:
+        with self._line_lock:
+            status = self._interrupt_status = self._interrupt_status & ~remove | add
+            if (status != 0) == self._level:
+                return
         self._update_level()
 
     def _update_level(self) -> None:
-        level = self._interrupt_status != 0
-        if level != self._level:
-            self._level = level
-            if self._interrupt is not None:
+        """Bring the line to the level that the status has.
+
+        One thread at a time calls the emulator (which may come back here from inside that), under
+        no lock, and looks again afterwards: so the last call is always the right one.
+        """
+        if self._interrupt is None:
+            return
+        me = threading.get_ident()
+        while True:
+            with self._line_lock:
+                level = self._interrupt_status != 0
+                caller = self._caller
+                if level == self._level or caller not in (0, me):
+                    return
+                self._level = level
+                self._caller = me
+            try:
                 self._interrupt(level)
+            finally:
+                self._caller = caller
 
     # -- registers ---------------------------------------------------------------------------
 
@@ -210,9 +235,8 @@ class VirtioMmio:
     def _write_status(self, value: int) -> None:
         if value == 0:
             self._reset_registers()
-            self._interrupt_status = 0
             self.device.set_status(0)
-            self._update_level()
+            self._change_status(0, -1)
         else:
             self.device.set_status(value & 0xFF)
         data = self.device.accepted(at.VIRTIO_F_NOTIFICATION_DATA)
@@ -223,8 +247,7 @@ class VirtioMmio:
         self.device.kick(value & 0xFFFF)
 
     def _write_interrupt_ack(self, value: int) -> None:
-        self._interrupt_status &= ~value
-        self._update_level()
+        self._change_status(0, value)
 
     # -- saving and loading --------------------------------------------------------------------
 

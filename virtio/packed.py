@@ -103,6 +103,20 @@ class PackedRing(Ring):
         """In order: what is used next joins the batch of the last staged descriptor."""
         self._fence = make_fence()
 
+    def lies_in(self, start: int, end: int) -> bool:
+        """Whether the descriptors lie between these two addresses."""
+        area = self.state.descriptor_area
+        return start <= area and area + VIRTQ_DESC_SIZE * self._size <= end
+
+    def skip(self, slots: int) -> None:
+        """Take the next chain, of so many places (less than the ring has), without looking."""
+        state = self.state
+        slot = state.next_avail + slots
+        if slot >= self._size:
+            slot -= self._size
+            state.avail_wrap = not state.avail_wrap
+        state.next_avail = slot
+
     # Positions go twice around the ring: the second time with the wrap counter at 0.
 
     def _position(self, slot: int, wrap: bool) -> int:

@@ -43,6 +43,10 @@ class Queue:
     """While serving: the ring that was taken away by a pause. Its request is done to the end."""
     suppressed: bool = False
     """While there is no ring: the driver was asked not to kick."""
+    under_way: int = 0
+    """With worker threads: requests that are being done."""
+    available: int = 0
+    """With worker threads: chains that the ring was seen to have and that were not taken yet."""
 
     def park(self) -> None:
         """Take the ring away for a pause; state and guest memory have all that it knows."""
@@ -50,6 +54,8 @@ class Queue:
         if ring is not None:
             self.suppressed = ring.suppressed
             self.ring = self.express = None
+            self.available = 0
+            self.pending = False
             if self.serving:
                 self.parked = ring
 
@@ -57,4 +63,5 @@ class Queue:
         """Take the ring away for good: what is under way is not answered any more."""
         self.ring = self.express = self.parked = None
         self.pending = self.suppressed = False
+        self.available = 0
         self.held.clear()

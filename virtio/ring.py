@@ -139,6 +139,8 @@ class Ring(ABC):
 
     state: QueueState
 
+    in_order: bool = False
+    """Chains are used in the order that they were made available in."""
     suppressed: bool = False
     """Kicks are suppressed: the next round of service has to end with :meth:`publish`."""
 

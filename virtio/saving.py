@@ -25,9 +25,8 @@ _KNOWN_STATUS = (
     | at.STATUS_FAILED
 )
 
-_Loaded = tuple[DeviceState, list[tuple[bool, bool]], list[list[Chain]], Callable[[], object]]
-"""The state; per queue whether it is pending and its kicks suppressed; the chains that it holds;
-how the kind of device takes over its own part."""
+_QueueFlags = tuple[bool, bool, list[Chain]]
+"""Of a queue: whether it is pending, and its kicks suppressed; the chains that it holds."""
 
 
 def save_device(device: VirtioDevice, stream: StateWriter) -> None:
@@ -55,8 +54,8 @@ def save_device(device: VirtioDevice, stream: StateWriter) -> None:
     device.save_own(stream)
 
 
-def load_device(device: VirtioDevice, stream: StateReader) -> _Loaded:
-    """Read and check what :func:`save_device` has written; changes nothing.
+def load_device(device: VirtioDevice, stream: StateReader) -> Callable[[], object]:
+    """Read and check what :func:`save_device` has written; returns how to put it in force.
 
     Raises ImageError for the state of another kind of device, of one with other queues or
     features, or attached in another way; UnsupportedError for a newer one.
@@ -85,19 +84,48 @@ def load_device(device: VirtioDevice, stream: StateReader) -> _Loaded:
     count = stream.u16()
     if count != len(device.queues):
         raise stream.malformed(f"has {count} queues, not {len(device.queues)}")
-    flags, held = [], []
+    extras: list[_QueueFlags] = []
     for queue in device.queues:
         queue_state = QueueState.load(stream, queue.state.max_size)
         state.queues.append(queue_state)
-        flags.append((stream.flag(), stream.flag()))
-        chains = stream.u32()
-        if chains > queue_state.max_size:
-            raise stream.malformed(f"has {chains} requests of a queue of {queue_state.max_size}")
-        held.append([Chain.load(stream, queue_state.max_size) for _ in range(chains)])
+        pending, suppressed, count = stream.flag(), stream.flag(), stream.u32()
+        if count > queue_state.max_size:
+            raise stream.malformed(f"has {count} requests of a queue of {queue_state.max_size}")
+        held = [Chain.load(stream, queue_state.max_size) for _ in range(count)]
+        extras.append((pending, suppressed, held))
     adopt_own = device.load_own(stream)
     if not state.broken:
         _check_rings(device, state, stream)
-    return state, flags, held, adopt_own
+
+    def adopt() -> None:
+        with device.holding():
+            _take_over(device, state, extras)
+            adopt_own()
+        if not device.service.defer:
+            for queue in device.queues:
+                if queue.held or not device.service.inline:
+                    device.kick(queue.index)
+
+    return adopt
+
+
+def _take_over(device: VirtioDevice, state: DeviceState, extras: list[_QueueFlags]) -> None:
+    for queue in device.queues:
+        queue.drop()
+    device.service.drain()
+    device.state = state
+    device.resets += 1
+    for queue, queue_state in zip(device.queues, state.queues, strict=True):
+        queue.state = queue_state
+    device.refresh_rings()
+    for queue, (pending, suppressed, held) in zip(device.queues, extras, strict=True):
+        queue.held[:] = held
+        queue.suppressed = suppressed
+        ring = queue.ring
+        if ring is not None:
+            ring.suppressed = suppressed
+            # Worker threads are told of every queue.
+            queue.pending = device.service.inline and (pending or bool(held))
 
 
 def _check_rings(device: VirtioDevice, state: DeviceState, stream: StateReader) -> None:

@@ -37,6 +37,9 @@ HELD = -1
 class Service:
     """Serves the queues of ``device`` in the thread that calls."""
 
+    inline = True
+    """Requests are done inside the kick or :meth:`poll`."""
+
     def __init__(self, device: VirtioDevice) -> None:
         self._device = device
         self._queues = device.queues
@@ -54,6 +57,8 @@ class Service:
             return
         queue = self._queues[index]
         ring = queue.ring
+        if self._device.observer is not None:
+            self._device.observer.kicked(index)
         if ring is None:
             return
         if not self.defer and not queue.serving:
@@ -96,12 +101,17 @@ class Service:
                 else:
                     self.kick(queue.index)
 
-    def drain(self) -> None:
-        """Wait until no request is under way, but for one that this is called from inside of."""
+    def drain(self, queue: Queue | None = None) -> None:
+        """Wait until no request (of one queue, or any) is under way, but for one that this is
+        called from inside of."""
 
     def idle(self) -> bool:
         """No request is under way."""
         return not any(queue.serving for queue in self._queues)
+
+    def inside(self) -> bool:
+        """This is called from inside a request."""
+        return not self.idle()
 
     def close(self) -> None:
         """The device is not used any more."""
@@ -132,9 +142,28 @@ class Service:
             queue.serving = False
             queue.parked = None
         # Interrupts only now: what they call may come back to this device, or reset it.
+        device = self._device
+        if device.attention:
+            device.announce()
         if queue.interrupt:
-            self._device.interrupt(queue.index)
-        self._device.after_serving(failure)
+            self.interrupt(queue)
+        if failure is not None or device.attention:
+            device.after_serving(failure)
+
+    def interrupt(self, queue: Queue) -> None:
+        """Tell the driver of what was used on ``queue``."""
+        device = self._device
+        if device.observer is not None:
+            device.observer.interrupted(queue.index)
+        if device.transport is not None:
+            device.transport.queue_interrupt(queue.index)
+
+    def publish(self, queue: Queue, ring: Ring) -> None:
+        """Show the driver what was used; notes in ``queue`` whether it wants an interrupt."""
+        if ring.publish():
+            queue.interrupt = True
+        elif self._device.observer is not None:
+            self._device.observer.suppressed(queue.index)
 
     def _serve_rounds(self, queue: Queue, ring: Ring) -> None:
         """Round after round, until nothing is available or the budget is used up.
@@ -149,16 +178,16 @@ class Service:
                 self.process_next(queue, ring)
                 if queue.ring is not ring:
                     if queue.parked is ring:
-                        queue.interrupt |= ring.publish()
+                        self.publish(queue, ring)
                         queue.pending = True
                     return
-            queue.interrupt |= ring.publish()
+            self.publish(queue, ring)
         queue.pending = budget <= 0
 
     def process_next(self, queue: Queue, ring: Ring) -> None:
         """Do the next chain; there is one."""
         chain = ring.pop()
-        written = self._device.process(chain)
+        written = self._device.process(chain, queue)
         if queue.ring is ring or queue.parked is ring:  # not reset from inside
             if written == HELD:
                 queue.held.append(chain)
@@ -169,13 +198,13 @@ class Service:
         """Do what was taken before; what is stopped again stays where it was."""
         held = queue.held
         while held and queue.ring is ring:
-            written = self._device.process(held[0])
+            written = self._device.process(held[0], queue)
             if queue.ring is not ring and queue.parked is not ring:
                 return
             if written == HELD:
                 break
             ring.push(held.pop(0), written)
-        queue.interrupt |= ring.publish()
+        self.publish(queue, ring)
 
     def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
         """Stop for an error of the driver's or our own."""

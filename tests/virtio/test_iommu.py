@@ -101,6 +101,20 @@ def test_no_access_is_the_drivers_error(make_machine: Any, iommu: Iommu) -> None
     assert machine.registers.status & at.STATUS_NEEDS_RESET
 
 
+def test_a_status_that_may_not_be_written_needs_a_reset(make_machine: Any, iommu: Iommu) -> None:
+    machine = behind(make_machine, iommu)
+    machine.driver.start()
+    header = machine.driver.arena.take(PAGE, PAGE)
+    machine.driver.memory.write(header, at.LITTLE.blk_request.pack(at.VIRTIO_BLK_T_FLUSH, 0, 0))
+    iommu.read_only.add(header // PAGE)
+    ring = machine.driver.ring
+    ring.add([Buffer(header, 16), Buffer(header + 16, 1, True)])
+    ring.publish()
+    machine.registers.notify(0)
+    assert machine.registers.status & at.STATUS_NEEDS_RESET
+    assert machine.driver.memory.read(header + 16, 1) == b"\0"
+
+
 @pytest.mark.parametrize("pieces", [[], [(PHYSICAL, 7)], [(PHYSICAL, 9), (PHYSICAL, -1)]])
 def test_a_translation_of_another_length_is_refused(pieces: list[tuple[int, int]]) -> None:
     memory = GuestMemory.from_buffer(bytearray(PAGE), PHYSICAL)

@@ -41,6 +41,9 @@ UNDERSTOOD = sum(
         at.VIRTIO_BLK_F_MQ,
         at.VIRTIO_BLK_F_DISCARD,
         at.VIRTIO_BLK_F_WRITE_ZEROES,
+        at.VIRTIO_BLK_F_LIFETIME,
+        at.VIRTIO_BLK_F_SECURE_ERASE,
+        at.VIRTIO_BLK_F_ZONED,
     )
 )
 """The features that this driver knows, as a bit mask."""
@@ -288,8 +291,27 @@ class BlockDriver:
         """Have these sectors read as zeroes."""
         self._checked(at.VIRTIO_BLK_T_WRITE_ZEROES, 0, self.segment(sector, count, int(unmap)))
 
+    def secure_erase(self, sector: int, count: int) -> None:
+        """Have the data of these sectors gone for good."""
+        self._checked(at.VIRTIO_BLK_T_SECURE_ERASE, 0, self.segment(sector, count))
+
+    def report_zones(self, sector: int = 0, room: int = 16) -> list[tuple[int, int, int, int, int]]:
+        """Of up to ``room`` zones from the one with ``sector`` on: capacity, start, write pointer
+        (in sectors), type and state."""
+        head, each = self.structs.zone_report, self.structs.zone_descriptor
+        incoming = head.size + room * each.size
+        data = self._checked(at.VIRTIO_BLK_T_ZONE_REPORT, sector, b"", incoming).data
+        (count,) = head.unpack_from(data)
+        return [each.unpack_from(data, head.size + number * each.size) for number in range(count)]
+
+    def append(self, sector: int, data: bytes) -> int:
+        """Write to the write pointer of the zone that starts at ``sector``; the first sector."""
+        struct = self.structs.zone_append
+        done = self._checked(at.VIRTIO_BLK_T_ZONE_APPEND, sector, data, struct.size)
+        return int(struct.unpack(done.data)[0])
+
     def segment(self, sector: int, count: int, flags: int = 0) -> bytes:
-        """One range of DISCARD or WRITE_ZEROES, as it goes into the request's data."""
+        """One range of DISCARD and its like, as it goes into the request's data."""
         return self.structs.blk_segment.pack(sector, count, flags)
 
     def _checked(
