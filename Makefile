@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz-vhost fuzz mutants lint bench clean
+.PHONY: venv conformance mutants-device demo demo-uboot test crash crash-linux interop-vhost \
+	fuzz-vhost fuzz mutants lint bench clean
 
 venv: $(STAMP)
 
@@ -52,6 +53,21 @@ fuzz: venv
 # A list of one-line faults, each put into a copy of the code: the tests named must catch all.
 mutants: venv
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
+
+# The conformance suite on our own device in all its forms; the matrix goes to docs/.
+FORMS := mmio mmio_callbacks mmio_v1 mmio_v1_big pci pci_callbacks pci_legacy
+conformance: venv
+	mkdir -p build/conformance
+	for form in $(FORMS); do \
+		$(BIN)/python -m pytest -q --pyargs pyvirtio.virtio.conformance --matrix build/conformance/$$form \
+			--device pyvirtio.virtio.conformance.ours:$$form || exit 1; \
+	done
+	$(BIN)/python -m pyvirtio.virtio.conformance.table --title "Our own device" \
+		$(foreach form,$(FORMS),$(form)=build/conformance/$(form).json) > docs/conformance_matrix.md
+
+# A fault for each rule for devices: the tests of the suite that cite the rule must find it.
+mutants-device: venv
+	$(BIN)/python tests/mutants/device.py $(MUTANTS)
 
 # mypy has to see the root folder under the package's own name.
 PACKAGE := __init__.py errors.py py.typed backend machine qcow2 tools virtio

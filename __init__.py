@@ -52,6 +52,7 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "VirtioPci": "virtio.pci",
     "ErrorPolicy": "virtio.error_policy",
     "VhostUserServer": "virtio.vhost_user.server",
     "ZonedDisk": "backend.zoned",
@@ -79,6 +80,7 @@ __all__ = [
     "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
+    "VirtioPci",
     "ZonedDisk",
     "__version__",
     "create_disk",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
     from .virtio.vhost_user.server import VhostUserServer
 
 

@@ -102,6 +102,9 @@ class VirtioDevice(Guarded, ABC):
         self.structs: Structs = LITTLE
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
+        self.transitional = False
+        """The driver chooses between legacy and modern: see :meth:`use_interface`."""
+        self.legacy_structs: Structs = LITTLE
         self._transport_features = 0
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
         self._iommu = iommu
@@ -138,29 +141,40 @@ class VirtioDevice(Guarded, ABC):
         transport: Transport,
         *,
         legacy: bool = False,
+        transitional: bool = False,
         order: ByteOrder = "little",
         defer: bool = False,
         features: int = 0,
     ) -> None:
         """Attach the device to guest memory and to its transport; a device has one of each.
 
-        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``.
-        ``defer``: a kick only marks its queue, :meth:`poll` serves it. ``features``: what the
-        transport adds to those of the device, as a bit mask.
+        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``;
+        ``transitional``: both interfaces, one at a time. ``defer``: a kick only marks its queue,
+        :meth:`poll` serves it. ``features``: what the transport adds to those of the device, as a
+        bit mask.
         """
         if self.transport is not None:
             raise ValueError("the device is attached already")
-        if order != "little" and not legacy:
+        if order != "little" and not (legacy or transitional):
             raise ValueError("only a legacy device has the guest's byte order")
         if legacy and self._iommu is not None:
             raise ValueError("a legacy device has no IOMMU")
         self._memory = self._seen(memory)
         self.transport = transport
+        self.transitional = transitional
+        self.legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
-        self.structs = LITTLE if order == "little" else BIG
+        self.structs = self.legacy_structs if legacy else LITTLE
         self.service.defer = defer
         self._transport_features = features
         self.reset()
+
+    @locked
+    def use_interface(self, *, legacy: bool) -> None:
+        """See :class:`~.transport.TransportDevice`."""
+        self.legacy = legacy
+        self.structs = self.legacy_structs if legacy else LITTLE
+        self.was_reset()
 
     def set_memory(self, memory: GuestMemory) -> None:
         """Guest memory is another now; requests under way are done with the old one first.
@@ -191,6 +205,11 @@ class VirtioDevice(Guarded, ABC):
         if self.legacy:
             return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
         return features | 1 << VIRTIO_F_VERSION_1
+
+    @property
+    def driver_features(self) -> int:
+        """See :class:`~.transport.TransportDevice`."""
+        return self.state.driver_features
 
     def accepted(self, feature: int) -> bool:
         """The driver has accepted feature (bit number) ``feature``."""

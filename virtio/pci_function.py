@@ -137,13 +137,16 @@ class ConfigSpace:
         """The command register."""
         return self.load(at.PCI_COMMAND, 2)
 
+    def enabled(self, bar: Bar) -> bool:
+        """The space that a BAR lies in is enabled."""
+        return bool(self.command & (at.PCI_COMMAND_IO if bar.io else at.PCI_COMMAND_MEMORY))
+
     def address_of(self, bar: Bar) -> int | None:
-        """Where the guest has put a BAR; None where its space is not enabled."""
-        enabled = at.PCI_COMMAND_IO if bar.io else at.PCI_COMMAND_MEMORY
-        if not self.command & enabled:
-            return None
-        value = self.load(at.PCI_BAR_0 + 4 * bar.index, 8 if bar.wide else 4)
-        return value & -bar.size
+        """Where the guest has put a BAR; None where it is not enabled, or is being sized."""
+        width = 8 if bar.wide else 4
+        address = self.load(at.PCI_BAR_0 + 4 * bar.index, width) & -bar.size
+        nowhere = address in (0, -bar.size & (1 << 8 * width) - 1)
+        return None if nowhere or not self.enabled(bar) else address
 
     def save(self, stream: StateWriter) -> None:
         """Write what the guest may have changed, and the rest to compare it by."""

@@ -1,4 +1,4 @@
-"""Constants of PCI (3.0, MSI-X of 3.0 §6.8.2) and of virtio over PCI (virtio 1.4 §4.1); no logic."""
+"""Constants of PCI (3.0; MSI-X: §6.8.2) and of virtio over PCI (virtio 1.4 §4.1); no logic."""
 
 from __future__ import annotations
 

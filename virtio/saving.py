@@ -68,8 +68,20 @@ def load_device(device: VirtioDevice, stream: StateReader) -> Callable[[], objec
             f"Device state of version {version}, known is {device.state_version}",
             feature=f"device state version {version}",
         )
-    if (stream.flag(), stream.flag()) != (device.legacy, device.structs is at.BIG):
-        raise stream.malformed("is of another virtio version or byte order")
+    legacy, big = stream.flag(), stream.flag()
+    before = device.legacy, device.structs
+    try:  # what follows is checked by a device of that interface
+        if device.transitional:
+            device.legacy = legacy
+            device.structs = device.legacy_structs if legacy else at.LITTLE
+        if (legacy, big) != (device.legacy, device.structs is at.BIG):
+            raise stream.malformed("is of another virtio version or byte order")
+        return _load_as(device, stream, legacy)
+    finally:
+        device.legacy, device.structs = before
+
+
+def _load_as(device: VirtioDevice, stream: StateReader, legacy: bool) -> Callable[[], object]:
     offered = stream.u64()
     features = stream.u64() | stream.u64() << 64
     status = stream.u8()
@@ -99,6 +111,9 @@ def load_device(device: VirtioDevice, stream: StateReader) -> Callable[[], objec
 
     def adopt() -> None:
         with device.holding():
+            if legacy != device.legacy:
+                device.set_status(0)
+                device.use_interface(legacy=legacy)
             _take_over(device, state, extras)
             adopt_own()
         if not device.service.defer:

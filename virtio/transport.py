@@ -49,6 +49,8 @@ class TransportDevice(Protocol):
     """What a transport may use of a device; :class:`~.device.VirtioDevice` is one."""
 
     device_id: int
+    legacy: bool
+    """The interface before virtio 1.0 is in use."""
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -58,6 +60,7 @@ class TransportDevice(Protocol):
         transport: Transport,
         *,
         legacy: bool = False,
+        transitional: bool = False,
         order: ByteOrder = "little",
         defer: bool = False,
         features: int = 0,
@@ -65,7 +68,11 @@ class TransportDevice(Protocol):
         """Attach the device to guest memory and to its transport, and reset it.
 
         ``features``: what the transport adds to those of the device (RING_RESET and so on).
+        ``transitional``: the driver chooses, see :meth:`use_interface`.
         """
+
+    def use_interface(self, *, legacy: bool) -> None:
+        """A transitional device, just reset, is used through this interface from now on."""
 
     def set_memory(self, memory: GuestMemory) -> None:
         """Guest memory is another now; requests under way are done with the old one first."""
@@ -75,6 +82,10 @@ class TransportDevice(Protocol):
     @property
     def offered_features(self) -> int:
         """A bit mask of all 64 and more."""
+
+    @property
+    def driver_features(self) -> int:
+        """What the driver has written as accepted, whether that was right or not."""
 
     def set_driver_features(self, features: int, mask: int = -1) -> None:
         """The driver accepts ``features`` among those in ``mask``; ignored after FEATURES_OK."""

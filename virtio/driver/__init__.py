@@ -5,7 +5,7 @@ lies in guest memory. Under it :class:`DriverRing` (split) and :class:`PackedDri
 ring at all: wrong ones, too, on purpose.
 
 A :class:`DriverTransport` is the way to the device: :class:`Registers` for MMIO,
-:class:`VhostUserFrontEnd` for vhost-user, others beside them.
+:class:`PciRegisters` for PCI, :class:`VhostUserFrontEnd` for vhost-user.
 
     registers = Registers(mmio.read, mmio.write)
     driver = BlockDriver(registers, memory, Arena(base, 1 << 20))
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from .blk import BlockDriver, Completion
 from .packed import PackedDriverRing
+from .pci import LegacyPciRegisters, PciFunction, PciRegisters
 from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
 from .transport import DriverError, DriverTransport
@@ -30,8 +31,11 @@ __all__ = [
     "DriverError",
     "DriverRing",
     "DriverTransport",
+    "LegacyPciRegisters",
     "Link",
     "PackedDriverRing",
+    "PciFunction",
+    "PciRegisters",
     "Registers",
     "SharedRam",
     "VhostUserFrontEnd",

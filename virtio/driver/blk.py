@@ -136,7 +136,7 @@ class BlockDriver:
         """Lay out the ring and give it to the device."""
         registers = self.registers
         largest = registers.select_queue(self.queue_index)
-        size = min(self.queue_size, largest)
+        size = largest if registers.fixed_queue_size else min(self.queue_size, largest)
         if not size:
             raise DriverError(f"there is no queue {self.queue_index}")
         self.ring = ring = self._allocate_ring(size)

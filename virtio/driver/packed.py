@@ -220,6 +220,12 @@ class PackedDriverRing:
             return 0 < (end - wanted) % around <= added
         return flags != RING_EVENT_FLAGS_DISABLE
 
+    @property
+    def has_used(self) -> bool:
+        """There is something to :meth:`collect`."""
+        _, _, flags, _ = self.get_descriptor(self.used_slot)
+        return flags & _OWNER == (_OWNER if self.used_wrap else 0)
+
     def collect(self) -> list[tuple[int, int]]:
         """The (buffer id, used length) of every chain that came back; its places are free."""
         done: list[tuple[int, int]] = []

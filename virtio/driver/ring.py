@@ -259,6 +259,11 @@ class DriverRing:
             return (new - self.available_event - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not self.used_flags & VIRTQ_USED_F_NO_NOTIFY
 
+    @property
+    def has_used(self) -> bool:
+        """There is something to :meth:`collect`."""
+        return self._next_used != self.used_index
+
     def collect(self) -> list[tuple[int, int]]:
         """The (head, used length) of every chain that came back; their descriptors are free."""
         done: list[tuple[int, int]] = []

@@ -19,7 +19,9 @@ class DriverTransport(ABC):
     legacy: bool = False
     """The interface before virtio 1.0: 32 feature bits, no FEATURES_OK, queues in one piece."""
     order: ByteOrder = "little"
-    """Of the device configuration."""
+    """Of the device configuration, and of legacy rings and requests."""
+    fixed_queue_size: bool = False
+    """A queue has the size that the device gives it."""
 
     @abstractmethod
     def identify(self, device_id: int) -> None:
