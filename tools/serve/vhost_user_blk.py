@@ -72,6 +72,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             stack.enter_context(Monitor(options.monitor, server, disk))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: server.stop())
+        stack.callback(device.detach)
         server.serve()
         server.close()
         if not disk.read_only:
