@@ -227,6 +227,18 @@ def test_a_stopped_ring_goes_on_where_it_was(make_rig: Callable[..., Rig], packe
     assert completion(driver, head).data == MARK
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_queue_that_was_reset_begins_anew_whatever_was_noted(
+    make_rig: Callable[..., Rig], packed: bool
+) -> None:
+    driver = make_rig(packed=packed).driver()
+    for round in range(5):
+        driver.write(round, MARK)
+    assert driver.registers.reset_queue()
+    driver.set_up_queue()
+    assert driver.read(4, 2) == MARK
+
+
 def test_a_disabled_ring_is_not_served(rig: Rig) -> None:
     driver = rig.driver()
     front: Any = driver.registers
