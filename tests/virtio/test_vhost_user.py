@@ -390,6 +390,33 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
     first.__exit__()
 
 
+class Volatile(pyvirtio.MemoryDisk):
+    """A disk that keeps things back, and cannot give them away."""
+
+    volatile = True
+
+    def _flush(self) -> None:
+        raise OSError("no")
+
+
+@pytest.mark.parametrize("inflight", [False, True])
+def test_what_cannot_be_kept_is_not_said_to_be_done(
+    make_rig: Callable[..., Rig], inflight: bool
+) -> None:
+    """With notes the guest may go on with another server, and must not miss what it saw done."""
+    rig = make_rig(Volatile(1 << 20))
+    driver = rig.driver(rig.front(inflight=inflight))
+    front: Any = driver.registers
+    head = driver.submit(at.VIRTIO_BLK_T_OUT, 0, bytes(512))
+    driver.kick()
+    if not inflight:
+        assert completion(driver, head).status == 0
+        return
+    assert select.select([front.vrings[0].error], [], [], 10)[0]
+    assert driver.collect() == {}
+    assert front.status & at.STATUS_NEEDS_RESET
+
+
 # -- kicks and calls -----------------------------------------------------------------------------
 
 
