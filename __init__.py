@@ -72,10 +72,10 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
-    "ErrorPolicy": "virtio.error_policy",
-    "ZonedDisk": "backend.zoned",
-    "VhostUserServer": "virtio.vhost_user.server",
     "VirtioPci": "virtio.pci",
+    "ErrorPolicy": "virtio.error_policy",
+    "VhostUserServer": "virtio.vhost_user.server",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [

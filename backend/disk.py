@@ -249,6 +249,12 @@ class Disk(ABC):
         return {}
 
     @property
+    def volatile(self) -> bool:
+        """Some of what was written is in no file yet: it would be lost with this process, not only
+        with the machine. A flush ends that."""
+        return any(child.volatile for child in self.children.values())
+
+    @property
     def backing(self) -> Disk | None:
         """The backing file, if there is one."""
         return self.children.get("backing")

@@ -321,6 +321,11 @@ class Qcow2Disk(Disk):
         return self._metadata.encryption is None and self._metadata.data.has_zero_init
 
     @property
+    def volatile(self) -> bool:
+        """See :class:`Disk`: metadata is kept back until a flush."""
+        return self._metadata.dirty or super().volatile
+
+    @property
     def children(self) -> Mapping[str, Disk]:
         children = {"file": self._file}
         if self.reader.backing is not None:

@@ -111,7 +111,7 @@ class Side:
             state.used_index = look(state.device_area + 2)
         self.tracker.recover(state, look)
         ring = (PackedRing if self.packed else SplitRing)(state, memory, indirect=True)
-        self.ring = InflightRing(ring, self.tracker)
+        self.ring = InflightRing(ring, self.tracker, lambda: None)
 
     def offer(self, count: int) -> None:
         for number in range(count):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
-from ...errors import GuestError
+from ...errors import GuestError, PyvirtioError
 from ..ring import Chain, QueueState, Ring
 from ..split import SplitRing
 from .channel import VhostUserError
@@ -192,10 +192,17 @@ class SplitTracker(Tracker):
 
 
 class InflightRing(Ring):
-    """``ring`` with notes of what is taken from it and used in it."""
+    """``ring`` with notes of what is taken from it and used in it.
 
-    def __init__(self, ring: Ring, tracker: Tracker) -> None:
+    ``settle`` is called before the driver is shown that requests are done: what they did must not
+    be lost with this process, for the driver will go on without it. It may raise OSError; the
+    device stops then, and its requests are for the next process.
+    """
+
+    def __init__(self, ring: Ring, tracker: Tracker, settle: Callable[[], object]) -> None:
         self.state = ring.state
+        self._settle = settle
+        self._unsettled = False
         self._ring = ring
         self._tracker = tracker
 
@@ -227,9 +234,16 @@ class InflightRing(Ring):
         """See :class:`Ring`."""
         self._ring.push(chain, written)
         self._tracker.used(chain)
+        self._unsettled = True
 
     def publish(self) -> bool:
         """See :class:`Ring`."""
+        if self._unsettled:
+            try:
+                self._settle()
+            except (OSError, PyvirtioError) as error:
+                raise GuestError(f"what was written cannot be kept: {error}") from error
+            self._unsettled = False
         self._tracker.publishing()
         wanted = self._ring.publish()
         self._tracker.published(self.state)

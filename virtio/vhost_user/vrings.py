@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from ...errors import GuestError
 from .. import layout as at
+from ..blk import VirtioBlk
 from ..device import VirtioDevice
 from ..memory import GuestMemory
 from ..ring import Chain, QueueState, Ring
@@ -229,7 +230,14 @@ class Vrings:
 
     def _wrap(self, index: int, ring: Ring) -> Ring:
         tracker = self.all[index].tracker
-        return ring if tracker is None else InflightRing(ring, tracker)
+        return ring if tracker is None else InflightRing(ring, tracker, self._settle)
+
+    def _settle(self) -> None:
+        """Have nothing that was written in this process alone: the guest may outlive it, and takes
+        what was done for done, as it does with a disk that never lost its power."""
+        device = self._device
+        if isinstance(device, VirtioBlk) and device.disk.volatile:
+            device.disk.flush()
 
     def close(self) -> None:
         """Do what is under way, and let go of everything."""
