@@ -153,7 +153,6 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     ("BLK-14", "mmio", "blk.py", "return config[offset", "return b'\\1' if offset == 33 else config[offset"),
     ("BLK-16", "mmio_v1", "blk.py", "super().offered_features & ~(self.legacy << at.VIRTIO_BLK_F_ZONED)", "super().offered_features | self.legacy << at.VIRTIO_BLK_F_ZONED"),
     ("BLK-18", "mmio", "blk.py", "return super().features_valid() and (zoned or not self.traits.host_managed)", "return super().features_valid()"),
-    ("BLK-19", "mmio", "blk_config.py", "        if disk is None:\n            return (0,) * 6", "        if disk is None:\n            return (0, 0, 0, 0, 0, 1)"),
     ("BLK-20", "mmio", "blk_config.py", "int(disk.model),", "2,"),
     ("BLK-21", "mmio", "blk_config.py", "int(disk.model),", "1,"),
     ("BLK-22", "mmio", "blk_config.py", "disk.zone_size // SECTOR_SIZE,\n            disk.max_open", "disk.zone_size // 256,\n            disk.max_open"),
