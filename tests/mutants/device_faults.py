@@ -191,7 +191,7 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     ("BLK-97", "mmio", "../backend/zones.py", "or length % granularity or offset != zone.pointer:", "or length % granularity:"),
     ("BLK-99", "mmio", "../backend/zones.py", "if zone.state in _FAILED or end >", "if end >"),
     ("BLK-100", "mmio", "../backend/zoned.py", "if any(zone.state == ZoneState.OFFLINE for zone in touched) or (", "if ("),
-    ("BLK-101", "mmio", "../backend/zoned.py", "                    clear([part])", "                    part[:] = self._disk.read(zone.start, len(part))"),
+    ("BLK-101", "mmio", "../backend/zoned.py", "data = max(0, min(count, zone.start + zone.written - offset))", "data = count"),
     ("BLK-102", "mmio", "../backend/zoned.py", "                    clear([part])", "                    part[:] = (bytes(range(256)) * len(part))[: len(part)]"),
     ("BLK-103", "mmio", "blk_config.py", "            return self.zoned.zone_size\n", "            return 512\n"),
     ("BLK-104", "mmio", "blk_commands.py", "raise RefusedError(\"a secure erase of no whole zones\")", "pass"),
