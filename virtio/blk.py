@@ -237,7 +237,7 @@ class VirtioBlk(VirtioDevice):
         The used length is the number of bytes written into the chain: data and status where it
         succeeded, the status byte alone where it did not.
         """
-        memory, observer = self._memory, self.observer
+        memory, observer = self._memory, self.service.observer
         started = 0 if observer is None else monotonic_ns()
         request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request

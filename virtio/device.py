@@ -125,7 +125,6 @@ class VirtioDevice(Guarded, ABC):
         """Called with the error that has paused the device (an error policy of ``stop``), from the
         thread that served; :meth:`resume` tries the request again."""
         self._stopped_by: Exception | None = None
-        self.observer: Observers | None = None
         self._observers: list[Observer] = []
         self.service = WorkerService(self, io_threads) if io_threads else Service(self)
         self.kick: Callable[[int], None] = self.service.kick
@@ -461,13 +460,13 @@ class VirtioDevice(Guarded, ABC):
     @locked
     def _set_observers(self) -> None:
         observers = self._observers
-        self.observer = Observers(observers) if observers else None
+        self.service.observer = Observers(observers) if observers else None
         for queue in self.queues:
             if queue.ring is not None:
                 queue.express = self._express(queue, queue.ring)
 
     def _express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
-        if self.service.inline and self.observer is None:
+        if self.service.inline and self.service.observer is None:
             return self.make_express(queue, ring)
         return None
 

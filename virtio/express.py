@@ -42,25 +42,15 @@ _Usual = tuple[bool, int, int, int, int]
 def make_express(
     blk: VirtioBlk, queue: Queue, ring: SplitRing, memory: GuestMemory, budget: int
 ) -> Callable[[], None] | None:
-    """A function that serves ``queue``: as :class:`.service.Service` does itself.
-
-    None: there is no short way for a ring that lies there, or of that kind.
-    """
+    """A function that serves ``queue`` as :class:`.service.Service` does; None where none can."""
     plain = memory.plain_region()
-    if plain is None or ring.structs.order != sys.byteorder:
+    places = None if plain is None else _places(ring, *plain[:2])
+    if plain is None or places is None:
         return None
-    base, end, buffer = plain
-    state = ring.state
-    size = state.size
-    driver, device = state.driver_area - base, state.device_area - base
-    table = state.descriptor_area - base
-    if (end - base) % 2 or driver % 2 or device % 2 or not ring.lies_in(base, end):
-        return None
-    # The driver's and the device's area as 16-bit words, as in SplitRing.
-    available, heads, used_event = driver // 2 + 1, driver // 2 + 2, driver // 2 + 2 + size
-    used, avail_event = device // 2 + 1, device // 2 + 2 + 4 * size
-    elements, write_used = device + 4, ring.structs.used_elem.pack_into
-    usual = _make_recogniser(blk, ring, table, plain)
+    base, _, buffer = plain
+    available, heads, used_event, used, avail_event, elements = places
+    state, size, write_used = ring.state, ring.state.size, ring.structs.used_elem.pack_into
+    usual = _make_recogniser(blk, ring, state.descriptor_area - base, plain)
     disk, mask, fence, event_idx = blk.disk, size - 1, ring.fence, ring.event_idx
     process_next = blk.service.process_next
 
@@ -97,13 +87,11 @@ def make_express(
                             disk.writev(sector * SECTOR_SIZE, [view], fua=not blk.writeback)
                     except Exception as error:
                         status = blk.status_of(error, sector, reading)
+                        written += length if reading and status == VIRTIO_BLK_S_OK else 0
                         if status == HELD:
-                            state.next_avail = position
-                            queue.held.append(ring.pop())
+                            _hold(queue, ring, position)
                             count = left = 0
                             continue
-                        if status == VIRTIO_BLK_S_OK and reading:  # the error is ignored
-                            written += length
                     finally:
                         view.release()
                     if queue.ring is not ring:  # reset or paused from inside
@@ -131,6 +119,28 @@ def make_express(
             ram.release()
 
     return express
+
+
+def _places(ring: SplitRing, base: int, end: int) -> tuple[int, int, int, int, int, int] | None:
+    """Where in RAM from ``base`` to ``end`` the ring's fields are; None if they do not lie so.
+
+    As 16-bit words: available index, heads, used_event, used index, avail_event. In bytes: the
+    used elements.
+    """
+    state = ring.state
+    driver, device = state.driver_area - base, state.device_area - base
+    if (end - base) % 2 or driver % 2 or device % 2 or not ring.lies_in(base, end):
+        return None
+    if ring.structs.order != sys.byteorder:
+        return None
+    heads, used = driver // 2 + 2, device // 2 + 1
+    return heads - 1, heads, heads + state.size, used, used + 1 + 4 * state.size, device + 4
+
+
+def _hold(queue: Queue, ring: SplitRing, position: int) -> None:
+    """Have the chain that was taken at ``position`` done again later."""
+    ring.state.next_avail = position
+    queue.held.append(ring.pop())
 
 
 def _make_recogniser(

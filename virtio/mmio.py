@@ -135,7 +135,7 @@ class VirtioMmio:
     def _change_status(self, add: int, remove: int) -> None:
         with self._line_lock:
             status = self._interrupt_status = self._interrupt_status & ~remove | add
-            if (status != 0) == self._level:
+            if self._interrupt is None or (status != 0) == self._level:
                 return
         self._update_level()
 

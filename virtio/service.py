@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import GuestError
+from .observe import Observers
 from .queue import Queue
 from .ring import Ring
 
@@ -46,6 +47,8 @@ class Service:
         self.defer = False
         """A kick only marks its queue; :meth:`poll` serves it."""
         self.paused = False
+        self.observer: Observers | None = None
+        """Whoever watches; see :meth:`.device.VirtioDevice.observe`."""
 
     def kick(self, index: int) -> None:
         """See :class:`~.transport.TransportDevice`.
@@ -57,8 +60,8 @@ class Service:
             return
         queue = self._queues[index]
         ring = queue.ring
-        if self._device.observer is not None:
-            self._device.observer.kicked(index)
+        if self.observer is not None:
+            self.observer.kicked(index)
         if ring is None:
             return
         if not self.defer and not queue.serving:
@@ -146,24 +149,19 @@ class Service:
         if device.attention:
             device.announce()
         if queue.interrupt:
-            self.interrupt(queue)
+            if self.observer is not None:
+                self.observer.interrupted(queue.index)
+            if device.transport is not None:
+                device.transport.queue_interrupt(queue.index)
         if failure is not None or device.attention:
             device.after_serving(failure)
-
-    def interrupt(self, queue: Queue) -> None:
-        """Tell the driver of what was used on ``queue``."""
-        device = self._device
-        if device.observer is not None:
-            device.observer.interrupted(queue.index)
-        if device.transport is not None:
-            device.transport.queue_interrupt(queue.index)
 
     def publish(self, queue: Queue, ring: Ring) -> None:
         """Show the driver what was used; notes in ``queue`` whether it wants an interrupt."""
         if ring.publish():
             queue.interrupt = True
-        elif self._device.observer is not None:
-            self._device.observer.suppressed(queue.index)
+        elif self.observer is not None:
+            self.observer.suppressed(queue.index)
 
     def _serve_rounds(self, queue: Queue, ring: Ring) -> None:
         """Round after round, until nothing is available or the budget is used up.

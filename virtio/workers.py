@@ -52,8 +52,8 @@ class WorkerService(Service):
         """See :class:`~.transport.TransportDevice`; returns at once."""
         if not 0 <= index < len(self._queues):
             return
-        if self._device.observer is not None:
-            self._device.observer.kicked(index)
+        if self.observer is not None:
+            self.observer.kicked(index)
         with self._lock:
             self._note(self._queues[index])
 
@@ -204,7 +204,10 @@ class WorkerService(Service):
         try:
             self._device.announce()
             if interrupt:
-                self.interrupt(queue)
+                if self.observer is not None:
+                    self.observer.interrupted(queue.index)
+                if self._device.transport is not None:
+                    self._device.transport.queue_interrupt(queue.index)
             self._device.after_serving(None)
         except Exception:
             _log.exception("error in a callback of the emulator")
