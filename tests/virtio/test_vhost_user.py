@@ -74,6 +74,34 @@ def test_a_driver_reads_what_it_wrote(
     assert rig.disk.read(0, len(MARK)) == MARK
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_workers_do_requests_and_leave_no_notes(make_rig: Callable[..., Rig], packed: bool) -> None:
+    rig = make_rig(packed=packed, io_threads=3, num_queues=2)
+    driver = rig.driver(queue_size=64)
+    front: Any = driver.registers
+    for round in range(10):
+        kind = at.VIRTIO_BLK_T_OUT if round % 2 == 0 else at.VIRTIO_BLK_T_IN
+        writing = kind == at.VIRTIO_BLK_T_OUT
+        mark = driver.arena.mark()
+        heads = {
+            driver.submit(kind, 2 * n, MARK if writing else b"", 0 if writing else len(MARK))
+            for n in range(12)
+        }
+        driver.kick()
+        while heads:
+            done = driver.collect()
+            assert all(each.status == 0 for each in done.values())
+            assert writing or all(each.data == MARK for each in done.values())
+            heads -= set(done)
+            if heads:
+                assert front.wait()
+        driver.arena.give_back(mark)
+    vring = front.vrings[0]
+    front.stop_queue(vring)
+    front.start_queue(vring)
+    assert driver.read(0, 2) == MARK
+
+
 @pytest.mark.parametrize(
     "absent",
     [
@@ -197,6 +225,18 @@ def test_a_stopped_ring_goes_on_where_it_was(make_rig: Callable[..., Rig], packe
     assert driver.collect() == {}  # nobody serves it
     front.start_queue(vring)
     assert completion(driver, head).data == MARK
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_queue_that_was_reset_begins_anew_whatever_was_noted(
+    make_rig: Callable[..., Rig], packed: bool
+) -> None:
+    driver = make_rig(packed=packed).driver()
+    for round in range(5):
+        driver.write(round, MARK)
+    assert driver.registers.reset_queue()
+    driver.set_up_queue()
+    assert driver.read(4, 2) == MARK
 
 
 def test_a_disabled_ring_is_not_served(rig: Rig) -> None:
@@ -334,7 +374,7 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
     driver.write(0, MARK)
     # As if it had been killed while it did these: they are noted, and never answered.
     taken = threading.Event()
-    first.device.process = lambda chain: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
+    first.device.process = lambda *request: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
     heads = [driver.submit(at.VIRTIO_BLK_T_OUT, 4 + round, MARK[:512]) for round in range(3)]
     driver.kick()
     assert taken.wait(10)

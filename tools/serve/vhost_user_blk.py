@@ -62,6 +62,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             queue_size=options.queue_size,
             packed=options.packed,
             in_order=options.in_order,
+            io_threads=options.io_threads,
         )
         connection = None if options.fd is None else socket.socket(fileno=options.fd)
         server = stack.enter_context(
@@ -71,6 +72,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             stack.enter_context(Monitor(options.monitor, server, disk))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: server.stop())
+        stack.callback(device.detach)
         server.serve()
         server.close()
         if not disk.read_only:
@@ -104,6 +106,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add(
         "--serial", default="", metavar="TEXT", help="the disk's serial number, up to 20 characters"
     )
+    add("--io-threads", type=int, default=0, metavar="N", help="threads for requests (default: 0)")
     add("--monitor", metavar="PATH", help="take commands (as QMP's block_resize) at this socket")
     add("--print-capabilities", action="store_true", help="print them as JSON, and end")
     add("--verbose", action="store_true", help="tell of front-ends that come and go")

@@ -367,6 +367,8 @@ class Session:
         vring = self._vrings.find(index)
         vring.started = False
         self._vrings.stop(vring)
+        if vring.tracker is not None and not vring.held:
+            vring.tracker.forget()  # nothing is under way: what comes next says where it begins
         self._replace(vring, "kick", -1)
         vring.replace("call", -1)
         return _Reply(vu.VRING_STATE.pack(index, vring.base))
