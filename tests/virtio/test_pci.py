@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pyvirtio
 from pyvirtio.backend.state import StateReader, StateWriter
@@ -506,6 +508,43 @@ def test_state_of_another_function_is_refused(make_board: Any) -> None:
     assert state_of(other.pci) == before
     with pytest.raises(pyvirtio.ImageError, match="ends too soon"):
         load(other.pci, before[:-3])
+
+
+ACCESSES = st.lists(
+    st.tuples(
+        st.sampled_from(["config", 0, 1, 4, 5]),
+        st.booleans(),
+        st.one_of(st.integers(0, 0x110), st.integers(0, 0x4FFF)),
+        st.sampled_from([1, 2, 4, 8]),
+        st.one_of(st.integers(0, 16), st.integers(0, (1 << 64) - 1)),
+    ),
+    max_size=60,
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(accesses=ACCESSES, legacy=st.booleans())
+def test_no_access_raises_and_a_reset_mends_all(
+    make_board: Any, accesses: list[tuple[Any, bool, int, int, int]], legacy: bool
+) -> None:
+    board = make_board(legacy=legacy)
+    for where, is_read, offset, size, value in accesses:
+        value &= (1 << 8 * size) - 1
+        if where == "config":
+            if is_read:
+                assert 0 <= board.pci.config_read(offset, size) < 1 << 8 * size
+            else:
+                board.pci.config_write(offset, size, value)
+        elif is_read:
+            assert 0 <= board.pci.bar_read(where, offset, size) < 1 << 8 * size
+        else:
+            board.pci.bar_write(where, offset, size, value)
+    board.pci.reset()
+    board.function.map_bars()
+    board.driver.start()
+    board.driver.flush()
 
 
 # -- the legacy interface --------------------------------------------------------------------
