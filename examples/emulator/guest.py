@@ -20,7 +20,8 @@ class LinuxGuest:
     """Boots Debian's Linux from ``disks[0]``, up to its shell.
 
     ``arguments`` are added to the kernel's command line. ``echo(text)`` gets what the guest
-    writes; ``make_board`` makes another kind of board. Raises ScriptError if the guest does something else, PackageError if there is none.
+    writes; ``make_board`` makes another kind of board. Raises ScriptError if the guest does
+    something else, PackageError if there is none.
     """
 
     def __init__(

@@ -231,3 +231,26 @@ def test_disk_is_not_touched_by_what_happens_again():
     board.goto(end[1])
     assert fingerprint(board) == end[0]
     assert disk.read(512, 9) == b"elsewhere"
+
+
+def test_start_of_linux_is_the_same_each_time():
+    from examples.emulator.linux import RAM, find_linux
+    from examples.emulator.packages import PackageError
+
+    try:
+        linux = find_linux()
+    except PackageError as error:
+        pytest.skip(f"no Linux: {error}")
+    board = RecordedBoard(lambda byte: None, ram=RAM, every=30)
+    board.start_supervisor(board.load_linux(linux.kernel), "earlycon=sbi", linux.initramfs)
+    for _ in range(70):
+        if board.step():
+            board.sleep()
+    end = fingerprint(board), board.position
+    board.goto(Position(45, 1234))
+    middle = fingerprint(board)
+    board.goto(Position(3))
+    board.goto(Position(45, 1234))
+    assert fingerprint(board) == middle
+    board.goto(end[1])
+    assert fingerprint(board) == end[0]
