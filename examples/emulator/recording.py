@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -70,6 +71,18 @@ class _Journal:
         self.slice = 0
         self.cursor: Cursor | None = None
         """Where the log is read; None while it is written."""
+
+        self.asked_by_board = False
+        """Whether it is the board that is running, and not somebody who looks at its clock."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The board does something that will be done again."""
+        before, self.asked_by_board = self.asked_by_board, True
+        try:
+            yield
+        finally:
+            self.asked_by_board = before
 
     def note(self, kind: Kind, data: bytes) -> None:
         self.log.append(self.slice, kind, data)
@@ -139,13 +152,18 @@ class _RecordedClock:
         self._below = below
         self._journal = journal
         self.ran, self.touched, self.budget = below.ran, below.touched, below.budget
+        self._last = 0
 
     def _said(self, ask: Callable[[], int]) -> int:
-        if self._journal.cursor is not None:
-            return int.from_bytes(self._journal.again(Kind.TIME), "little")
-        tick = ask()
-        self._journal.note(Kind.TIME, tick.to_bytes(8, "little"))
-        return tick
+        journal = self._journal
+        if not journal.asked_by_board:
+            return ask() if journal.cursor is None else self._last
+        if journal.cursor is None:
+            self._last = ask()
+            journal.note(Kind.TIME, self._last.to_bytes(8, "little"))
+        else:
+            self._last = int.from_bytes(journal.again(Kind.TIME), "little")
+        return self._last
 
     def now(self) -> int:
         return self._said(self._below.now)
@@ -247,7 +265,8 @@ class RecordedBoard(Board):
         if not self.in_past:
             tick = NEVER if until is None else until
             self._journal.note(Kind.SLEPT, tick.to_bytes(8, "little"))
-            super().sleep(until)
+            with self._journal.running():
+                super().sleep(until)
 
     def step(self) -> bool:
         """As in Board: live, or (in the past) as it was."""
@@ -257,11 +276,8 @@ class RecordedBoard(Board):
             self._keep()
         elif any(kept.slice == self._journal.slice for kept in self._kept):
             self.cpu.forget_translations()
-        count = self._begin_slice()
-        return self._end_slice(count, self.cpu.run(count))
-
-    def _end_slice(self, count: int, stop: Stop) -> bool:
-        idle = super()._end_slice(count, stop)
+        with self._journal.running():
+            idle = super().step()
         self._journal.slice += 1
         if self.in_past:
             self._arrive()
@@ -281,7 +297,8 @@ class RecordedBoard(Board):
                 super().receive(event.data)
             else:
                 tick = int.from_bytes(event.data, "little")
-                super().sleep(None if tick == NEVER else tick)
+                with journal.running():
+                    super().sleep(None if tick == NEVER else tick)
         if journal.slice == self._present:
             journal.cursor = None
 
@@ -358,7 +375,8 @@ class RecordedBoard(Board):
         while self._journal.slice < position.slice:
             self.step()
         if position.offset:
-            self.cpu.run(min(self._begin_slice(), position.offset))
+            with self._journal.running():
+                self.cpu.run(min(self._begin_slice(), position.offset))
             self._offset = position.offset
 
     def _rewind(self, target: int) -> None:
@@ -373,6 +391,7 @@ class RecordedBoard(Board):
         """Run the CPU's part of a slice of the past, and leave it at its end."""
         if not self.in_past or self._offset:
             raise ValueError("only a whole slice of the past can be run again")
-        stop = self.cpu.run(self._begin_slice())
+        with self._journal.running():
+            stop = self.cpu.run(self._begin_slice())
         self._offset = _WHOLE
         return stop
