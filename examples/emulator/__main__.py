@@ -17,10 +17,12 @@ from .board import Board
 from .clock import Clock, InstructionClock, WallClock
 from .console import Console
 from .firmware import CACHE, find_u_boot
+from .gdbstub import GdbServer
 from .image import ImageFileError
 from .kernel import is_linux
 from .linux import COMMAND_LINE, find_linux
 from .packages import PackageError
+from .recording import RecordedBoard
 from .rootfs import make_overlay
 from .script import ScriptError, Session, run_script
 from .syscon import Power
@@ -91,16 +93,28 @@ def _run(options: argparse.Namespace, disks: Sequence[pyvirtio.Disk], switch: _S
                 board = _switch_on(options, disks, program, console.send)
                 switch.board = board
                 power = console.run(board)
-                board.close()
                 if power is not Power.RESET:
                     break
+                board.close()
         print(f"\n[the board is {power.value}]", file=sys.stderr)
+        _debug(options, board)
+        board.close()
         return 1 if power is Power.FAILED else 0
     session = Session(_show)
     switch.board = _switch_on(options, disks, program, session.send_out)
     session.connect(switch.board)
     run_script(options.script, session)
+    _debug(options, switch.board)
     return 0
+
+
+def _debug(options: argparse.Namespace, board: Board) -> None:
+    """Let gdb have the run that is over, if the user wants that."""
+    if isinstance(board, RecordedBoard):
+        server = GdbServer(board, options.gdb)
+        print(f"[gdb-multiarch -ex 'target remote :{server.port}']", file=sys.stderr, flush=True)
+        server.serve()
+        server.close()
 
 
 def _show(data: bytes) -> None:
@@ -115,7 +129,8 @@ def _switch_on(
     send: Callable[[int], None],
 ) -> Board:
     clock: Clock = WallClock() if options.clock == "wall" else InstructionClock()
-    board = Board(
+    kind = Board if options.gdb is None else RecordedBoard
+    board = kind(
         send, ram=options.ram, disks=disks, clock=clock, legacy_virtio=options.legacy_virtio
     )
     initrd = options.initrd.read_bytes() if options.initrd else options.initrd_data
@@ -189,6 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         help="what guest time is made of; by instructions, runs are repeatable (default)",
     )
     add("--legacy-virtio", action="store_true", help="virtio-mmio version 1, for old guests")
+    add(
+        "--gdb",
+        type=int,
+        metavar="PORT",
+        help="record the run; when it is over, let gdb go back and forth in it (0: any port)",
+    )
     add("--script", type=Path, help="talk to the guest by a script instead of the terminal")
     parser.set_defaults(initrd_data=b"")
     return parser

@@ -57,7 +57,7 @@ class Board:
 
     ``ram`` is in bytes. Disks go into the slots in their order; a device that was made for one
     (which may have another block size, say) goes there as it is. Devices live on the caller's
-    thread: everything happens inside :meth:`step`.
+    thread: everything happens inside :meth:`step`, in slices of ``slice_length`` instructions.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class Board:
         disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
+        slice_length: int = _SLICE,
     ) -> None:
         if ram % 4096 or ram < 2 * _TREE_ROOM:
             raise ValueError(f"{ram} bytes of memory: must be whole pages, and 4 MiB at least")
         if len(disks) > at.VIRTIO_SLOTS:
             raise ValueError(f"{len(disks)} disks do not go into {at.VIRTIO_SLOTS} slots")
         self.clock = clock if clock is not None else InstructionClock()
+        self._slice_length = slice_length
         self.ram = mmap.mmap(-1, ram)
         self.cpu = cpu = Cpu(self.ram, at.RAM_BASE)
         self.clint = Clint(
@@ -188,10 +190,16 @@ class Board:
 
     def step(self) -> bool:
         """Run a slice and look after the devices. True if the guest has nothing to do now."""
+        count = self._begin_slice()
+        return self._end_slice(count, self.cpu.run(count))
+
+    def _begin_slice(self) -> int:
+        """How many instructions the slice is to have."""
         self._update_timers()
         self._alarm = self.next_event()
-        count = self.clock.budget(self._alarm, _SLICE)
-        stop = self.cpu.run(count)
+        return self.clock.budget(self._alarm, self._slice_length)
+
+    def _end_slice(self, count: int, stop: Stop) -> bool:
         # How much of a slice was run that ended early, the engine does not tell.
         self.clock.ran(count if stop is Stop.COUNT else min(count, _CUT_SLICE))
         for slot in self.slots:
@@ -199,6 +207,10 @@ class Board:
         self._forget_overwritten_code()
         self._update_timers()
         return stop is Stop.WAIT and self.power is None and not self.cpu.wakes
+
+    def receive(self, data: bytes) -> None:
+        """Bytes arrive at the serial port. To be called between two slices."""
+        self.uart.receive(data)
 
     def _on_access(self) -> None:
         """Accesses to devices take time, in which a timer may go off."""

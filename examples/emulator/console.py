@@ -96,9 +96,9 @@ class Console:
         if not data:
             self._open = False
         elif self._saved is None:
-            board.uart.receive(data)
+            board.receive(data)
         else:
-            board.uart.receive(self._keys(data, board))
+            board.receive(self._keys(data, board))
         return bool(data)
 
     def _keys(self, data: bytes, board: Board) -> bytes:

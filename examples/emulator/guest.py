@@ -20,7 +20,8 @@ class LinuxGuest:
     """Boots Debian's Linux from ``disks[0]``, up to its shell.
 
     ``arguments`` are added to the kernel's command line. ``echo(text)`` gets what the guest
-    writes. Raises ScriptError if the guest does something else, PackageError if there is none.
+    writes; ``make_board`` makes another kind of board. Raises ScriptError if the guest does
+    something else, PackageError if there is none.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class LinuxGuest:
         *,
         arguments: str = "",
         echo: Callable[[bytes], object] | None = None,
+        make_board: Callable[..., Board] = Board,
     ) -> None:
         linux = find_linux()
         self.session = Session(echo)
-        self.board = Board(self.session.send_out, ram=RAM, disks=disks)
+        self.board = make_board(self.session.send_out, ram=RAM, disks=disks)
         self.session.connect(self.board)
         self.board.start_supervisor(
             self.board.load_linux(linux.kernel),

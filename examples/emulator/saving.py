@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .board import Board
     from .cpu import Cpu
 
-__all__ = ["SavedHart", "machine_of"]
+__all__ = ["SavedHart", "components_of", "machine_of"]
 
 _REGISTERS = (*range(69), 74, 78, 79, 81, 82, *range(84, 94), *range(119, 123))
 """Words of the state (see :mod:`.state`): x, f, pc, the reservation of lr, frm, badaddr; priv,
@@ -100,8 +100,8 @@ class SavedHart:
         state.store()
 
 
-def machine_of(board: Board) -> Machine:
-    """All that a snapshot of the board consists of, for ``machine.MachineSnapshots``."""
+def components_of(board: Board) -> dict[str, Component]:
+    """All parts of the board but its memory, in the order in which they are to be put in force."""
     components: dict[str, Component] = {
         "clock": board.clock,
         "hart": SavedHart(board.cpu),
@@ -112,5 +112,9 @@ def machine_of(board: Board) -> Machine:
         "finisher": board.finisher,
         "board": board,
     }
-    components |= {f"slot{index}": slot for index, slot in enumerate(board.slots)}
-    return Machine(components, {"memory": board.ram})
+    return components | {f"slot{index}": slot for index, slot in enumerate(board.slots)}
+
+
+def machine_of(board: Board) -> Machine:
+    """All that a snapshot of the board consists of, for ``machine.MachineSnapshots``."""
+    return Machine(components_of(board), {"memory": board.ram})

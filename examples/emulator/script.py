@@ -68,7 +68,7 @@ class Session:
 
     def send(self, text: str) -> None:
         """Type ``text``."""
-        self._connected().uart.receive(text.encode())
+        self._connected().receive(text.encode())
 
     def command(self, line: str, prompt: str) -> str:
         """Type a command; what the guest wrote between its echo and the next prompt."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import pty
+import re
+import socket
+import subprocess
+import sys
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +169,27 @@ def test_command_line_runs_a_program_by_script(program, tmp_path, capfd):
     arguments = ["--bios", str(program), "--ram", "8M", "--script", str(script)]
     assert main(arguments) == 0
     assert capfd.readouterr().out == ">q"
+
+
+def test_command_line_lets_gdb_have_the_run(program, tmp_path):
+    script = tmp_path / "talk"
+    script.write_text("expect >\nsend xyq\npoweroff\n")
+    command = [sys.executable, "-m", "examples.emulator", "--bios", str(program), "--ram", "8M"]
+    with subprocess.Popen(
+        [*command, "--gdb", "0", "--script", str(script)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        port = int(re.search(rb":(\d+)", process.stderr.readline())[1])
+        with socket.create_connection(("127.0.0.1", port)) as gdb:
+            gdb.sendall(b"$bc#c5")
+            answer = b""
+            while b"#" not in answer:
+                answer += gdb.recv(100)
+            assert answer.startswith(b"+$T05replaylog:begin;")
+            gdb.sendall(b"$k#6b")
+        assert process.wait(60) == 0
 
 
 def test_command_line_fails_with_the_script(program, tmp_path, capfd):
