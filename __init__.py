@@ -70,6 +70,10 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "VirtioPci": "virtio.pci",
+    "ErrorPolicy": "virtio.error_policy",
+    "VhostUserServer": "virtio.vhost_user.server",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -91,8 +95,11 @@ __all__ = [
     "PyvirtioError",
     "RawDisk",
     "UnsupportedError",
+    "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
+    "VirtioPci",
+    "ZonedDisk",
     "__version__",
     "create_disk",
     "open_disk",
@@ -113,6 +120,7 @@ if TYPE_CHECKING:
     from .backend.rebase import rebase
     from .backend.registry import Measurement
     from .backend.stream import stream
+    from .backend.zoned import ZonedDisk
     from .errors import (
         BackendError,
         GuestError,
@@ -125,8 +133,11 @@ if TYPE_CHECKING:
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk
+    from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
+    from .virtio.vhost_user.server import VhostUserServer
 
 
 def __getattr__(name: str) -> Any:
