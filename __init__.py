@@ -29,6 +29,7 @@ for _name, _module, _attribute, _prefixes in (
     ("blkverify", "blkverify", "DRIVER", ("blkverify",)),
     ("compress", "compress", "DRIVER", ()),
     ("copy-on-read", "copy_on_read", "DRIVER", ()),
+    ("nbd", "nbd", "DRIVER", ("nbd", "nbd+tcp", "nbd+unix")),
     ("preallocate", "preallocate", "DRIVER", ()),
     ("quorum", "quorum", "DRIVER", ()),
     ("throttle", "throttle", "DRIVER", ()),
