@@ -61,7 +61,7 @@ class NbdDisk(Disk):
         if server_read_only and not read_only:
             self._disconnect()
             raise BackendError(
-                errno.EACCES, "request on denied for read-only export", self.filename
+                errno.EACCES, "Could not open image: Permission denied", self.filename
             )
         self._flags = nbd.Transmission(flags)
         super().__init__(
