@@ -321,7 +321,9 @@ def metadata_facts(file: Disk) -> dict[str, Any]:
 def _tables(file: Disk, header: Header) -> Iterator[dict[str, Any]]:
     """The L2 tables of the disk with their entries that are not 0."""
     geometry = header.geometry
-    table = load_table(file, header.l1_table_offset, header.l1_size) if header.l1_size else array("Q")
+    table = (
+        load_table(file, header.l1_table_offset, header.l1_size) if header.l1_size else array("Q")
+    )
     for index, entry in enumerate(table):
         offset = entry & layout.OFFSET_MASK
         if not offset:
