@@ -1,4 +1,4 @@
-"""``show``: the host file of a qcow2 image drawn cluster by cluster, in the terminal or as a page."""
+"""``show``: the host file of a qcow2 image drawn cluster by cluster, here or in a page."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from ...errors import ImageError, PyvirtioError
+from ...errors import BackendError, ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, report, text_of
+from ..messages import Failure, errno_text, report, say_more, text_of
 from ..objects import Objects
 from .listing import snapshot_lines
 from .opening import Source, open_image
@@ -78,6 +78,7 @@ def _change(disk: Disk, action: str, name: str) -> None:
             snapshots.apply(snapshots.find(name))
         else:
             snapshots.delete(snapshots.find_by(name=name))
+            _free(disk)
     except KeyError:
         if action == "-a":
             raise Failure(f"Could not apply snapshot '{name}': {_NO_SUCH}") from None
@@ -92,6 +93,17 @@ def _change(disk: Disk, action: str, name: str) -> None:
         if action == "-c" and not text.startswith(prefix):
             text = f"-{number} ({os.strerror(number)})"
         raise Failure(text if text.startswith(prefix) else prefix + text) from error
+
+
+def _free(disk: Disk) -> None:
+    """What only the snapshot used is freed with the next flush."""
+    try:
+        disk.flush()
+    except OSError as error:
+        reason = errno_text(error)
+        say_more(f"qcow2_free_clusters failed: {reason}\n")
+        text = f"Failed to free the cluster and L1 table: {reason}"
+        raise BackendError(error.errno or errno.EIO, text) from error
 
 
 def _number(error: Exception) -> int:
