@@ -36,6 +36,7 @@ OPTIONS = (
 
 _NO_SUCH = "Failed to load snapshot: No such file or directory"
 _MAX_NAME = 255
+_MAX_REFCOUNT_TABLE = (8 << 20) // 8
 """Bytes of a name that QEMU keeps."""
 
 
@@ -85,7 +86,7 @@ def _change(disk: Disk, action: str, name: str) -> None:
         raise Failure(f"Could not delete snapshot '{name}': snapshot not found") from None
     except (PyvirtioError, ValueError, OSError) as error:
         text = text_of(error)
-        number = _number(error)
+        number = _number(disk, error)
         if action == "-a" and isinstance(error, ImageError):
             report(text)
             text = f"Failed to load snapshot: {os.strerror(number)}"
@@ -106,11 +107,18 @@ def _free(disk: Disk) -> None:
         raise BackendError(error.errno or errno.EIO, text) from error
 
 
-def _number(error: Exception) -> int:
+def _number(disk: Disk, error: Exception) -> int:
     """The error's number, as far as it can be told."""
     number: int | None = getattr(error, "errno", None)
     if number:
         return number
+    value = getattr(error, "value", None)
+    if getattr(error, "field", None) == "refcount" and "below" in str(error):
+        # A cluster that is not counted at all. QEMU tries to, with a longer refcount table.
+        info = disk.info()
+        per_block = 8 * (info.cluster_size or 1) // info.specific.get("refcount-bits", 1)
+        fits = isinstance(value, int) and value // per_block < _MAX_REFCOUNT_TABLE
+        return errno.EAGAIN if fits else errno.EFBIG
     return errno.EFBIG if re.search("too (big|large|many)", str(error), re.I) else errno.EINVAL
 
 
