@@ -1,4 +1,4 @@
-# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | fuzz | mutants:
+# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | fuzz | fuzz-img | mutants:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux fuzz mutants lint bench clean
+.PHONY: venv demo demo-uboot test crash crash-linux fuzz fuzz-img mutants lint bench clean
 
 venv: $(STAMP)
 
@@ -37,6 +37,11 @@ crash-linux: venv
 # met. FUZZ="--seed 1 --sequences 5" runs certain ones.
 fuzz: venv
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)
+
+# Random command lines for pyvirtio-img and qemu-img until interrupted; prints what differs.
+# FUZZ="--seed 1 --count 100" gives both certain ones.
+fuzz-img: venv
+	PYTHONPATH=tests $(BIN)/python -m support.img_twins $(FUZZ)
 
 # A list of one-line faults, each put into a copy of the code: the tests named must catch all.
 mutants: venv
