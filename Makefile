@@ -21,8 +21,9 @@ demo: venv
 demo-uboot: venv
 	$(BIN)/python -m examples.emulator.demo_uboot
 
+# Side by side, a file of tests on one worker: what a file sets up is set up once.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The random parts of the suite, twenty times as long: model, power failures, faults.
 crash: venv

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,6 @@ def _initramfs(busybox: Path, modules: Sequence[Path]) -> bytes:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    scratch = path.with_suffix(".part")
+    scratch = path.with_suffix(f".{os.getpid()}.part")
     scratch.write_bytes(data)
     scratch.replace(path)

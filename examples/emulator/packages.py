@@ -7,11 +7,13 @@ architecture's or release's, private lists are made in that folder.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -47,19 +49,30 @@ class Packages:
 
     def get_all(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, Path]:
         """The same for several packages at once, which is quicker."""
-        missing = {name: only for name, only in wanted.items() if not (self.folder / name).is_dir()}
-        if missing:
-            self._fetch(missing)
+        if not all((self.folder / name).is_dir() for name in wanted):
+            with self._alone():  # and look again: another process may just have fetched them
+                self._fetch({n: o for n, o in wanted.items() if not (self.folder / n).is_dir()})
         return {name: self.folder / name for name in wanted}
 
     def depends(self, name: str) -> list[str]:
         """The packages that a package needs, alternatives and versions left out."""
         _need_tools(name)
-        done = self._with_lists(["apt-cache"], ["depends", "--no-recommends", name])
+        with self._alone():
+            done = self._with_lists(["apt-cache"], ["depends", "--no-recommends", name])
         lines = (line.strip() for line in done.stdout.splitlines())
         return [line.split()[1] for line in lines if line.startswith("Depends: ")]
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time: apt does not share its folders."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _fetch(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        if not wanted:
+            return
         _need_tools(", ".join(wanted))
         scratch = self.folder / f"{os.getpid()}.part"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -74,8 +87,7 @@ class Packages:
                     _extract(archives[0], unpacked, only)
                 else:
                     self._run(["dpkg-deb", "--extract", str(archives[0]), str(unpacked)], scratch)
-                if not (self.folder / name).is_dir():
-                    unpacked.rename(self.folder / name)
+                unpacked.rename(self.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
