@@ -36,7 +36,7 @@ _DEFAULT_IO_TYPES = frozenset(IO_TYPES) - {"block-status"}
 _SECTOR = 512
 
 _GROUP = re.compile(r'\[(\S+) "([^"]+)"\]|\[([^\]]+)\]?')
-_VALUE = re.compile(r'\s*(\S+)\s+=\s+(?:"([^"]*)"|())')
+_VALUE = re.compile(r'\s*(\S+)\s+=\s*(?:"([^"]*)"|())')
 
 
 @dataclass(eq=False, slots=True)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
+from ..errors import BackendError, PyvirtioError, message_of
 from .disk import Disk, Extent
 from .progress import Progress, silent
 from .zeroes import first_nonzero
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["CompareError", "Comparison", "compare"]
 
 _CHUNK = 2 << 20
 _SECTOR = 512
+
+
+class CompareError(BackendError):
+    """One of the disks could not be read, or asked what it holds."""
+
+    def __init__(self, error: Exception, disk: Disk, offset: int, *, mapping: bool) -> None:
+        number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
+        super().__init__(number, message_of(error), disk.filename)
+        self.disk = disk
+        self.offset = offset
+        self.mapping = mapping
+        """It was its state that could not be had, not its data."""
+        self.past_end = False
+        """It was behind the end of the shorter disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +58,8 @@ def compare(
     common, total = min(first.size, second.size), max(first.size, second.size)
     offset = 0
     while offset < common:
-        one = first.block_status(offset, common - offset)
-        two = second.block_status(offset, common - offset)
+        one = _status(first, offset, common - offset)
+        two = _status(second, offset, common - offset)
         if strict and _state(one) != _state(two):
             message = f"Strict mode: Offset {offset} block status mismatch!"
             return Comparison(False, sizes_differ, message=message)
@@ -55,19 +71,36 @@ def compare(
                 return _mismatch(sizes_differ, found)
         offset += length
         progress(offset, total)
-    if sizes_differ:
-        longer = first if first.size > second.size else second
+    longer = first if first.size > second.size else second
+    try:
         while offset < total:
-            extent = longer.block_status(offset, total - offset)
+            extent = _status(longer, offset, total - offset)
             length = extent.length
             if not extent.zero:
                 length = min(length, _CHUNK)
-                at = first_nonzero(longer.read(offset, length))
+                at = first_nonzero(_read(longer, offset, length))
                 if at >= 0:
                     return _mismatch(True, offset + at, past_end=True)
             offset += length
             progress(offset, total)
+    except CompareError as error:
+        error.past_end = True
+        raise
     return Comparison(True, sizes_differ)
+
+
+def _status(disk: Disk, offset: int, length: int) -> Extent:
+    try:
+        return disk.block_status(offset, length)
+    except (PyvirtioError, OSError) as error:
+        raise CompareError(error, disk, offset, mapping=True) from error
+
+
+def _read(disk: Disk, offset: int, length: int) -> bytes:
+    try:
+        return disk.read(offset, length)
+    except (PyvirtioError, OSError) as error:
+        raise CompareError(error, disk, offset, mapping=False) from error
 
 
 def _state(extent: Extent) -> tuple[bool, ...]:
@@ -86,9 +119,9 @@ def _compare(
 ) -> int | None:
     """The first byte that differs; None if all are equal."""
     if one.zero or two.zero:
-        at = first_nonzero((second if one.zero else first).read(offset, length))
+        at = first_nonzero(_read(second if one.zero else first, offset, length))
         return None if at < 0 else offset + at
-    left, right = first.read(offset, length), second.read(offset, length)
+    left, right = _read(first, offset, length), _read(second, offset, length)
     return None if left == right else offset + _first_difference(left, right)
 
 

@@ -20,7 +20,7 @@ def measure(source: Disk | int, *, format: str = "qcow2", **options: Any) -> Mea
     kind = find_format(format)
     if kind.measure is None:
         raise UnsupportedError(
-            f"Format driver '{format}' does not support measurement", feature="measure"
+            f"Block driver '{format}' does not support size measurement", feature="measure"
         )
     if isinstance(source, Disk):
         return kind.measure(source.size, source, **options)

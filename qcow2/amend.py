@@ -36,6 +36,8 @@ class AmendOptions:
     lazy_refcounts: bool | None = None
     refcount_bits: int | None = None
     data_file_raw: bool | None = None
+    data_file: str | None = None
+    """The name to be stored of the external data file; an empty one for none."""
 
     @classmethod
     def of(cls, **options: Any) -> AmendOptions:
@@ -77,6 +79,8 @@ def amend(
         if options.data_file_raw is False and header.autoclear_features & Autoclear.RAW_DATA:
             kept = header.autoclear_features & ~Autoclear.RAW_DATA
             update_header(metadata, autoclear_features=kept)
+        if options.data_file is not None:
+            update_header(metadata, data_file=options.data_file or None)
         if options.backing_file is not None or options.backing_fmt is not None:
             _change_backing_file(metadata, options)
         if options.lazy_refcounts is not None and header.version >= 3:
@@ -99,6 +103,8 @@ def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, vers
     header = metadata.header
     if options.data_file_raw and not header.autoclear_features & Autoclear.RAW_DATA:
         raise ValueError("data-file-raw cannot be set on existing images")
+    if options.data_file is not None and not header.incompatible_features & Incompatible.DATA_FILE:
+        raise ValueError("data-file can only be set for images that use an external data file")
     bits = options.refcount_bits
     if bits is not None:
         if not 1 <= bits <= 64 or bits & (bits - 1):
@@ -108,7 +114,8 @@ def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, vers
                 "Refcount widths other than 16 bits require compatibility level 1.1 or above "
                 "(use compat=1.1 or greater)"
             )
-    if options.lazy_refcounts and version < 3:
+    was_lazy = bool(header.compatible_features & Compatible.LAZY_REFCOUNTS)
+    if options.lazy_refcounts and not was_lazy and version < 3:
         raise ValueError(
             "Lazy refcounts only supported with compatibility level 1.1 and above "
             "(use compat=1.1 or greater)"
@@ -126,7 +133,8 @@ def _check_downgrade(metadata: Metadata, snapshots: Snapshots, bits: int, size: 
         raise UnsupportedError("Cannot downgrade an image with a data file", feature="downgrade")
     if features & ~_FEATURES:
         raise UnsupportedError(
-            "Cannot downgrade an image with incompatible features set", feature="downgrade"
+            f"Cannot downgrade an image with incompatible features {features & ~_FEATURES:#x} set",
+            feature="downgrade",
         )
     if metadata.header.bitmaps is not None:
         raise UnsupportedError("Cannot downgrade an image with bitmaps", feature="downgrade")

@@ -195,7 +195,10 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     file.truncate(used << geometry.cluster_bits)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
-    file.write(header.refcount_table_offset, pack_table(entries))
+    table = pack_table(entries).ljust(table_clusters << geometry.cluster_bits, b"\0")
+    file.write(header.refcount_table_offset, table)
+    # The whole cluster takes space: what uses less than its clusters passes for preallocated.
+    file.write(len(packed), bytes(geometry.cluster_size - len(packed)))
     if luks:
         file.write(luks_offset, luks)
     file.flush()

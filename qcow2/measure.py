@@ -31,7 +31,21 @@ def measure(size: int, source: Disk | None, **options: Any) -> Measurement:
         data = 0 if source is None else _data(source, geometry)
     metadata = _metadata(geometry, size)
     has_bitmaps = geometry.version >= 3 and source is not None and _may_have_bitmaps(source)
-    return Measurement(metadata + data, metadata + size, 0 if has_bitmaps else None)
+    bitmaps = _bitmaps(source, geometry) if has_bitmaps else None
+    return Measurement(metadata + data, metadata + size, bitmaps)
+
+
+def _bitmaps(source: Disk | None, geometry: Geometry) -> int:
+    """Bytes that the source's bitmaps take: their bits, tables and directory, with every cluster
+    stored."""
+    cluster = geometry.cluster_size
+    total = directory = 0
+    for bitmap in getattr(source, "bitmaps", ()):
+        bits = -(-bitmap.disk_size >> bitmap.granularity_bits)
+        clusters = geometry.clusters(-(-bits // 8))
+        total += (clusters + geometry.clusters(8 * clusters)) * cluster
+        directory += -(-(24 + len(bitmap.name.encode())) // 8) * 8
+    return total + geometry.clusters(directory) * cluster
 
 
 def _may_have_bitmaps(source: Disk) -> bool:

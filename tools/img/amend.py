@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PyvirtioError
+from ...errors import ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, text_of
+from ..messages import Failure, report, text_of
 from ..objects import Objects
 from ..optlist import Given, accumulate, wants_help
 from .opening import Source, cache_mode, open_image
@@ -104,10 +106,33 @@ def _amend(disk: Disk, given: Given, objects: Objects, meter: Meter, *, force: b
         for name, value in given.values.items()
         if name not in _PLAIN and name != "data_file"
     }
+    _check_files(disk, given)
+    if "data_file" in given.values:
+        changes["data_file"] = given.values["data_file"]
     if keys:
         _amend_keys(disk, keys, objects, force=force)
     if changes:
-        amend(progress=meter, **changes)
+        try:
+            amend(progress=meter, **changes)
+        except ImageError as error:
+            if "L1 table" not in str(error):
+                raise
+            report(text_of(error))
+            number = errno.EFBIG if "too large" in str(error) else errno.EINVAL
+            text = f"Failed to turn zero into data clusters: {os.strerror(number)}"
+            raise Failure(text) from error
+
+
+def _check_files(disk: Disk, given: Given) -> None:
+    """What QEMU does not change here."""
+    info = disk.info()
+    backing, kind = given.text("backing_file"), given.text("backing_fmt")
+    given_any = backing is not None or kind is not None
+    if given_any and (backing, kind) != (info.backing_filename, info.backing_format):
+        hint = "You can use 'qemu-img rebase' instead.\n"
+        raise Failure("Cannot amend the backing file", hint=hint)
+    if "data_file" in given.values and "data-file" not in disk.children:
+        raise Failure("data-file can only be set for images that use an external data file")
 
 
 def _amend_keys(disk: Disk, keys: dict[str, Any], objects: Objects, *, force: bool) -> None:

@@ -86,10 +86,7 @@ def _act(disk: Disk, other: Disk, action: str, value: str, name: str, granularit
     bitmaps, sources = bitmaps_of(disk), bitmaps_of(other)
     if bitmaps is None:
         if action == "--add":
-            raise ValueError(
-                f"Can't make bitmap '{name}' persistent: Driver '{disk.format_name}' does not "
-                "support persistent bitmaps"
-            )
+            raise ValueError("Can't store persistent bitmaps to #block000: Operation not supported")
         raise ValueError(f"Dirty bitmap '{name}' not found")
     if action == "--add":
         bitmaps.add(name, granularity=granularity or None)

@@ -13,6 +13,7 @@ from ..getopt import Option
 from ..messages import Failure, errno_text, text_of
 from ..objects import Objects
 from ..sizes import cvtnum
+from .formats import prefix_of
 from .info import full_name
 from .opening import Source, cache_mode, open_image
 from .shared import FORMAT, HELP, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Meter, one_operand
@@ -79,16 +80,15 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
 
 
 def find_layer(disk: Disk, name: str) -> Disk | None:
-    """The layer below the disk that goes by a name: as an image has it, or as a path."""
-    chain = list(layers(disk))
-    for above, layer in pairwise(chain):
-        if name == layer.filename or name == getattr(above, "backing_file", None):
-            return layer
+    """The layer below the disk of that name, which may be relative to the layer above."""
+    for above, layer in pairwise(layers(disk)):
+        if layer.filename is None:
+            continue
+        if prefix_of(name) is not None:
+            if name in (layer.filename, getattr(above, "backing_file", None)):
+                return layer
+            continue
         full = full_name(above.filename, name)
-        if full is not None and layer.filename is not None and _same(full, layer.filename):
+        if full is not None and os.path.realpath(full) == os.path.realpath(layer.filename):
             return layer
     return None
-
-
-def _same(one: str, two: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(two)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 
-from ...backend.compare import compare
-from ...errors import PyvirtioError
+from ...backend.compare import CompareError, compare
 from ..getopt import Option, UsageError
-from ..messages import Failure, errno_text
+from ..messages import Failure
 from ..objects import Objects
 from .opening import Source, cache_mode, open_image
 from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Meter
@@ -27,7 +27,7 @@ OPTIONS = (
     Option(("-s",), None, "Sizes and allocation have to be the same, too."),
 )
 
-_NOT_OPENED, _NOT_READ = 2, 4
+_NOT_OPENED, _NOT_MAPPED, _NOT_READ = 2, 3, 4
 
 
 def run(found: list[tuple[str, str]], operands: list[str]) -> int:
@@ -62,8 +62,16 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             raise Failure(failure.message, _NOT_OPENED) from failure
         try:
             result = compare(first, second, strict="-s" in given, progress=meter)
-        except (PyvirtioError, OSError) as error:
-            raise Failure(f"Error while reading: {errno_text(error)}", _NOT_READ) from error
+        except CompareError as error:
+            if error.past_end and not quiet:
+                print("Warning: Image size mismatch!")
+            name = operands[0 if error.disk is first else 1]
+            reason = os.strerror(error.errno or 5)
+            if error.mapping:
+                text = f"Sector allocation test failed for {name}"
+                raise Failure(text, _NOT_MAPPED) from error
+            text = f"Error while reading offset {error.offset} of {name}: {reason}"
+            raise Failure(text, _NOT_READ) from error
         if not quiet:
             if result.sizes_differ and (result.identical or result.past_end):
                 print("Warning: Image size mismatch!")

@@ -16,7 +16,7 @@ from ..optlist import Given, accumulate, wants_help
 from ..sizes import cvtnum, parse_number
 from .bitmap_copy import check_bitmaps, copy_bitmaps
 from .creating import add_backing, create_image
-from .formats import check_protocol, is_driver
+from .formats import check_protocol
 from .opening import Source, cache_mode, open_image
 from .settings import create_settings, print_create_help
 from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Meter
@@ -217,7 +217,7 @@ def _convert(
                 out_of_order="-W" in job,
                 salvage=salvage if "--salvage" in job else None,
                 rate_limit=job.rate_limit,
-                progress=meter,
+                progress=meter.beyond_zero,
             )
         except CopyError as error:
             raise Failure(error.brief) from error
@@ -230,10 +230,9 @@ def _convert(
 def _creation(job: _Job, target: str, size: int) -> Given:
     """The options for making the target."""
     format = job.format or "raw"
-    if not is_driver(format):
-        raise Failure(f"Unknown file format '{format}'")
+    settings = create_settings(format)
     check_protocol(target)
-    given = Given(create_settings(format))
+    given = Given(settings)
     if job.options is not None:
         given.parse(job.options)
     given.put("size", str(size))

@@ -69,10 +69,9 @@ def _given(
     filename: str, format: str, options: str | None, size: int | None, chosen: dict[str, str]
 ) -> Given:
     """The options for creating."""
-    if not is_driver(format):
-        raise Failure(f"Unknown file format '{format}'")
+    settings = create_settings(format)
     check_protocol(filename)
-    given = Given(create_settings(format))
+    given = Given(settings)
     if options is not None:
         given.parse(options)
     if given.number("size") is None:
@@ -106,7 +105,7 @@ def _look_at_backing(filename: str, given: Given, objects: Objects, *, look: boo
     if full is None:
         raise Failure(f"Cannot use relative backing file names for '{filename}'")
     try:
-        disk = open_quietly(Source(full, kind), objects)
+        disk = open_quietly(Source(full, kind), objects, no_io=True)
     except (PyvirtioError, ValueError, OSError) as error:
         raise Failure(f"{text_of(error)}\nCould not open backing image.") from error
     with disk:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ...backend.file import FileDisk
-from ...backend.open import create_disk
+from ...backend.open import FileReference, create_disk
 from ..messages import Failure
 from ..objects import Objects
 from ..optlist import Given
@@ -44,16 +45,21 @@ def create_image(filename: str, format: str, given: Given, objects: Objects) -> 
     protocol = check_protocol(filename)
     if protocol != "file":
         raise Failure(f"Protocol driver '{protocol}' does not support image creation")
-    if filename.startswith("file:"):
-        filename = filename[len("file:") :]
+    path = Path(filename.removeprefix("file:"))
     size = given.number("size") or 0
     size = -(-size // _SECTOR) * _SECTOR
     if format == "file":
         preallocation = given.text("preallocation") or "off"
-        with FileDisk.create(filename) as file:
+        with FileDisk.create(path) as file:
             file.truncate(size, preallocation=preallocation, shrink=True)
         return
-    create_disk(filename, size, format=format, **creation_arguments(format, given, objects)).close()
+    arguments = creation_arguments(format, given, objects)
+    create_disk(path, size, format=format, backing=_no_backing, **arguments).close()
+
+
+def _no_backing(reference: FileReference) -> str | None:
+    """Nothing is read through the new image: its backing file may be missing."""
+    return None if reference.role == "backing" else reference.name
 
 
 def creation_arguments(format: str, given: Given, objects: Objects) -> dict[str, Any]:

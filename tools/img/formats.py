@@ -6,7 +6,7 @@ import re
 
 from ..messages import Failure
 
-__all__ = ["DRIVERS", "check_protocol", "is_driver", "prefix_of"]
+__all__ = ["DRIVERS", "NOT_HERE", "check_protocol", "is_driver", "prefix_of"]
 
 DRIVERS = (
     "blkdebug",
@@ -29,6 +29,26 @@ DRIVERS = (
     "throttle",
 )
 """What ``--help`` lists."""
+
+NOT_HERE = (
+    "bochs",
+    "cloop",
+    "dmg",
+    "ftp",
+    "ftps",
+    "gluster",
+    "iscsi",
+    "iser",
+    "nfs",
+    "nvme",
+    "rbd",
+    "replication",
+    "snapshot-access",
+    "ssh",
+    "vvfat",
+    "copy-before-write",
+)
+"""QEMU's drivers that cannot make images, and are not here at all."""
 
 _PREFIXES = ("file", "nbd", "http", "https", "blkdebug", "blkverify", "null-co", "null-aio", "json")
 _PREFIX = re.compile(r"([^/:]*):")

@@ -73,7 +73,10 @@ def _collect(source: Source, objects: Objects, whole: bool) -> list[dict[str, An
 def image_facts(disk: Disk) -> dict[str, Any]:
     """QEMU's ``ImageInfo`` of a disk."""
     info = disk.info()
-    facts: dict[str, Any] = {"filename": info.filename or "", "format": info.format}
+    name = info.filename or ""
+    if prefix_of(name) not in (None, "json") and os.path.exists(name):
+        name = f"./{name}"  # a path, whatever it looks like
+    facts: dict[str, Any] = {"filename": name, "format": info.format}
     facts["virtual-size"] = info.virtual_size
     if info.actual_size is not None:
         facts["actual-size"] = info.actual_size
@@ -86,7 +89,7 @@ def image_facts(disk: Disk) -> dict[str, Any]:
         facts["format-specific"] = {"type": info.format, "data": _plain(info.specific)}
     if info.backing_filename is not None:
         facts["backing-filename"] = info.backing_filename
-        full = full_name(info.filename, info.backing_filename)
+        full = full_name(name, info.backing_filename)
         if full is not None:
             facts["full-backing-filename"] = full
         if info.backing_format is not None:
@@ -103,7 +106,9 @@ def full_name(image: str | None, backing: str) -> str | None:
         return backing
     if image is None or image.startswith("json:"):
         return None
-    return os.path.join(os.path.dirname(image), backing)
+    prefix = prefix_of(image)
+    start = 0 if prefix is None else len(prefix) + 1
+    return image[: max(start, image.rfind("/") + 1)] + backing
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         format = given.get("-O", "raw")
         arguments = _arguments(format, options, objects)
         wanted = disk if disk is not None else -(-(size or 0) // 512) * 512
+        if format == "file":
+            raise Failure("Block driver 'file' does not support size measurement")
         try:
             measured = measure(wanted, format=format, **arguments)
         except (PyvirtioError, ValueError, OSError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ...backend.chain import as_overlay
+from ...backend.chain import Overlay, as_overlay
 from ...backend.rebase import rebase
 from ...errors import PyvirtioError
 from ..getopt import Option, UsageError
@@ -72,6 +72,8 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         )
         if kind is not None and not is_driver(kind):
             raise Failure(f"Invalid format name: '{kind}'")
+        if not isinstance(disk, Overlay):
+            raise Failure(_prefix(base) + "Operation not supported")
         if unsafe:
             _rename(disk, base, kind)
             return 0
@@ -82,7 +84,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
                 new.close()
             raise _refusal(base)
         try:
-            rebase(disk, new, name=base, format=kind, progress=meter)
+            rebase(disk, new, name=base, format=kind if base else None, progress=meter)
         except (PyvirtioError, ValueError, OSError) as error:
             raise Failure(_reason(error, base)) from error
     return 0
@@ -125,13 +127,15 @@ def _refusal(base: str) -> Failure:
     )
 
 
+def _prefix(base: str | None) -> str:
+    return f"Could not change the backing file to '{'(null)' if base is None else base}': "
+
+
 def _reason(error: Exception, base: str | None) -> str:
-    prefix = f"Could not change the backing file to '{base if base is not None else '(null)'}': "
+    prefix = _prefix(base)
     text = text_of(error)
     if "too long" in text or "space" in text.lower():
         return prefix + "No space left in the file header"
-    if getattr(error, "feature", None) == "backing file":
-        return prefix + "Operation not supported"
     if isinstance(error, OSError):
         return f"Error while writing to COW image: {errno_text(error)}"
     return prefix + text

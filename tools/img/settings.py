@@ -99,9 +99,9 @@ def create_settings(format: str, *, protocol: bool = True) -> tuple[Setting, ...
     settings = _CREATE.get(format)
     if settings is None:
         from ...backend.registry import format_names
-        from .formats import DRIVERS
+        from .formats import DRIVERS, NOT_HERE
 
-        if format in DRIVERS or format in format_names():
+        if format in (*DRIVERS, *NOT_HERE) or format in format_names():
             raise Failure(f"Format driver '{format}' does not support image creation")
         raise Failure(f"Unknown file format '{format}'")
     if protocol:
@@ -114,9 +114,10 @@ def amend_settings(format: str) -> tuple[Setting, ...]:
     """The options that can be changed. Raises Failure if the format is unknown or has none."""
     settings = _AMEND.get(format)
     if settings is None:
-        if format in _CREATE:
-            raise Failure(f"Format driver '{format}' does not support option amendment")
-        create_settings(format)
+        from .formats import NOT_HERE, is_driver
+
+        if format not in NOT_HERE and not is_driver(format):
+            raise Failure(f"Unknown file format '{format}'")
         raise Failure(f"Format driver '{format}' does not support option amendment")
     return settings
 

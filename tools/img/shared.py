@@ -79,6 +79,11 @@ class Meter:
         percent = 100.0 * done / total if total else 100.0
         self.percent(percent, done, total)
 
+    def beyond_zero(self, done: int, total: int) -> None:
+        """So many bytes are done, if any are: where the beginning has been told already."""
+        if done:
+            self(done, total)
+
     def percent(self, percent: float, done: int = 0, total: int = 0) -> None:
         """So much is done; shown if it is more than a step from what is shown."""
         if not self._shown:

@@ -50,10 +50,8 @@ def _open(disk: Disk, choice: SnapshotChoice) -> Disk:
     if snapshots is None:
         name = disk.format_name
         raise ValueError(
-            f"Device '' (format '{name}') does not support internal snapshots"
-            if choice.either is None
-            else f"Block format '{name}' used by device '' does not support feature "
-            "'internal snapshots'"
+            f"Block format '{name}' used by device '' does not support temporarily loading "
+            "internal snapshots"
         )
     try:
         if choice.either is not None:
