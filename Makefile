@@ -1,5 +1,5 @@
 # make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | interop-vhost |
-# fuzz | fuzz-vhost | mutants:
+# fuzz | fuzz-img | fuzz-vhost | mutants:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-vhost mutants mutants-device \
+.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-vhost fuzz-img mutants mutants-device \
 	conformance lint bench clean
 
 venv: $(STAMP)
@@ -49,6 +49,11 @@ fuzz-vhost: venv
 # met. FUZZ="--seed 1 --sequences 5" runs certain ones.
 fuzz: venv
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)
+
+# Random command lines for pyvirtio-img and qemu-img until interrupted; prints what differs.
+# FUZZ="--seed 1 --count 100" gives both certain ones.
+fuzz-img: venv
+	PYTHONPATH=tests $(BIN)/python -m support.img_twins $(FUZZ)
 
 # A list of one-line faults, each put into a copy of the code: the tests named must catch all.
 mutants: venv

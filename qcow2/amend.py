@@ -161,7 +161,8 @@ def _check_downgrade(metadata: Metadata, snapshots: Snapshots, bits: int, size: 
         raise UnsupportedError("Cannot downgrade an image with a data file", feature="downgrade")
     if features & ~_FEATURES:
         raise UnsupportedError(
-            "Cannot downgrade an image with incompatible features set", feature="downgrade"
+            f"Cannot downgrade an image with incompatible features {features & ~_FEATURES:#x} set",
+            feature="downgrade",
         )
     if metadata.header.bitmaps is not None:
         raise UnsupportedError("Cannot downgrade an image with bitmaps", feature="downgrade")

@@ -142,7 +142,7 @@ def test_the_backing_file_is_amended(tmp_path: Path) -> None:
         ({}, {"compat": "0.10", "lazy_refcounts": True}, "Lazy refcounts only supported"),
         ({"compat": "0.10"}, {"lazy_refcounts": True}, "Lazy refcounts only supported"),
         ({"refcount_bits": 8}, {"compat": "0.10"}, "compat=0.10 requires refcount_bits=16"),
-        ({"extended_l2": True}, {"compat": "0.10"}, "incompatible features set"),
+        ({"extended_l2": True}, {"compat": "0.10"}, "incompatible features 0x10 set"),
         ({}, {"data_file_raw": True}, "data-file-raw cannot be set on existing images"),
     ],
 )

@@ -25,7 +25,7 @@ from .shared import (
 if TYPE_CHECKING:
     from ...qcow2.result import CheckResult
 
-__all__ = ["OPTIONS", "run"]
+__all__ = ["OPTIONS", "check_quietly", "run"]
 
 OPTIONS = (
     HELP,
@@ -133,3 +133,18 @@ def _print(result: CheckResult) -> None:
         )
     if result.image_end_offset:
         print(f"Image end offset: {result.image_end_offset}")
+
+
+def check_quietly(source: Source, objects: Objects) -> list[str]:
+    """What a check finds, in a few words; nothing if all is well or there is nothing to check."""
+    with open_image(source, objects, backing=False, for_check=True) as disk:
+        check = getattr(disk, "check", None)
+        if check is None:
+            return []
+        result: CheckResult = check(None)
+    counts = (
+        (result.corruptions, "corruptions"),
+        (result.leaks, "leaked clusters"),
+        (result.check_errors, "parts that cannot be checked"),
+    )
+    return [f"{count} {what}" for count, what in counts if count]

@@ -43,5 +43,14 @@ QEMU: dict[str, str] = {
 }
 """qemu-img's, in the order of its help text."""
 
-OURS: dict[str, str] = {}
+OURS: dict[str, str] = {
+    "completion": "bash | zsh | fish",
+    "diff": "[--image-opts] [-f fmt] [-F fmt] [-l snapshot] [-L snapshot] [-g granularity] "
+    "[--output=ofmt] [-p] [-U] filename1 [filename2]",
+    "dump": "[--image-opts] [-f fmt] [--json] [-U] filename",
+    "explain": "[--image-opts] [-f fmt] [--output=ofmt] [-U] filename offset",
+    "man": "[command]",
+    "show": "[--image-opts] [-f fmt] [--html=page] [--width=columns] [-U] filename",
+    "verify-chain": "[--image-opts] [-f fmt] [--fast] [-U] filename",
+}
 """What qemu-img lacks."""

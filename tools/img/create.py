@@ -105,7 +105,7 @@ def _look_at_backing(filename: str, given: Given, objects: Objects, *, look: boo
     if full is None:
         raise Failure(f"Cannot use relative backing file names for '{filename}'")
     try:
-        disk = open_quietly(Source(full, kind), objects)
+        disk = open_quietly(Source(full, kind), objects, no_io=True)
     except (PyvirtioError, ValueError, OSError) as error:
         raise Failure(f"{text_of(error)}\nCould not open backing image.") from error
     with disk:

@@ -8,9 +8,9 @@ from .commands import OURS, QEMU
 from .formats import DRIVERS
 from .program import VERSION
 
-__all__ = ["help_text"]
+__all__ = ["PARAMETERS", "help_text"]
 
-_PARAMETERS = """\
+PARAMETERS = """\
 Command parameters:
   'filename' is a disk image filename
   'objectdef' is a QEMU user creatable object definition. See the qemu(1)
@@ -113,4 +113,4 @@ def help_text() -> str:
     ]
     if OURS:
         lines += ["Not in qemu-img:", *(f"  {name} {usage}" for name, usage in OURS.items()), ""]
-    return "\n".join(lines) + f"\n{_PARAMETERS}\nSupported formats: {' '.join(DRIVERS)}\n"
+    return "\n".join(lines) + f"\n{PARAMETERS}\nSupported formats: {' '.join(DRIVERS)}\n"

@@ -8,6 +8,10 @@ import sys
 
 from ... import __version__
 
+TYPE_CHECKING = False  # as type checkers know it; importing typing takes time at every start
+if TYPE_CHECKING:
+    from ..messages import Failure
+
 __all__ = ["VERSION", "run"]
 
 VERSION = "7.2.22"
@@ -19,15 +23,13 @@ def run(argv: list[str]) -> int:
     name = os.path.basename(argv[0])
     if argv[1:2] in (["--version"], ["-V"]):
         return _finish(0, f"{name} version {VERSION} (pyvirtio {__version__})\n")
-    from ..messages import Failure, report, say_more, text_of
+    from ..messages import Failure, say_more, text_of
 
+    _buffer_output()
     try:
         return _finish(_run(argv))
     except Failure as failure:
-        if failure.message:
-            report(failure.message)
-            say_more(failure.hint)
-        return _finish(failure.status)
+        return _fail(failure)
     except BrokenPipeError:
         return _finish(0)
     except KeyboardInterrupt:
@@ -38,8 +40,35 @@ def run(argv: list[str]) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         return 130
     except (OSError, ValueError, KeyError, MemoryError, ArithmeticError) as error:
-        report(text_of(error))
-        return _finish(1)
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, Failure):
+            behind = behind.__context__
+        # Closing the image failed as well; what came first says more.
+        return _fail(Failure(text_of(error)) if behind is None else behind)
+
+
+def _fail(failure: Failure) -> int:
+    from ..messages import report, say_more
+
+    if failure.message:
+        report(failure.message)
+        say_more(failure.hint)
+    return _finish(failure.status)
+
+
+def _buffer_output() -> None:
+    """As C's streams do it: into a pipe, output comes after what is said of errors. And any file
+    name can be printed."""
+    stdout = sys.__stdout__
+    if stdout is not None and stdout is sys.stdout and not stdout.isatty():
+        stdout.flush()
+        sys.stdout = open(  # noqa: SIM115 (it lives as long as the program)
+            1, "w", encoding="utf-8", errors="surrogateescape", closefd=False
+        )
+    else:
+        reconfigure = getattr(sys.stdout, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="surrogateescape")
 
 
 def _finish(status: int, text: str = "") -> int:

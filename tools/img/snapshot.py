@@ -8,9 +8,9 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from ...errors import ImageError, PyvirtioError
+from ...errors import BackendError, ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, report, text_of
+from ..messages import Failure, errno_text, report, say_more, text_of
 from ..objects import Objects
 from .listing import snapshot_lines
 from .opening import Source, open_image
@@ -36,6 +36,7 @@ OPTIONS = (
 
 _NO_SUCH = "Failed to load snapshot: No such file or directory"
 _MAX_NAME = 255
+_MAX_REFCOUNT_TABLE = (8 << 20) // 8
 """Bytes of a name that QEMU keeps."""
 
 
@@ -78,13 +79,14 @@ def _change(disk: Disk, action: str, name: str) -> None:
             snapshots.apply(snapshots.find(name))
         else:
             snapshots.delete(snapshots.find_by(name=name))
+            _free(disk)
     except KeyError:
         if action == "-a":
             raise Failure(f"Could not apply snapshot '{name}': {_NO_SUCH}") from None
         raise Failure(f"Could not delete snapshot '{name}': snapshot not found") from None
     except (PyvirtioError, ValueError, OSError) as error:
         text = text_of(error)
-        number = _number(error)
+        number = _number(disk, error)
         if action == "-a" and isinstance(error, ImageError):
             report(text)
             text = f"Failed to load snapshot: {os.strerror(number)}"
@@ -94,11 +96,29 @@ def _change(disk: Disk, action: str, name: str) -> None:
         raise Failure(text if text.startswith(prefix) else prefix + text) from error
 
 
-def _number(error: Exception) -> int:
+def _free(disk: Disk) -> None:
+    """What only the snapshot used is freed with the next flush."""
+    try:
+        disk.flush()
+    except OSError as error:
+        reason = errno_text(error)
+        say_more(f"qcow2_free_clusters failed: {reason}\n")
+        text = f"Failed to free the cluster and L1 table: {reason}"
+        raise BackendError(error.errno or errno.EIO, text) from error
+
+
+def _number(disk: Disk, error: Exception) -> int:
     """The error's number, as far as it can be told."""
     number: int | None = getattr(error, "errno", None)
     if number:
         return number
+    value = getattr(error, "value", None)
+    if getattr(error, "field", None) == "refcount" and "below" in str(error):
+        # A cluster that is not counted at all. QEMU tries to, with a longer refcount table.
+        info = disk.info()
+        per_block = 8 * (info.cluster_size or 1) // info.specific.get("refcount-bits", 1)
+        fits = isinstance(value, int) and value // per_block < _MAX_REFCOUNT_TABLE
+        return errno.EAGAIN if fits else errno.EFBIG
     return errno.EFBIG if re.search("too (big|large|many)", str(error), re.I) else errno.EINVAL
 
 

@@ -11,6 +11,7 @@ from ... import __version__
 __all__ = ["COMMANDS", "run"]
 
 COMMANDS = {
+    "nbd": ("nbd", "images as exports of an NBD server"),
     "vhost-user-blk": ("vhost_user_blk", "a virtio-blk device for QEMU and other VMMs"),
 }
 """Subcommand -> module here with ``run(program, arguments) -> exit status``, and what it serves."""
