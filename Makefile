@@ -1,4 +1,5 @@
-# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | fuzz | fuzz-img | mutants:
+# make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | interop-vhost |
+# fuzz | fuzz-img | fuzz-vhost | mutants:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -6,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux fuzz fuzz-img mutants lint bench clean
+.PHONY: venv conformance mutants-device demo demo-uboot test crash crash-linux interop-vhost \
+	fuzz-vhost fuzz-img fuzz mutants lint bench clean
 
 venv: $(STAMP)
 
@@ -34,6 +36,15 @@ crash: venv
 crash-linux: venv
 	PYVIRTIO_LINUX_CUTS=50 $(BIN)/python -m pytest tests/examples/test_linux_crash.py
 
+# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed.
+# Ten minutes.
+interop-vhost: venv
+	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py
+
+# Random messages of a hostile vhost-user front-end: ten minutes.
+fuzz-vhost: venv
+	PYVIRTIO_VHOST_FUZZ=10000 $(BIN)/python -m pytest tests/virtio/test_vhost_user_messages.py
+
 # Twin images, ours and QEMU's, through random operations until interrupted; prints which features
 # met. FUZZ="--seed 1 --sequences 5" runs certain ones.
 fuzz: venv
@@ -47,6 +58,21 @@ fuzz-img: venv
 # A list of one-line faults, each put into a copy of the code: the tests named must catch all.
 mutants: venv
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
+
+# The conformance suite on our own device in all its forms; the matrix goes to docs/.
+FORMS := mmio mmio_callbacks mmio_v1 mmio_v1_big pci pci_callbacks pci_legacy
+conformance: venv
+	mkdir -p build/conformance
+	for form in $(FORMS); do \
+		$(BIN)/python -m pytest -q --pyargs pyvirtio.virtio.conformance --matrix build/conformance/$$form \
+			--device pyvirtio.virtio.conformance.ours:$$form || exit 1; \
+	done
+	$(BIN)/python -m pyvirtio.virtio.conformance.table --title "Our own device" \
+		$(foreach form,$(FORMS),$(form)=build/conformance/$(form).json) > docs/conformance_matrix.md
+
+# A fault for each rule for devices: the tests of the suite that cite the rule must find it.
+mutants-device: venv
+	$(BIN)/python tests/mutants/device.py $(MUTANTS)
 
 # mypy has to see the root folder under the package's own name.
 PACKAGE := __init__.py errors.py py.typed backend machine qcow2 tools virtio
@@ -64,7 +90,7 @@ lint: venv build/types/pyvirtio
 bench: venv
 	$(BIN)/python benchmarks/device.py --format raw
 	$(BIN)/python benchmarks/device.py --format qcow2
-	for program in benchmarks/qcow2*.py; do $(BIN)/python $$program || exit 1; done
+	for program in benchmarks/qcow2*.py benchmarks/vhost_user.py; do $(BIN)/python $$program || exit 1; done
 
 clean:
 	rm -rf $(VENV) build .cache *.egg-info

@@ -29,6 +29,7 @@ for _name, _module, _attribute, _prefixes in (
     ("blkverify", "blkverify", "DRIVER", ("blkverify",)),
     ("compress", "compress", "DRIVER", ()),
     ("copy-on-read", "copy_on_read", "DRIVER", ()),
+    ("nbd", "nbd", "DRIVER", ("nbd", "nbd+tcp", "nbd+unix")),
     ("preallocate", "preallocate", "DRIVER", ()),
     ("quorum", "quorum", "DRIVER", ()),
     ("throttle", "throttle", "DRIVER", ()),
@@ -70,6 +71,10 @@ _HOMES = {
     "GuestMemory": "virtio.memory",
     "VirtioBlk": "virtio.blk",
     "VirtioMmio": "virtio.mmio",
+    "VirtioPci": "virtio.pci",
+    "ErrorPolicy": "virtio.error_policy",
+    "VhostUserServer": "virtio.vhost_user.server",
+    "ZonedDisk": "backend.zoned",
 }
 
 __all__ = [
@@ -91,8 +96,11 @@ __all__ = [
     "PyvirtioError",
     "RawDisk",
     "UnsupportedError",
+    "VhostUserServer",
     "VirtioBlk",
     "VirtioMmio",
+    "VirtioPci",
+    "ZonedDisk",
     "__version__",
     "create_disk",
     "open_disk",
@@ -113,6 +121,7 @@ if TYPE_CHECKING:
     from .backend.rebase import rebase
     from .backend.registry import Measurement
     from .backend.stream import stream
+    from .backend.zoned import ZonedDisk
     from .errors import (
         BackendError,
         GuestError,
@@ -125,8 +134,11 @@ if TYPE_CHECKING:
     from .machine.snapshots import MachineSnapshots
     from .machine.state import Machine
     from .virtio.blk import VirtioBlk
+    from .virtio.error_policy import ErrorPolicy
     from .virtio.memory import GuestMemory
     from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
+    from .virtio.vhost_user.server import VhostUserServer
 
 
 def __getattr__(name: str) -> Any:

@@ -202,10 +202,8 @@ def _limits(node: Node, below: Disk) -> tuple[Limits, int, int]:
     limits = replace(
         below.limits,
         request_alignment=align,
-        write_zeroes_alignment=max(
-            values["opt-write-zero"] or below.limits.write_zeroes_alignment, align
-        ),
-        discard_alignment=max(values["opt-discard"] or below.limits.discard_alignment, align),
+        write_zeroes_alignment=align,  # smaller parts than the best ones are handed on, too
+        discard_alignment=align,
         max_transfer=values["max-transfer"] or below.limits.max_transfer,
     )
     return limits, values["max-write-zero"], values["max-discard"]

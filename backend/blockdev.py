@@ -93,6 +93,8 @@ def open_node(
             disk = _open_format(driver, node, dict(arguments or {}))
         try:
             _refuse_unknown(driver, node, disk)
+            if name in context.graph.nodes:
+                raise ValueError(f"Duplicate nodes with node-name='{name}'")
         except BaseException:
             disk.close()
             raise

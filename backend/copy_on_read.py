@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .buffers import is_zero
+from .chain import layers
 from .direct import SharedLock
 from .disk import Disk, Extent
 from .filter import FilterDisk
@@ -42,10 +44,9 @@ class CopyOnReadDisk(FilterDisk):
             start += extent.length
 
     def _is_below(self, extent: Extent) -> bool:
-        depth = extent.depth
-        if depth == 0 or not extent.allocated:
-            return depth == 0 and not extent.allocated and self.below.backing is not None
-        return depth <= self._bottom_depth
+        if extent.depth == 0:
+            return not extent.allocated
+        return self._bottom_depth is None or extent.depth <= self._bottom_depth
 
     def _copy(self, start: int, end: int) -> None:
         """Copy a range that was below a moment ago; others may have written it since."""
@@ -59,7 +60,11 @@ class CopyOnReadDisk(FilterDisk):
                     self.below.debug_event("cor_write")
                     for at in range(start, stop, 1 << 20):
                         part = min(1 << 20, stop - at)
-                        self.below.write(at, self.below.read(at, part))
+                        data = self.below.read(at, part)
+                        if is_zero([memoryview(data)]):
+                            self.below.write_zeroes(at, part)
+                        else:
+                            self.below.write(at, data)
             start = stop
 
     def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
@@ -75,17 +80,14 @@ class CopyOnReadDisk(FilterDisk):
             super()._discard(offset, length)
 
 
-def _depth_below(disk: Disk, bottom: Disk | None) -> int:
-    """How deep the layers are that are copied from."""
-    depth, layer = 0, disk.backing
-    while layer is not None:
-        depth += 1
+def _depth_below(disk: Disk, bottom: Disk | None) -> int | None:
+    """How deep the layers are that are copied from; None: all."""
+    if bottom is None:
+        return None
+    for depth, layer in enumerate(layers(disk)):
         if layer is bottom:
             return depth
-        layer = layer.backing
-    if bottom is not None:
-        raise ValueError("Bottom node is not in the chain of the file")
-    return max(depth, 1)
+    raise ValueError("Bottom node is not in the chain of the file")
 
 
 def _open(node: Node) -> Disk:

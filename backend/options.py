@@ -251,6 +251,9 @@ class Options:
                 value = int(value, 0)
             except ValueError:
                 value = None
+            else:
+                if -(1 << 63) <= value < 0:
+                    value += 1 << 64  # as C's strtoull has it
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
             raise ValueError(f"Parameter '{name}' expects a number")
         return value

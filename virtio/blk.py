@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Final
+from threading import get_ident
+from time import monotonic_ns
+from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.state import StateReader, StateWriter
+from ..backend.zones import ZoneError
 from ..errors import GuestError, PyvirtioError
 from . import layout as at
-from .device import BUDGET, Queue, VirtioDevice
+from .blk_commands import BlockCommands, RefusedError
+from .blk_config import BlockTraits, Geometry, Lifetime
+from .device import VirtioDevice
+from .error_policy import ErrorPolicy
 from .express import make_express
+from .express_packed import make_packed_express
+from .iommu import Translate
 from .layout import SECTOR_SIZE, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
-from .memory import Segment
-from .request import BlockRequest, make_parser
+from .memory import GuestMemory, Segment
+from .observe import RequestRecord
+from .packed import PackedRing
+from .queue import Queue
+from .request import make_parser
 from .ring import Chain, Ring
+from .service import BUDGET, HELD
 from .split import SplitRing
+from .transport import Transport
+from .zone_requests import ZONE_STATUS, ZoneRequests
 
 __all__ = ["VirtioBlk"]
 
 _log = logging.getLogger(__name__)
-
-_MAX_RANGE_SECTORS: Final = 0x3F_FFFF
-"""Sectors of one range of DISCARD or WRITE_ZEROES: just under 2 GiB, QEMU's limit."""
-_MAX_DISCARD_SEGMENTS: Final = 32
-_MAX_WRITE_ZEROES_SEGMENTS: Final = 1
-"""One as in QEMU: where the disk has no zero clusters, zeroes are really written."""
-
-
-class _RefusedError(GuestError):
-    """The driver broke a rule, and the answer to that is a status."""
-
-    def __init__(self, reason: str, status: int = at.VIRTIO_BLK_S_IOERR) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class VirtioBlk(VirtioDevice):
@@ -45,10 +45,19 @@ class VirtioBlk(VirtioDevice):
     ``queue_size``: entries of each of ``num_queues`` queues, a power of two.
     ``packed``: offer packed queues, too; a driver that knows them will choose them.
     ``logical_block_size``: bytes; a hint to the driver, requests are in units of 512 anyway.
+    ``size_max``: most bytes of a descriptor that the driver is to use; None tells it no limit.
+    ``geometry``: None is a guess, as QEMU's.
+    ``lifetime``: asked how worn the storage is, where that is known.
+    ``secure_erase``: offer SECURE_ERASE, done by overwriting.
+    ``errors``: what becomes of requests that the disk cannot do; see :attr:`on_stop`.
+    ``in_order``, ``access_platform``: offer these features.
+    ``iommu``: translates the driver's addresses, see :mod:`.iommu`.
+    ``io_threads``: serve the queues in so many threads, see :mod:`.workers`; 0 is in the caller's.
     ``strict``: errors of the driver raise GuestError, too, for those who write one.
 
-    Limits and alignments that the driver is told are the disk's. Sectors are 512 bytes; what a disk
-    has beyond its last whole sector cannot be reached.
+    Limits and alignments that the driver is told are the disk's; a ZonedDisk's zones are offered.
+    Sectors are 512 bytes; what a disk has beyond its last whole sector cannot be reached. A disk
+    that is closed under the device answers IOERR.
     """
 
     device_id = at.VIRTIO_ID_BLOCK
@@ -62,111 +71,123 @@ class VirtioBlk(VirtioDevice):
         queue_size: int = 256,
         num_queues: int = 1,
         logical_block_size: int = 512,
+        size_max: int | None = None,
+        geometry: Geometry | None = None,
+        lifetime: Callable[[], Lifetime] | None = None,
+        secure_erase: bool = False,
+        errors: ErrorPolicy | None = None,
         packed: bool = False,
+        in_order: bool = False,
+        access_platform: bool = False,
+        iommu: Translate | None = None,
+        io_threads: int = 0,
         strict: bool = False,
     ) -> None:
         if read_only is None:
             read_only = disk.read_only
         elif disk.read_only and not read_only:
             raise ValueError("the disk is read-only")
-        if not 512 <= logical_block_size <= 1 << 20 or logical_block_size & logical_block_size - 1:
-            raise ValueError(
-                f"logical_block_size is {logical_block_size}, must be a power of two, 512 to 1 MiB"
-            )
-        self._serial = serial.encode("ascii")
-        if len(self._serial) > at.VIRTIO_BLK_ID_BYTES:
+        self.serial = serial.encode("ascii")
+        if len(self.serial) > at.VIRTIO_BLK_ID_BYTES:
             raise ValueError(f"serial {serial!r} is longer than 20 characters")
+        self.traits = BlockTraits(
+            disk=disk,
+            read_only=read_only,
+            logical_block_size=logical_block_size,
+            num_queues=num_queues,
+            queue_size=queue_size,
+            size_max=size_max,
+            geometry=geometry,
+            lifetime=lifetime,
+            secure_erase=secure_erase,
+        )
         self.disk = disk
         self.read_only = read_only
         self.logical_block_size = logical_block_size
+        self.errors = ErrorPolicy() if errors is None else errors
         self.capacity = disk.size // SECTOR_SIZE
         """Sectors of 512 bytes."""
         self.writeback = True
         """Writes may stay volatile until a flush; otherwise each is stable when it completes."""
-        self._handlers: dict[int, Callable[[BlockRequest], int]] = {
-            at.VIRTIO_BLK_T_FLUSH: self._flush,
-            at.VIRTIO_BLK_T_FLUSH_OUT: self._flush,  # BLK-118
-            at.VIRTIO_BLK_T_GET_ID: self._get_id,
-            at.VIRTIO_BLK_T_DISCARD: self._discard,
-            at.VIRTIO_BLK_T_WRITE_ZEROES: self._write_zeroes,
-        }
+        commands = BlockCommands(self)
+        self._handlers = commands.handlers
+        if self.traits.zoned is not None:
+            self._handlers |= ZoneRequests(self, self.traits.zoned, commands).handlers
         super().__init__(
-            features=self._block_features(num_queues),
+            features=self.traits.features(),
             num_queues=num_queues,
             queue_size=queue_size,
             packed=packed,
+            in_order=in_order,
+            access_platform=access_platform,
+            iommu=iommu,
+            io_threads=io_threads,
             strict=strict,
         )
         self.was_reset()
         self._stop_listening = disk.on_resize(self._resized)
 
     def detach(self) -> None:
-        """Stop following changes of the disk's size; the device is not used any more."""
+        """The device is not used any more: end its threads, and stop following the disk's size.
+
+        A second call does nothing.
+        """
+        self.close()
         self._stop_listening()
+        self._stop_listening = lambda: None
 
     # -- features and configuration ------------------------------------------------------------
 
-    def _block_features(self, num_queues: int) -> int:
-        bits = [
-            at.VIRTIO_BLK_F_SEG_MAX,
-            at.VIRTIO_BLK_F_BLK_SIZE,
-            at.VIRTIO_BLK_F_FLUSH,
-            at.VIRTIO_BLK_F_TOPOLOGY,
-            at.VIRTIO_BLK_F_CONFIG_WCE,
-        ]
-        if num_queues > 1:
-            bits.append(at.VIRTIO_BLK_F_MQ)
-        if self.read_only:
-            bits.append(at.VIRTIO_BLK_F_RO)
-        else:
-            bits += [at.VIRTIO_BLK_F_DISCARD, at.VIRTIO_BLK_F_WRITE_ZEROES]
-        return sum(1 << bit for bit in bits)
+    @property
+    def offered_features(self) -> int:
+        """See :class:`VirtioDevice`. A legacy device offers no zones (BLK-16)."""
+        return super().offered_features & ~(self.legacy << at.VIRTIO_BLK_F_ZONED)
 
-    def _make_config(self) -> bytes:
-        """struct virtio_blk_config; fields whose feature is not offered are 0."""
-        limits = self.disk.limits
-        block = self.logical_block_size
-        physical = max(limits.request_alignment // block, 1)
-        discards = not self.read_only
-        queue_size = self.queues[0].state.max_size
-        return self.structs.blk_config.pack(
-            self.capacity,
-            0,  # size_max
-            max(queue_size - 2, 1),  # seg_max: a chain has a header and a status besides
-            0,
-            0,
-            0,  # geometry
-            block,
-            physical.bit_length() - 1,
-            0,  # alignment_offset
-            min(physical, 0xFFFF),  # min_io_size
-            min(limits.optimal_io_size // block, 0xFFFF_FFFF),
-            int(self.writeback),
-            len(self.queues) if len(self.queues) > 1 else 0,
-            _MAX_RANGE_SECTORS if discards else 0,
-            _MAX_DISCARD_SEGMENTS if discards else 0,
-            max(limits.discard_alignment, block) // SECTOR_SIZE if discards else 0,
-            _MAX_RANGE_SECTORS if discards else 0,
-            _MAX_WRITE_ZEROES_SEGMENTS if discards else 0,
-            int(discards),  # write_zeroes_may_unmap
+    def features_valid(self) -> bool:
+        """See :class:`VirtioDevice`. Zones to be written in order have to be known (BLK-18)."""
+        zoned = self.accepted(at.VIRTIO_BLK_F_ZONED)
+        return super().features_valid() and (zoned or not self.traits.host_managed)
+
+    def _make_config(self, *, zoned: bool = True) -> bytes:
+        return self.traits.pack(
+            self.structs, self.capacity, self.writeback, zoned=zoned and not self.legacy
         )
+
+    def _refresh_config(self) -> None:
+        """Have the configuration that goes with what was negotiated, if that is settled."""
+        settled = self.status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK)
+        self._config = self._make_config(zoned=not settled or self.accepted(at.VIRTIO_BLK_F_ZONED))
 
     def read_config(self, offset: int, length: int) -> bytes:
         """See :class:`VirtioDevice`."""
-        return self._config[offset : offset + length].ljust(length, b"\0")
+        with self.lock:
+            config = self._config
+        return config[offset : offset + length].ljust(length, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See :class:`VirtioDevice`. ``writeback`` alone can be written (BLK-47)."""
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
         if 0 <= where < len(data) and allowed:
-            self.writeback = bool(data[where])
-            self._config = self._make_config()
+            with self.lock:
+                self.writeback = bool(data[where])
+                self._refresh_config()
+
+    def connect(self, memory: GuestMemory, transport: Transport, **options: Any) -> None:
+        """See :class:`VirtioDevice`. Zones that must be written in order need a driver that knows
+        them: there is no legacy one."""
+        if options.get("legacy") and self.traits.host_managed:
+            raise ValueError("a legacy device has no zones")
+        super().connect(memory, transport, **options)
 
     def was_reset(self) -> None:
         """See :class:`VirtioDevice`."""
         self.writeback = True
-        self._config = self._make_config()
+        self._refresh_config()
+        self.memory_changed()
+
+    def memory_changed(self) -> None:
+        """See :class:`VirtioDevice`."""
         self._parse = make_parser(self._memory, self.structs)
 
     def negotiated(self) -> None:
@@ -177,12 +198,13 @@ class VirtioBlk(VirtioDevice):
         """
         if not (self.legacy and self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)):
             self.writeback = self.accepted(at.VIRTIO_BLK_F_FLUSH)
-            self._config = self._make_config()
+        self._refresh_config()
 
     def _resized(self, size: int) -> None:
-        self.capacity = size // SECTOR_SIZE
-        self._config = self._make_config()
-        self.config_changed()
+        with self.holding():
+            self.capacity = size // SECTOR_SIZE
+            self._refresh_config()
+            self.config_changed()
 
     def save_own(self, stream: StateWriter) -> None:
         """See :class:`VirtioDevice`."""
@@ -201,7 +223,7 @@ class VirtioBlk(VirtioDevice):
         def adopt() -> None:
             self.writeback = writeback
             self.capacity = self.disk.size // SECTOR_SIZE
-            self._config = self._make_config()
+            self._refresh_config()
             if self.capacity != capacity:
                 self.config_changed()
 
@@ -209,13 +231,14 @@ class VirtioBlk(VirtioDevice):
 
     # -- requests ----------------------------------------------------------------------------
 
-    def process(self, chain: Chain) -> int:
+    def process(self, chain: Chain, queue: Queue) -> int:
         """Do one request; see :class:`VirtioDevice`.
 
         The used length is the number of bytes written into the chain: data and status where it
         succeeded, the status byte alone where it did not.
         """
-        memory = self._memory
+        memory, observer = self._memory, self.observer
+        started = 0 if observer is None else monotonic_ns()
         request = self._parse(chain)
         kind, sector, outgoing, incoming, status_byte = request
         resets = self.resets
@@ -224,11 +247,11 @@ class VirtioBlk(VirtioDevice):
         try:
             if kind == VIRTIO_BLK_T_IN:
                 if outgoing:
-                    raise _RefusedError("a read with data for the device")
+                    raise RefusedError("a read with data for the device")
                 written = self._read(sector, incoming)
             elif kind == VIRTIO_BLK_T_OUT:
                 if incoming:
-                    raise _RefusedError("a write with room for data")
+                    raise RefusedError("a write with room for data")
                 self._write(sector, outgoing)
             else:
                 handler = self._handlers.get(kind)
@@ -237,29 +260,65 @@ class VirtioBlk(VirtioDevice):
                 else:
                     written = handler(request)
         except Exception as error:
-            status = self.status_of(error, sector)
+            status = self.status_of(error, sector, kind == VIRTIO_BLK_T_IN)
+            if status == HELD:
+                return HELD
+            if status == at.VIRTIO_BLK_S_OK:  # the error is ignored
+                written = _total(incoming)
         if self.resets == resets:  # else the memory is the driver's again (BF-29)
             memory.store_byte(status_byte, status)
+        if observer is not None:
+            length = _total(outgoing) or written
+            observer.done(
+                RequestRecord(
+                    queue.index, kind, sector, length, status, started, monotonic_ns(), get_ident()
+                )
+            )
         return written + 1
 
-    def status_of(self, error: Exception, sector: int) -> int:
-        """The answer to a request that ended in ``error``; raises it again if that is a bug."""
+    def status_of(self, error: Exception, sector: int, reading: bool) -> int:
+        """The answer to a request that ended in ``error``; raises it again if that is a bug.
+
+        HELD where the request is to be kept: the device is paused then.
+        """
         if isinstance(error, GuestError):
             _log.debug("request at sector %d: %s", sector, error)
-            self.violation(error)
-            return error.status if isinstance(error, _RefusedError) else at.VIRTIO_BLK_S_IOERR
+            if not isinstance(error, RefusedError):
+                self.violation(error)
+                return at.VIRTIO_BLK_S_IOERR
+            if not error.forgiven:
+                self.violation(error)
+            return error.status
+        if isinstance(error, ZoneError):
+            self.violation(GuestError(str(error)))
+            # A driver that did not take the zones knows their statuses as little.
+            zoned = self.accepted(at.VIRTIO_BLK_F_ZONED)
+            return ZONE_STATUS[error.fault] if zoned else at.VIRTIO_BLK_S_IOERR
+        if _closed(self.disk):
+            _log.warning("request at sector %d: the disk is closed (%s)", sector, error)
+            return at.VIRTIO_BLK_S_IOERR
         if isinstance(error, (OSError, PyvirtioError)):
             _log.warning("I/O error at sector %d: %s", sector, error)
-            return at.VIRTIO_BLK_S_IOERR
-        if isinstance(error, ValueError) and self.disk.closed:
-            return at.VIRTIO_BLK_S_IOERR
+            action = self.errors.action(error, reading)
+            if action == "stop":
+                self.hold(error)
+                return HELD
+            return at.VIRTIO_BLK_S_OK if action == "ignore" else at.VIRTIO_BLK_S_IOERR
         raise error
+
+    def check_writable(self) -> None:
+        """Raise RefusedError on a read-only device (BLK-66, BLK-67; whether RO was accepted or
+        not). Not held against the driver."""
+        if self.read_only:
+            raise RefusedError("a write to a read-only device", forgiven=True)
 
     def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
         """See :class:`VirtioDevice`."""
-        if not isinstance(ring, SplitRing):
-            return None
-        return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, SplitRing):
+            return make_express(self, queue, ring, self._memory, BUDGET)
+        if isinstance(ring, PackedRing):
+            return make_packed_express(self, queue, ring, self._memory, BUDGET)
+        return None
 
     def _read(self, sector: int, segments: list[Segment]) -> int:
         """Read from the disk into ``segments``; how many bytes."""
@@ -286,9 +345,7 @@ class VirtioBlk(VirtioDevice):
 
     def _write(self, sector: int, segments: list[Segment]) -> None:
         """Write ``segments`` to the disk."""
-        if self.read_only:
-            # BLK-66, BLK-67; whether RO was accepted or not. Not held against the driver.
-            raise OSError("write to a read-only device")
+        self.check_writable()
         memory = self._memory
         length = segments[0][1] if len(segments) == 1 else _total(segments)
         if length & (SECTOR_SIZE - 1) or sector + length // SECTOR_SIZE > self.capacity:
@@ -310,66 +367,18 @@ class VirtioBlk(VirtioDevice):
     def _check_long(self, length: int, segments: list[Segment], writable: bool) -> None:
         """Before a transfer that is done in pieces: refuse it whole."""
         if length > at.CHAIN_BYTES_MAX:
-            raise _RefusedError(f"a chain of {length} bytes")  # VQ-S-16
+            raise RefusedError(f"a chain of {length} bytes")  # VQ-S-16
         self._memory.check(segments, writable)
 
-    def _out_of_bounds(self, sector: int, length: int) -> _RefusedError:
+    def _out_of_bounds(self, sector: int, length: int) -> RefusedError:
         if length % SECTOR_SIZE:
-            return _RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
-        return _RefusedError(f"{length} bytes at sector {sector} of {self.capacity}")  # BLK-37
+            return RefusedError(f"{length} bytes of data are no whole sectors")  # BLK-41
+        return RefusedError(f"{length} bytes at sector {sector} of {self.capacity}")  # BLK-37
 
-    def _flush(self, request: BlockRequest) -> int:
-        self.disk.flush()
-        return 0
 
-    def _get_id(self, request: BlockRequest) -> int:
-        """BLK-108; into a shorter buffer (BLK-43) as much as goes."""
-        left = self._serial.ljust(at.VIRTIO_BLK_ID_BYTES, b"\0")
-        written = 0
-        for address, length in request.incoming:
-            part = left[:length]
-            if part:
-                self._memory.write(address, part)
-            left = left[length:]
-            written += len(part)
-        return written
-
-    # -- ranges: DISCARD and WRITE_ZEROES ------------------------------------------------------
-
-    def _ranges(self, request: BlockRequest, most: int) -> list[tuple[int, int, int]]:
-        """The (offset, length, flags) of the request's segments, in bytes; all are checked."""
-        if self.read_only:
-            raise OSError("write to a read-only device")
-        struct = self.structs.blk_segment
-        total = sum(length for _, length in request.outgoing)
-        if total % struct.size or total > most * struct.size:  # BLK-42, BLK-44, BLK-46
-            raise _RefusedError(f"{total} bytes of ranges, at most {most} are allowed")
-        data = b"".join(self._memory.read(*segment) for segment in request.outgoing)
-        ranges = []
-        unmap = at.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
-        for sector, count, flags in struct.iter_unpack(data):
-            if flags & ~unmap or (flags and request.kind == at.VIRTIO_BLK_T_DISCARD):
-                raise _RefusedError(f"flags {flags:#x}", at.VIRTIO_BLK_S_UNSUPP)  # BLK-68, BLK-69
-            if count > _MAX_RANGE_SECTORS or sector + count > self.capacity:
-                raise _RefusedError(f"{count} sectors at {sector} of {self.capacity}")
-            ranges.append((sector * SECTOR_SIZE, count * SECTOR_SIZE, flags))
-        return ranges
-
-    def _discard(self, request: BlockRequest) -> int:
-        if not self.accepted(at.VIRTIO_BLK_F_DISCARD):
-            raise _RefusedError("a discard, which was not negotiated", at.VIRTIO_BLK_S_UNSUPP)
-        for offset, length, _ in self._ranges(request, _MAX_DISCARD_SEGMENTS):
-            self.disk.discard(offset, length)
-        return 0
-
-    def _write_zeroes(self, request: BlockRequest) -> int:
-        if not self.accepted(at.VIRTIO_BLK_F_WRITE_ZEROES):
-            raise _RefusedError("write zeroes, which was not negotiated", at.VIRTIO_BLK_S_UNSUPP)
-        for offset, length, flags in self._ranges(request, _MAX_WRITE_ZEROES_SEGMENTS):
-            self.disk.write_zeroes(offset, length, unmap=bool(flags))
-            if not self.writeback:
-                self.disk.flush()
-        return 0
+def _closed(disk: Disk) -> bool:
+    """The disk, or one below it, was closed under the device."""
+    return disk.closed or any(_closed(child) for child in disk.children.values())
 
 
 def _total(segments: list[Segment]) -> int:

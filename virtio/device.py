@@ -1,11 +1,12 @@
 """The core of a virtio device: status, features, queues, configuration (virtio 1.4 §2, §3).
 
 It knows nothing of registers: a transport (MMIO, another engine) translates its own into the
-methods here and is told about interrupts through the two of :class:`Transport`. What a driver can
-see and change is plain data in :class:`DeviceState`.
+methods here, as :class:`~.transport.TransportDevice` has them, and is told about interrupts through
+the two of :class:`~.transport.Transport`. What a driver can see and change is plain data in
+:class:`DeviceState`. Serving the queues is :mod:`.service`'s, saving and loading :mod:`.saving`'s.
 
-A device is driven by one thread at a time. Its methods may be called again from inside an
-interrupt callback.
+A device is driven by one thread at a time; with ``io_threads``, by any. Its methods may be called
+again from inside an interrupt callback.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from ..backend.state import StateReader, StateWriter
-from ..errors import GuestError, UnsupportedError
+from ..errors import GuestError
+from .guarded import Guarded, locked
+from .iommu import Translate, TranslatedMemory
 from .layout import (
     BIG,
     LITTLE,
@@ -29,8 +29,10 @@ from .layout import (
     STATUS_FAILED,
     STATUS_FEATURES_OK,
     STATUS_NEEDS_RESET,
+    VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET,
@@ -39,11 +41,16 @@ from .layout import (
     Structs,
 )
 from .memory import GuestMemory
-from .packed import PackedRing
+from .observe import Observer, Observers
+from .queue import DeviceState, Queue
 from .ring import Chain, QueueState, Ring
-from .split import SplitRing
+from .rings import make_ring
+from .saving import load_device, save_device
+from .service import Service
+from .transport import Transport
+from .workers import WorkerService
 
-__all__ = ["DeviceState", "Queue", "Transport", "VirtioDevice"]
+__all__ = ["VirtioDevice"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,54 +59,11 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
-BUDGET = 1024
-"""Chains that one kick serves, to the end of the batch in which that is reached; what is left is
-for :meth:`VirtioDevice.poll` or the next kick. Only a driver that runs at the same time can have
-that many more, or one that has the device write to its own rings."""
-
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
 
 
-class Transport(Protocol):
-    """What a device needs of the thing it is reached through."""
-
-    def queue_interrupt(self, index: int) -> None:
-        """Queue ``index`` has used buffers that the driver wants to hear of."""
-
-    def config_interrupt(self) -> None:
-        """The configuration, or DEVICE_NEEDS_RESET, has changed."""
-
-
-@dataclass(slots=True)
-class DeviceState:
-    """Everything there is to know of a device outside guest memory and its configuration."""
-
-    queues: list[QueueState]
-    status: int = 0
-    driver_features: int = 0
-    config_generation: int = 0
-    broken: bool = False
-    """Stopped by an error until the driver resets it."""
-
-
-@dataclass(slots=True)
-class Queue:
-    """A virtqueue: its state, and its ring while it may be served."""
-
-    index: int
-    state: QueueState
-    ring: Ring | None = field(default=None, repr=False)
-    express: Callable[[], None] | None = field(default=None, repr=False)
-    """A short way to serve it, if there is one; see :meth:`VirtioDevice.make_express`."""
-    pending: bool = False
-    """Kicked, and not served to the end yet."""
-    serving: bool = False
-    interrupt: bool = False
-    """While serving: the driver wants to hear of what was published."""
-
-
-class VirtioDevice(ABC):
+class VirtioDevice(Guarded, ABC):
     """The transport-independent part of every virtio device."""
 
     device_id: int
@@ -111,32 +75,63 @@ class VirtioDevice(ABC):
         num_queues: int,
         queue_size: int,
         packed: bool = False,
+        in_order: bool = False,
+        access_platform: bool = False,
+        iommu: Translate | None = None,
+        io_threads: int = 0,
         strict: bool = False,
     ) -> None:
-        """``features``: those of the device type, as a bit mask. ``packed``: offer packed queues.
+        """``features``: those of the device type, as a bit mask. ``packed``, ``in_order``,
+        ``access_platform``: offer packed queues, IN_ORDER, ACCESS_PLATFORM.
 
-        With ``strict`` an error of the driver raises GuestError after the device has answered it,
-        and an error of our own is raised as it is.
+        ``iommu`` translates every address that the driver gives, see :mod:`.iommu`; it implies
+        ACCESS_PLATFORM, and a driver that does not accept that is refused (BF-91).
+        ``io_threads``: so many threads serve the queues, see :mod:`.workers`. With ``strict``
+        an error of the driver raises GuestError after the device has answered it, and an error of
+        our own is raised as it is.
         """
         if not 0 < queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
             raise ValueError(f"queue_size is {queue_size}, must be a power of two up to 32768")
         if not 0 < num_queues <= 1024:
             raise ValueError(f"num_queues is {num_queues}, must be 1 to 1024")
+        if io_threads < 0 or (io_threads and strict):
+            raise ValueError("io_threads must be 0 or more, and 0 with strict")
+        super().__init__()
         self.strict = strict
         self.legacy = False
         self.structs: Structs = LITTLE
         self.state = DeviceState([QueueState(queue_size, queue_size) for _ in range(num_queues)])
         self.queues = [Queue(index, state) for index, state in enumerate(self.state.queues)]
+        self.transitional = False
+        """The driver chooses between legacy and modern: see :meth:`use_interface`."""
+        self.legacy_structs: Structs = LITTLE
         self._transport_features = 0
         self._type_features = features | 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX
-        if packed:
-            self._type_features |= 1 << VIRTIO_F_RING_PACKED
+        self._iommu = iommu
+        for bit, wanted in (
+            (VIRTIO_F_RING_PACKED, packed),
+            (VIRTIO_F_IN_ORDER, in_order),
+            (VIRTIO_F_ACCESS_PLATFORM, access_platform or iommu is not None),
+        ):
+            self._type_features |= wanted << bit
         self._memory: GuestMemory = _NO_MEMORY
-        self._transport: Transport | None = None
-        self._defer = False
         self._violation: GuestError | None = None
         self.resets = 0
         """How often the device was reset: a request looks whether that happened under it."""
+        self.wrap_ring: Callable[[int, Ring], Ring] | None = None
+        """Given a queue's index and new ring, gives the ring to be used: for who wants to see what
+        is taken and used (vhost-user's inflight tracking). Set before queues are enabled."""
+        self.on_stop: Callable[[Exception], object] | None = None
+        """Called with the error that has paused the device (an error policy of ``stop``), from the
+        thread that served; :meth:`resume` tries the request again."""
+        self._stopped_by: Exception | None = None
+        self.observer: Observers | None = None
+        self._observers: list[Observer] = []
+        self.service = WorkerService(self, io_threads) if io_threads else Service(self)
+        self.kick: Callable[[int], None] = self.service.kick
+        """See :class:`~.transport.TransportDevice`."""
+        self.poll: Callable[[], bool] = self.service.poll
+        """See :class:`~.transport.TransportDevice`."""
 
     # -- attaching ---------------------------------------------------------------------------
 
@@ -146,27 +141,60 @@ class VirtioDevice(ABC):
         transport: Transport,
         *,
         legacy: bool = False,
+        transitional: bool = False,
         order: ByteOrder = "little",
         defer: bool = False,
         features: int = 0,
     ) -> None:
         """Attach the device to guest memory and to its transport; a device has one of each.
 
-        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``.
-        ``defer``: a kick only marks its queue, :meth:`poll` serves it. ``features``: what the
-        transport adds to those of the device, as a bit mask.
+        ``legacy``: the interface before virtio 1.0, whose structures are in the guest's ``order``;
+        ``transitional``: both interfaces, one at a time. ``defer``: a kick only marks its queue,
+        :meth:`poll` serves it. ``features``: what the transport adds to those of the device, as a
+        bit mask.
         """
-        if self._transport is not None:
+        if self.transport is not None:
             raise ValueError("the device is attached already")
-        if order != "little" and not legacy:
+        if order != "little" and not (legacy or transitional):
             raise ValueError("only a legacy device has the guest's byte order")
-        self._memory = memory
-        self._transport = transport
+        if legacy and self._iommu is not None:
+            raise ValueError("a legacy device has no IOMMU")
+        self._memory = self._seen(memory)
+        self.transport = transport
+        self.transitional = transitional
+        self.legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
-        self.structs = LITTLE if order == "little" else BIG
-        self._defer = defer
+        self.structs = self.legacy_structs if legacy else LITTLE
+        self.service.defer = defer
         self._transport_features = features
         self.reset()
+
+    @locked
+    def use_interface(self, *, legacy: bool) -> None:
+        """See :class:`~.transport.TransportDevice`."""
+        self.legacy = legacy
+        self.structs = self.legacy_structs if legacy else LITTLE
+        self.was_reset()
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Guest memory is another now; requests under way are done with the old one first.
+
+        A queue whose rings do not lie in the new one breaks the device.
+        """
+        paused = self.paused
+        self.pause()
+        self._memory = self._seen(memory)
+        self.memory_changed()
+        if not paused:
+            self.resume()
+
+    def _seen(self, memory: GuestMemory) -> GuestMemory:
+        return memory if self._iommu is None else TranslatedMemory(memory, self._iommu)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory, by the addresses that the driver uses."""
+        return self._memory
 
     # -- features ----------------------------------------------------------------------------
 
@@ -178,10 +206,16 @@ class VirtioDevice(ABC):
             return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
         return features | 1 << VIRTIO_F_VERSION_1
 
+    @property
+    def driver_features(self) -> int:
+        """See :class:`~.transport.TransportDevice`."""
+        return self.state.driver_features
+
     def accepted(self, feature: int) -> bool:
         """The driver has accepted feature (bit number) ``feature``."""
         return bool(self.state.driver_features >> feature & 1)
 
+    @locked
     def set_driver_features(self, features: int, mask: int = -1) -> None:
         """The driver accepts ``features`` among those in ``mask``.
 
@@ -192,12 +226,16 @@ class VirtioDevice(ABC):
             return
         state.driver_features = state.driver_features & ~mask | features & mask
         if self.legacy:  # in force at once, rings that are in use already included
+            self.service.drain()
             state.driver_features &= self.offered_features
             for queue in self.queues:
-                queue.ring = None
-            self._refresh_rings()
+                queue.park()
+            self.refresh_rings()
 
-    def _features_valid(self) -> bool:
+    def features_valid(self) -> bool:
+        """The driver's features go together (BF-19)."""
+        if self._iommu is not None and not self.accepted(VIRTIO_F_ACCESS_PLATFORM):
+            return False
         return not self.state.driver_features & ~self.offered_features
 
     # -- status ------------------------------------------------------------------------------
@@ -207,6 +245,7 @@ class VirtioDevice(ABC):
         """The device status field (§2.1)."""
         return self.state.status
 
+    @locked
     def set_status(self, value: int) -> None:
         """The driver writes the status field: 0 resets, bits are set, never cleared (BF-02)."""
         if value == 0:
@@ -216,12 +255,12 @@ class VirtioDevice(ABC):
         new = value & _DRIVER_BITS & ~state.status
         if self.legacy:
             new &= ~STATUS_FEATURES_OK
-        if new & STATUS_FEATURES_OK and not self._features_valid():
+        if new & STATUS_FEATURES_OK and not self.features_valid():
             new &= ~STATUS_FEATURES_OK  # BF-19
-        if new & STATUS_DRIVER_OK and not self._features_valid():
+        if new & STATUS_DRIVER_OK and not self.features_valid():
             # Without FEATURES_OK before it: some small drivers leave that out, and may.
             new &= ~STATUS_DRIVER_OK
-            self.guest_error(GuestError("DRIVER_OK with features that were not offered"))
+            self.guest_error(GuestError("DRIVER_OK with features that cannot be"))
         if not new:
             return
         state.status |= new
@@ -229,17 +268,21 @@ class VirtioDevice(ABC):
             new & STATUS_DRIVER_OK and not state.status & STATUS_FEATURES_OK
         ):
             self.negotiated()
-        self._refresh_rings()
+        self.refresh_rings()
         if new & STATUS_DRIVER_OK:
             # What was kicked too early (BF-51) is not lost.
             for queue in self.queues:
-                if self._defer:
+                if self.service.defer:
                     queue.pending = queue.ring is not None
                 else:
                     self.kick(queue.index)
 
+    @locked
     def reset(self) -> None:
         """Back to the state after power-on; queues are let go of (BF-27 to BF-29)."""
+        for queue in self.queues:
+            queue.drop()
+        self.service.drain()  # before the status reads 0
         state = self.state
         state.status = 0
         state.driver_features = 0
@@ -254,29 +297,41 @@ class VirtioDevice(ABC):
     def _forget(self, queue: Queue) -> None:
         max_size = queue.state.max_size
         queue.state = QueueState(max_size, max_size)
-        queue.ring = None
-        queue.pending = False
+        queue.drop()
 
+    @locked
     def guest_error(self, error: GuestError) -> None:
         """The driver has done what only a reset can mend (BF-07): stop until then."""
         _log.warning("%s needs a reset: %s", type(self).__name__, error)
-        self._break()
+        self.stop_working()
         if self.strict:
             raise error
 
-    def _break(self) -> None:
+    @locked
+    def stop_working(self) -> None:
+        """An error was met that only a reset can mend: let go of the queues, and say so."""
         state = self.state
         state.broken = True
         for queue in self.queues:
-            queue.ring = None
-            queue.pending = False
+            queue.drop()
         if not self.legacy and not state.status & STATUS_NEEDS_RESET:
             state.status |= STATUS_NEEDS_RESET
-            if state.status & STATUS_DRIVER_OK and self._transport is not None:
-                self._transport.config_interrupt()  # BF-08
+            if state.status & STATUS_DRIVER_OK:
+                self.config_due()  # BF-08
 
     # -- queues ------------------------------------------------------------------------------
 
+    @property
+    def num_queues(self) -> int:
+        """How many there are."""
+        return len(self.queues)
+
+    def queue_state(self, index: int) -> QueueState | None:
+        """Queue ``index`` as plain data, None if there is none; see
+        :class:`~.transport.TransportDevice`."""
+        return self.queues[index].state if 0 <= index < len(self.queues) else None
+
+    @locked
     def enable_queue(self, index: int) -> None:
         """The driver has set up queue ``index`` (its :class:`QueueState`) and enables it.
 
@@ -286,7 +341,7 @@ class VirtioDevice(ABC):
         if queue.state.ready or self.state.broken:
             return
         try:
-            ring = self._make_ring(queue.state, self.state.driver_features)
+            ring = self.make_ring(queue.state, self.state.driver_features)
         except GuestError as error:
             self.guest_error(error)
             return
@@ -294,15 +349,25 @@ class VirtioDevice(ABC):
         if self._may_serve():
             self._go_live(queue, ring)
 
+    @locked
     def disable_queue(self, index: int) -> None:
         """The driver takes queue ``index`` back; what is in it is not served any more (MMIO-08)."""
-        queue = self.queues[index]
-        state = queue.state
-        queue.ring = None
-        queue.pending = False
-        state.ready = False
-        state.rewind()
+        self.stop_queue(index)
+        self.queues[index].state.rewind()
 
+    @locked
+    def stop_queue(self, index: int) -> None:
+        """Stop using queue ``index`` when its requests under way are done; its indices stay.
+
+        A request that is held for a retry is dropped: it is the driver's to give again.
+        """
+        queue = self.queues[index]
+        queue.park()
+        self.service.drain(queue)
+        queue.drop()
+        queue.state.ready = False
+
+    @locked
     def reset_queue(self, index: int) -> None:
         """Queue ``index`` is as after a reset of the device (§2.6.1; BF-38 to BF-40).
 
@@ -310,6 +375,8 @@ class VirtioDevice(ABC):
         is called from inside it) is done to its end. Ignored unless RING_RESET was accepted.
         """
         if self.accepted(VIRTIO_F_RING_RESET):
+            self.queues[index].drop()
+            self.service.drain(self.queues[index])
             self._forget(self.queues[index])
             self.state.queues[index] = self.queues[index].state
 
@@ -321,179 +388,129 @@ class VirtioDevice(ABC):
     def _may_serve(self) -> bool:
         """Queues may be served: after DRIVER_OK (BF-05), on a legacy device always (BF-54)."""
         state = self.state
-        if state.broken or state.status & STATUS_FAILED:
+        if state.broken or state.status & STATUS_FAILED or self.service.paused:
             return False
         return self.legacy or bool(state.status & STATUS_DRIVER_OK)
 
-    def _refresh_rings(self) -> None:
+    def refresh_rings(self) -> None:
         """Bring every queue's ring in line with status and features."""
         live = self._may_serve()
         for queue in self.queues:
             if not (live and queue.state.ready):
-                queue.ring = None
+                queue.ring = queue.express = None
             elif queue.ring is None:
                 try:
-                    self._go_live(queue, self._make_ring(queue.state, self.state.driver_features))
+                    self._go_live(queue, self.make_ring(queue.state, self.state.driver_features))
                 except GuestError as error:
                     self.guest_error(error)
                     return
 
     def _go_live(self, queue: Queue, ring: Ring) -> None:
+        if self.wrap_ring is not None:
+            ring = self.wrap_ring(queue.index, ring)
         queue.ring = ring
-        queue.express = self.make_express(queue, ring)
-
-    def _make_ring(self, state: QueueState, features: int) -> Ring:
-        """A ring for a queue, under the features that the driver has accepted."""
-        indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
-        event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
-        if features >> VIRTIO_F_RING_PACKED & 1:
-            return PackedRing(state, self._memory, indirect=indirect, event_idx=event_idx)
-        return SplitRing(
-            state, self._memory, indirect=indirect, event_idx=event_idx, structs=self.structs
-        )
+        queue.express = self._express(queue, ring)
 
     # -- serving -----------------------------------------------------------------------------
 
-    def kick(self, index: int) -> None:
-        """The driver says that queue ``index`` has something available.
+    def pause(self) -> None:
+        """Stop serving: returns when requests under way are done (but for one that this is called
+        from inside of). What the driver kicks for meanwhile is served at :meth:`resume`.
 
-        Serves it here and now, or leaves it to :meth:`poll`. An index that is none, a queue that is
-        not enabled, a device that is not started: nothing happens (VQ-S-53).
+        A device that is paused can be saved. It answers the driver's other actions as ever.
         """
-        if not 0 <= index < len(self.queues):
-            return
-        queue = self.queues[index]
-        ring = queue.ring
-        if ring is None:
-            return
-        if not self._defer and not queue.serving:
-            self._serve(queue, ring)
-        elif not queue.pending:
-            # To be polled, or called from inside an interrupt: the loop outside goes on.
-            queue.pending = True
-            if not queue.serving:
-                self._suppress(ring)
+        self.service.pause()
+        self.service.drain()
 
-    def poll(self) -> bool:
-        """Serve every queue that was kicked and is not done yet; True if there was one."""
-        worked = False
+    def resume(self) -> None:
+        """Go on serving. What an error has stopped is tried again, first."""
+        if self.service.inside():
+            raise ValueError("a device is not resumed from inside one of its requests")
+        self.service.drain()
+        self._resume()
+
+    @locked
+    def _resume(self) -> None:
+        if self.service.paused:
+            self.service.paused = False
+            self.refresh_rings()
+            self.service.resume()
+
+    def close(self) -> None:
+        """The device is not used any more: requests under way are done, its threads end."""
+        self.pause()
+        self.service.close()
+
+    @property
+    def paused(self) -> bool:
+        """Between :meth:`pause` (or a stop by an error) and :meth:`resume`."""
+        return self.service.paused
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Have ``observer`` told what the device does, until what this returns is called."""
+        self._observers.append(observer)
+        self._set_observers()
+
+        def stop() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+                self._set_observers()
+
+        return stop
+
+    @locked
+    def _set_observers(self) -> None:
+        observers = self._observers
+        self.observer = Observers(observers) if observers else None
         for queue in self.queues:
-            ring = queue.ring
-            if queue.pending and ring is not None and not queue.serving:
-                worked = True
-                self._serve(queue, ring)
-        return worked
+            if queue.ring is not None:
+                queue.express = self._express(queue, queue.ring)
 
-    def _suppress(self, ring: Ring) -> None:
-        try:
-            ring.suppress()
-        except GuestError as error:
-            self.guest_error(error)
+    def _express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
+        if self.service.inline and self.observer is None:
+            return self.make_express(queue, ring)
+        return None
 
-    def _serve(self, queue: Queue, ring: Ring) -> None:
-        """Do everything that is available on ``queue``, within bounds."""
-        queue.serving = True
-        queue.interrupt = False
-        failure: Exception | None = None
-        try:
-            if ring.suppressed:
-                ring.publish()
-            if queue.express is not None:
-                queue.express()
-            else:
-                self._serve_rounds(queue, ring)
-            if queue.ring is not ring:
-                return
-        except Exception as error:
-            failure = error
-            self._fail(error, queue, ring)
-        finally:
-            queue.serving = False
-        # Interrupts only now: what they call may come back to this device, or reset it.
-        if queue.interrupt and self._transport is not None:
-            self._transport.queue_interrupt(queue.index)
+    def hold(self, error: Exception) -> None:
+        """Pause for an error of the host's; called from inside the request that met it."""
+        with self.lock:
+            self.service.pause()
+            self._stopped_by = error
+            self.attention = True
+
+    def after_serving(self, failure: Exception | None) -> None:
+        """A kick was served, up to an error of the driver's or our own, if there was one."""
+        self.attention = False
+        stopped_by, self._stopped_by = self._stopped_by, None
+        if stopped_by is not None and self.on_stop is not None:
+            self.on_stop(stopped_by)
         if failure is not None or self._violation is not None:
-            self._raise_strict(failure)
-
-    def _serve_rounds(self, queue: Queue, ring: Ring) -> None:
-        """Round after round, until nothing is available or the budget is used up.
-
-        Notes in ``queue`` whether the driver wants an interrupt, and whether something may be left.
-        Ends at once where the device is reset from inside.
-        """
-        budget = BUDGET
-        while budget > 0 and (count := ring.ready()):
-            budget -= count
-            for _ in range(count):
-                self.process_next(queue, ring)
-                if queue.ring is not ring:
-                    return
-            queue.interrupt |= ring.publish()
-        queue.pending = budget <= 0
-
-    def process_next(self, queue: Queue, ring: Ring) -> None:
-        """Do the next chain; there is one."""
-        chain = ring.pop()
-        written = self.process(chain)
-        if queue.ring is ring:  # not reset from inside
-            ring.push(chain, written)
-
-    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
-        """Stop for an error of the driver's or our own."""
-        if queue.ring is ring:
-            with suppress(GuestError):  # what was done before it is the driver's to see
-                queue.interrupt |= ring.publish()
-        if isinstance(failure, GuestError):
-            _log.warning("%s needs a reset: %s", type(self).__name__, failure)
-        else:
-            _log.error(
-                "%s: error while serving queue %d",
-                type(self).__name__,
-                queue.index,
-                exc_info=failure,
-            )
-        self._break()
-
-    def _raise_strict(self, failure: Exception | None) -> None:
-        error, self._violation = failure or self._violation, None
-        if self.strict and error is not None:
-            raise error
+            error, self._violation = failure or self._violation, None
+            if self.strict and error is not None:
+                raise error
 
     def violation(self, error: GuestError) -> None:
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
         if self.strict and self._violation is None:
             self._violation = error
+            self.attention = True
 
     # -- saving and loading --------------------------------------------------------------------
 
-    state_version = 1
+    state_version = 2
     """Of what :meth:`save_state` writes."""
 
     def save_state(self, stream: StateWriter) -> None:
         """Write everything but guest memory and the transport's registers.
 
-        No request is under way between two calls of the device's methods, and none may be now:
-        what the driver has made available and was not served is in guest memory.
+        No request may be under way: none is between two calls of the device's methods, unless it
+        has worker threads; :meth:`pause` it then. What the driver has made available and was not
+        taken is in guest memory; what was taken and is held is written.
         """
-        if any(queue.serving for queue in self.queues):
+        if not self.service.idle():
             raise ValueError("a device is not saved from inside one of its requests")
-        state = self.state
-        stream.u32(self.device_id)
-        stream.u32(self.state_version)
-        stream.flag(self.legacy)
-        stream.flag(self.structs is BIG)
-        stream.u64(self.offered_features)
-        stream.u64(state.driver_features & 0xFFFF_FFFF_FFFF_FFFF)
-        stream.u64(state.driver_features >> 64 & 0xFFFF_FFFF_FFFF_FFFF)
-        stream.u8(state.status)
-        stream.u32(state.config_generation)
-        stream.flag(state.broken)
-        stream.u16(len(self.queues))
-        for queue in self.queues:
-            queue.state.save(stream)
-            stream.flag(queue.pending)
-            stream.flag(queue.ring is not None and queue.ring.suppressed)
-        self.save_own(stream)
+        with self.lock:
+            save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:
         """Read what :meth:`save_state` has written; returns how to put it in force.
@@ -502,61 +519,11 @@ class VirtioDevice(ABC):
         of one with other queues or features, or attached in another way; UnsupportedError for a
         newer one.
         """
-        device_id, version = stream.u32(), stream.u32()
-        if device_id != self.device_id:
-            raise stream.malformed(f"is of a device of type {device_id}, not {self.device_id}")
-        if version > self.state_version:
-            raise UnsupportedError(
-                f"Device state of version {version}, known are up to {self.state_version}",
-                feature=f"device state version {version}",
-            )
-        if (stream.flag(), stream.flag()) != (self.legacy, self.structs is BIG):
-            raise stream.malformed("is of another virtio version or byte order")
-        offered = stream.u64()
-        features = stream.u64() | stream.u64() << 64
-        status = stream.u8()
-        missing = features & ~self.offered_features
-        if not status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
-            missing &= offered  # what a driver tries out before is its own affair
-        if missing:
-            raise stream.malformed(f"needs features {missing:#x}, which are not offered")
-        if status & ~(_DRIVER_BITS | STATUS_NEEDS_RESET):
-            raise stream.malformed(f"has a status of {status:#x}")
-        state = DeviceState([], status, features, stream.u32(), stream.flag())
-        count = stream.u16()
-        if count != len(self.queues):
-            raise stream.malformed(f"has {count} queues, not {len(self.queues)}")
-        flags = []
-        for queue in self.queues:
-            state.queues.append(QueueState.load(stream, queue.state.max_size))
-            flags.append((stream.flag(), stream.flag()))
-        adopt_own = self.load_own(stream)
-        if not state.broken:
-            self._check_rings(state, stream)
+        return load_device(self, stream)
 
-        def adopt() -> None:
-            self.state = state
-            self._violation = None
-            self.resets += 1
-            for queue, queue_state in zip(self.queues, state.queues, strict=True):
-                queue.state, queue.ring = queue_state, None
-            self._refresh_rings()
-            for queue, (pending, suppressed) in zip(self.queues, flags, strict=True):
-                queue.pending = pending and queue.ring is not None
-                if queue.ring is not None:
-                    queue.ring.suppressed = suppressed
-            adopt_own()
-
-        return adopt
-
-    def _check_rings(self, state: DeviceState, stream: StateReader) -> None:
-        """Raise ImageError if a queue that is enabled in ``state`` could not work."""
-        for index, queue in enumerate(state.queues):
-            if queue.ready:
-                try:
-                    self._make_ring(queue, state.driver_features)
-                except GuestError as error:
-                    raise stream.malformed(f"has a queue {index} that cannot be: {error}") from None
+    def make_ring(self, state: QueueState, features: int) -> Ring:
+        """A ring for a queue, under ``features``. Raises GuestError for one that cannot work."""
+        return make_ring(state, features, self._memory, self.structs)
 
     # -- what a kind of device provides --------------------------------------------------------
 
@@ -570,14 +537,16 @@ class VirtioDevice(ABC):
         called."""
 
     @abstractmethod
-    def process(self, chain: Chain) -> int:
-        """Do one request and give the number of bytes written into the chain.
+    def process(self, chain: Chain, queue: Queue) -> int:
+        """Do one request of ``queue`` and give the number of bytes written into the chain.
 
-        Raises GuestError for a chain that cannot be answered.
+        :data:`~.service.HELD` for one that is to be done again, when the device is resumed: it is
+        paused then. Raises GuestError for a chain that cannot be answered.
         """
 
     def make_express(self, queue: Queue, ring: Ring) -> Callable[[], None] | None:
-        """A function that serves a queue as :meth:`_serve_rounds` does, only faster; or None."""
+        """A function that serves a queue as :class:`~.service.Service` does, only faster; or
+        None."""
         return None
 
     @abstractmethod
@@ -589,6 +558,10 @@ class VirtioDevice(ABC):
         """Everything is as it was at the start again."""
 
     @abstractmethod
+    def memory_changed(self) -> None:
+        """Guest memory is another one now."""
+
+    @abstractmethod
     def read_config(self, offset: int, length: int) -> bytes:
         """``length`` bytes of device configuration; zeroes where there is none."""
 
@@ -596,8 +569,19 @@ class VirtioDevice(ABC):
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver writes device configuration; ignored where it may not."""
 
+    @property
+    def config_generation(self) -> int:
+        """Another number after every change of the configuration that the driver did not make."""
+        with self.lock:
+            return self.state.config_generation
+
     def config_changed(self) -> None:
-        """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65)."""
-        self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF
-        if self.state.status & STATUS_DRIVER_OK and self._transport is not None:
-            self._transport.config_interrupt()
+        """The configuration is another now: new generation, interrupt (MMIO-07, BLK-65).
+
+        Called with the lock held, in which it was changed, so that no driver sees half of it.
+        """
+        with self.lock:
+            self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF
+            if self.state.status & STATUS_DRIVER_OK:
+                self.config_due()
+        self.announce()

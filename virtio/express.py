@@ -24,11 +24,12 @@ from .layout import (
     VIRTQ_DESC_F_WRITE,
 )
 from .memory import GuestMemory
+from .service import HELD
 from .split import SplitRing
 
 if TYPE_CHECKING:
     from .blk import VirtioBlk
-    from .device import Queue
+    from .queue import Queue
 
 __all__ = ["make_express"]
 
@@ -41,7 +42,7 @@ _Usual = tuple[bool, int, int, int, int]
 def make_express(
     blk: VirtioBlk, queue: Queue, ring: SplitRing, memory: GuestMemory, budget: int
 ) -> Callable[[], None] | None:
-    """A function that serves ``queue``: see :meth:`VirtioDevice._serve_rounds`, which it replaces.
+    """A function that serves ``queue``: as :class:`.service.Service` does itself.
 
     None: there is no short way for a ring that lies there, or of that kind.
     """
@@ -61,6 +62,7 @@ def make_express(
     elements, write_used = device + 4, ring.structs.used_elem.pack_into
     usual = _make_recogniser(blk, ring, table, plain)
     disk, mask, fence, event_idx = blk.disk, size - 1, ring.fence, ring.event_idx
+    process_next = blk.service.process_next
 
     def express() -> None:
         left = budget
@@ -77,9 +79,11 @@ def make_express(
                     position = state.next_avail
                     head = words[heads + (position & mask)]
                     if (request := usual(head)) is None:
-                        blk.process_next(queue, ring)
-                        if queue.ring is not ring:
-                            return
+                        process_next(queue, ring)
+                        if queue.ring is not ring:  # reset or paused from inside
+                            if queue.parked is not ring:
+                                return
+                            count = left = 0
                         continue
                     state.next_avail = position + 1 & 0xFFFF
                     reading, sector, start, length, status_byte = request
@@ -92,11 +96,20 @@ def make_express(
                         else:
                             disk.writev(sector * SECTOR_SIZE, [view], fua=not blk.writeback)
                     except Exception as error:
-                        status = blk.status_of(error, sector)
+                        status = blk.status_of(error, sector, reading)
+                        if status == HELD:
+                            state.next_avail = position
+                            queue.held.append(ring.pop())
+                            count = left = 0
+                            continue
+                        if status == VIRTIO_BLK_S_OK and reading:  # the error is ignored
+                            written += length
                     finally:
                         view.release()
-                    if queue.ring is not ring:  # reset from inside
-                        return
+                    if queue.ring is not ring:  # reset or paused from inside
+                        if queue.parked is not ring:
+                            return
+                        count = left = 0
                     ram[status_byte] = status
                     index = state.used_index
                     write_used(buffer, elements + 8 * (index & mask), head, written)

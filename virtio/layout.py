@@ -137,6 +137,9 @@ VIRTIO_BLK_F_CONFIG_WCE: Final = 11
 VIRTIO_BLK_F_MQ: Final = 12
 VIRTIO_BLK_F_DISCARD: Final = 13
 VIRTIO_BLK_F_WRITE_ZEROES: Final = 14
+VIRTIO_BLK_F_LIFETIME: Final = 15
+VIRTIO_BLK_F_SECURE_ERASE: Final = 16
+VIRTIO_BLK_F_ZONED: Final = 17
 
 VIRTIO_BLK_T_IN: Final = 0
 VIRTIO_BLK_T_OUT: Final = 1
@@ -144,20 +147,35 @@ VIRTIO_BLK_T_FLUSH: Final = 4
 VIRTIO_BLK_T_FLUSH_OUT: Final = 5
 """Legacy synonym of FLUSH (§5.2.6.4)."""
 VIRTIO_BLK_T_GET_ID: Final = 8
+VIRTIO_BLK_T_GET_LIFETIME: Final = 10
 VIRTIO_BLK_T_DISCARD: Final = 11
 VIRTIO_BLK_T_WRITE_ZEROES: Final = 13
+VIRTIO_BLK_T_SECURE_ERASE: Final = 14
+VIRTIO_BLK_T_ZONE_APPEND: Final = 15
+VIRTIO_BLK_T_ZONE_REPORT: Final = 16
+VIRTIO_BLK_T_ZONE_OPEN: Final = 18
+VIRTIO_BLK_T_ZONE_CLOSE: Final = 20
+VIRTIO_BLK_T_ZONE_FINISH: Final = 22
+VIRTIO_BLK_T_ZONE_RESET: Final = 24
+VIRTIO_BLK_T_ZONE_RESET_ALL: Final = 26
 
 VIRTIO_BLK_S_OK: Final = 0
 VIRTIO_BLK_S_IOERR: Final = 1
 VIRTIO_BLK_S_UNSUPP: Final = 2
+VIRTIO_BLK_S_ZONE_INVALID_CMD: Final = 3
+VIRTIO_BLK_S_ZONE_UNALIGNED_WP: Final = 4
+VIRTIO_BLK_S_ZONE_OPEN_RESOURCE: Final = 5
+VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE: Final = 6
 
 VIRTIO_BLK_ID_BYTES: Final = 20
 VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP: Final = 1
 
 BLK_CONFIG_WRITEBACK: Final = 32
 """Offset of ``writeback``, the only field that a driver may write."""
-BLK_CONFIG_SIZE: Final = 60
-"""Bytes of configuration up to and with the write-zeroes fields."""
+BLK_CONFIG_SIZE: Final = 96
+"""Bytes of the whole configuration."""
+BLK_CONFIG_ZONED: Final = 72
+"""Offset of the fields that belong to ZONED; they are the last."""
 
 
 class Structs:
@@ -168,6 +186,7 @@ class Structs:
 
     __slots__ = (
         "blk_config",
+        "blk_lifetime",
         "blk_request",
         "blk_segment",
         "desc",
@@ -176,6 +195,9 @@ class Structs:
         "three_desc",
         "used_elem",
         "word",
+        "zone_append",
+        "zone_descriptor",
+        "zone_report",
     )
 
     def __init__(self, order: ByteOrder) -> None:
@@ -195,11 +217,21 @@ class Structs:
         """type, reserved (legacy: ioprio), sector (§5.2.6)."""
         self.blk_segment = Struct(mark + "QII")
         """sector, num_sectors, flags: one range of DISCARD and WRITE_ZEROES."""
-        self.blk_config = Struct(mark + "QIIHBBIBBHIBxHIIIIIBxxx")
+        self.blk_config = Struct(mark + "QIIHBBIBBHIBxHIIIIIBxxx" + "III" + "IIIIIBxxx")
         """§5.2.4: capacity, size_max, seg_max, cylinders, heads, sectors, blk_size,
         physical_block_exp, alignment_offset, min_io_size, opt_io_size, writeback, num_queues,
         max_discard_sectors, max_discard_seg, discard_sector_alignment, max_write_zeroes_sectors,
-        max_write_zeroes_seg, write_zeroes_may_unmap."""
+        max_write_zeroes_seg, write_zeroes_may_unmap; max_secure_erase_sectors,
+        max_secure_erase_seg, secure_erase_sector_alignment; zone_sectors, max_open_zones,
+        max_active_zones, max_append_sectors, write_granularity, model."""
+        self.blk_lifetime = Struct(mark + "HHH")
+        """pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b (§5.2.6)."""
+        self.zone_report = Struct(mark + "Q56x")
+        """nr_zones: the head of a zone report, 64 bytes."""
+        self.zone_descriptor = Struct(mark + "QQQBB38x")
+        """z_cap, z_start, z_wp (all in sectors), z_type, z_state: 64 bytes."""
+        self.zone_append = Struct(mark + "Q")
+        """append_sector: what a zone append answers before its status."""
 
 
 LITTLE: Final = Structs("little")

@@ -29,7 +29,7 @@ from .layout import CHAIN_BYTES_MAX, ByteOrder
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["BufferMemory", "CallbackMemory", "GuestMemory", "Segment", "Words"]
+__all__ = ["BufferMemory", "CallbackMemory", "GuestMemory", "Segment", "SlowWords", "Words"]
 
 ADDRESS_LIMIT = 1 << 64
 BOUNCE_SIZE = 1 << 20
@@ -329,7 +329,7 @@ class BufferMemory(GuestMemory):
             or (pa - region.base) % 2
             or self.on_write is not None
         ):
-            return partial(_SlowWords, self, pa, order), 0
+            return partial(SlowWords, self, pa, order), 0
         return region.open_words, (pa - region.base) // 2
 
 
@@ -402,14 +402,14 @@ class CallbackMemory(GuestMemory):
 
     def words(self, pa: int, length: int, order: ByteOrder) -> tuple[Callable[[], Words], int]:
         self.read(pa, length)
-        return partial(_SlowWords, self, pa, order), 0
+        return partial(SlowWords, self, pa, order), 0
 
 
 def _write_struct(memory: GuestMemory, struct: Struct, pa: int, *values: int) -> None:
     memory.write(pa, struct.pack(*values))
 
 
-class _SlowWords:
+class SlowWords:
     """Words of memory that is not one plain buffer in the host's byte order."""
 
     __slots__ = ("_memory", "_order", "_pa")

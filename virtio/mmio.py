@@ -6,16 +6,18 @@ harm: an emulator that stops its CPU inside the access will execute it again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Literal
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
 from . import layout as at
-from .device import Queue, VirtioDevice
 from .layout import MMIO_INTERRUPT_USED_BUFFER, MMIO_QUEUE_NOTIFY, ByteOrder
 from .memory import GuestMemory
+from .ring import QueueState
 from .split import legacy_layout
+from .transport import TransportDevice
 
 __all__ = ["VirtioMmio"]
 
@@ -45,7 +47,7 @@ class VirtioMmio:
 
     def __init__(
         self,
-        device: VirtioDevice,
+        device: TransportDevice,
         memory: GuestMemory,
         interrupt: Callable[[bool], object] | None = None,
         *,
@@ -64,7 +66,11 @@ class VirtioMmio:
         self._order: ByteOrder = order
         self._interrupt = interrupt
         self._interrupt_status = 0
+        self._line_lock = threading.Lock()
         self._level = False
+        """What the emulator was last told."""
+        self._caller = 0
+        """The thread that is telling it, 0 is none."""
         self._page_size = 0  # not reset: Linux writes it once, before the first reset
         self._select_registers()
         self._reset_registers()
@@ -113,27 +119,47 @@ class VirtioMmio:
     @property
     def irq_level(self) -> bool:
         """The level of the interrupt line."""
-        return self._level
+        return self._interrupt_status != 0
 
     # -- the device's side (Transport) ---------------------------------------------------------
 
     def queue_interrupt(self, index: int) -> None:
-        """See :class:`~.device.Transport`."""
-        self._interrupt_status |= MMIO_INTERRUPT_USED_BUFFER
-        if not self._level:
-            self._update_level()
+        """See :class:`~.transport.Transport`."""
+        if not self._interrupt_status & MMIO_INTERRUPT_USED_BUFFER:
+            self._change_status(MMIO_INTERRUPT_USED_BUFFER, 0)
 
     def config_interrupt(self) -> None:
-        """See :class:`~.device.Transport`."""
-        self._interrupt_status |= at.MMIO_INTERRUPT_CONFIG_CHANGE
+        """See :class:`~.transport.Transport`."""
+        self._change_status(at.MMIO_INTERRUPT_CONFIG_CHANGE, 0)
+
+    def _change_status(self, add: int, remove: int) -> None:
+        with self._line_lock:
+            status = self._interrupt_status = self._interrupt_status & ~remove | add
+            if (status != 0) == self._level:
+                return
         self._update_level()
 
     def _update_level(self) -> None:
-        level = self._interrupt_status != 0
-        if level != self._level:
-            self._level = level
-            if self._interrupt is not None:
+        """Bring the line to the level that the status has.
+
+        One thread at a time calls the emulator (which may come back here from inside that), under
+        no lock, and looks again afterwards: so the last call is always the right one.
+        """
+        if self._interrupt is None:
+            return
+        me = threading.get_ident()
+        while True:
+            with self._line_lock:
+                level = self._interrupt_status != 0
+                caller = self._caller
+                if level == self._level or caller not in (0, me):
+                    return
+                self._level = level
+                self._caller = me
+            try:
                 self._interrupt(level)
+            finally:
+                self._caller = caller
 
     # -- registers ---------------------------------------------------------------------------
 
@@ -171,7 +197,7 @@ class VirtioMmio:
         self._readers |= {
             at.MMIO_QUEUE_READY: self._read_queue_ready,
             at.MMIO_QUEUE_RESET: self._read_queue_reset,
-            at.MMIO_CONFIG_GENERATION: lambda: device.state.config_generation,
+            at.MMIO_CONFIG_GENERATION: lambda: device.config_generation,
         }
         self._readers |= dict.fromkeys(_NO_SHARED_MEMORY, lambda: 0xFFFF_FFFF)  # MMIO-41
         self._writers[at.MMIO_QUEUE_READY] = self._write_queue_ready
@@ -209,9 +235,8 @@ class VirtioMmio:
     def _write_status(self, value: int) -> None:
         if value == 0:
             self._reset_registers()
-            self._interrupt_status = 0
             self.device.set_status(0)
-            self._update_level()
+            self._change_status(0, -1)
         else:
             self.device.set_status(value & 0xFF)
         data = self.device.accepted(at.VIRTIO_F_NOTIFICATION_DATA)
@@ -222,8 +247,7 @@ class VirtioMmio:
         self.device.kick(value & 0xFFFF)
 
     def _write_interrupt_ack(self, value: int) -> None:
-        self._interrupt_status &= ~value
-        self._update_level()
+        self._change_status(0, value)
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -269,54 +293,52 @@ class VirtioMmio:
 
     # -- registers of the selected queue -------------------------------------------------------
 
-    def _selected(self) -> Queue | None:
-        queues = self.device.queues
-        return queues[self._queue_sel] if self._queue_sel < len(queues) else None
+    def _selected(self) -> QueueState | None:
+        return self.device.queue_state(self._queue_sel)
 
     def _write_queue_sel(self, value: int) -> None:
         self._queue_sel = value
 
     def _read_queue_size_max(self) -> int:
         queue = self._selected()
-        return 0 if queue is None else queue.state.max_size
+        return 0 if queue is None else queue.max_size
 
     def _write_queue_size(self, value: int) -> None:
         # Checked when the queue is enabled (MMIO-27); not changed while it is (MMIO-28).
         queue = self._selected()
-        if queue is not None and not queue.state.ready:
-            queue.state.size = value
+        if queue is not None and not queue.ready:
+            queue.size = value
 
     def _read_queue_ready(self) -> int:
         queue = self._selected()
-        return 0 if queue is None else int(queue.state.ready)
+        return 0 if queue is None else int(queue.ready)
 
     def _write_queue_ready(self, value: int) -> None:
         queue = self._selected()
         if queue is None:
             return
         if value & 1:
-            self.device.enable_queue(queue.index)
-        elif queue.state.ready:
-            self.device.disable_queue(queue.index)
+            self.device.enable_queue(self._queue_sel)
+        elif queue.ready:
+            self.device.disable_queue(self._queue_sel)
 
     def _read_queue_reset(self) -> int:
         """1 while a reset goes on, 0 before and after (MMIO-09, MMIO-10, MMIO-12, MMIO-13)."""
-        queue = self._selected()
-        return 0 if queue is None else int(self.device.resetting(queue.index))
+        if self._selected() is None:
+            return 0
+        return int(self.device.resetting(self._queue_sel))
 
     def _write_queue_reset(self, value: int) -> None:
-        queue = self._selected()
-        if queue is not None and value == 1:  # MMIO-11
-            self.device.reset_queue(queue.index)
+        if self._selected() is not None and value == 1:  # MMIO-11
+            self.device.reset_queue(self._queue_sel)
 
     def _address_writer(self, area: str, shift: int) -> Callable[[int], None]:
         keep = 0xFFFF_FFFF << (32 - shift)
 
         def write(value: int) -> None:
             queue = self._selected()
-            if queue is not None and not queue.state.ready:
-                state = queue.state
-                setattr(state, area, getattr(state, area) & keep | value << shift)
+            if queue is not None and not queue.ready:
+                setattr(queue, area, getattr(queue, area) & keep | value << shift)
 
         return write
 
@@ -332,24 +354,24 @@ class VirtioMmio:
         return self._queue_pfn.get(self._queue_sel, 0)
 
     def _write_queue_pfn(self, value: int) -> None:
+        index = self._queue_sel
         queue = self._selected()
         if queue is None:
             return
         if value == 0:
-            self._queue_pfn.pop(queue.index, None)
-            self.device.disable_queue(queue.index)
+            self._queue_pfn.pop(index, None)
+            self.device.disable_queue(index)
             return
-        if queue.state.ready:
+        if queue.ready:
             return
-        align = self._queue_align.get(queue.index, _DEFAULT_ALIGN)
+        align = self._queue_align.get(index, _DEFAULT_ALIGN)
         page = self._page_size
         for name, number in (("GuestPageSize", page), ("QueueAlign", align)):
             if number <= 0 or number & (number - 1):  # MMIO-50, MMIO-51
                 self.device.guest_error(GuestError(f"{name} is {number}, no power of two"))
                 return
-        state = queue.state
-        areas = legacy_layout(value * page, state.size, align)
-        state.descriptor_area, state.driver_area, state.device_area = areas
-        self.device.enable_queue(queue.index)
-        if queue.state.ready:
-            self._queue_pfn[queue.index] = value
+        areas = legacy_layout(value * page, queue.size, align)
+        queue.descriptor_area, queue.driver_area, queue.device_area = areas
+        self.device.enable_queue(index)
+        if queue.ready:
+            self._queue_pfn[index] = value

@@ -12,6 +12,8 @@ descriptor, and the second is what counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import GuestError
 from .fence import make_fence
 from .layout import (
@@ -56,6 +58,7 @@ class PackedRing(Ring):
         *,
         indirect: bool = False,
         event_idx: bool = False,
+        in_order: bool = False,
     ) -> None:
         size = state.size
         if not 0 < size <= min(state.max_size, QUEUE_SIZE_MAX):
@@ -70,6 +73,7 @@ class PackedRing(Ring):
         self.state = state
         self.indirect = indirect
         self.event_idx = event_idx
+        self.in_order = in_order
         self._memory = memory
         self._size = size
         if max(state.next_avail, state.used_index) >= size or self._in_flight() > size:
@@ -95,7 +99,23 @@ class PackedRing(Ring):
         """The flags that the device area has: not known yet."""
         self._staged: list[tuple[int, int]] = []
         """What was pushed since the last publish(): slot, and the flags it is to get."""
+        self._joins = False
+        """In order: what is used next joins the batch of the last staged descriptor."""
         self._fence = make_fence()
+
+    def lies_in(self, start: int, end: int) -> bool:
+        """Whether the descriptors lie between these two addresses."""
+        area = self.state.descriptor_area
+        return start <= area and area + VIRTQ_DESC_SIZE * self._size <= end
+
+    def skip(self, slots: int) -> None:
+        """Take the next chain, of so many places (less than the ring has), without looking."""
+        state = self.state
+        slot = state.next_avail + slots
+        if slot >= self._size:
+            slot -= self._size
+            state.avail_wrap = not state.avail_wrap
+        state.next_avail = slot
 
     # Positions go twice around the ring: the second time with the wrap counter at 0.
 
@@ -169,6 +189,29 @@ class PackedRing(Ring):
         state.avail_wrap = available == VIRTQ_DESC_F_AVAIL
         return Chain(ident, readable, writable, slots)  # the last one's id: PKD-35
 
+    def descriptors(self, slot: int, count: int) -> list[tuple[int, int, int, int]]:
+        """Address, length, id and flags in ``count`` places from ``slot`` on."""
+        read, origin, size = self._read_desc, self._desc_origin, self._size
+        return [read(origin + 16 * ((slot + each) % size)) for each in range(count)]
+
+    def chain_of(self, descriptors: Sequence[tuple[int, int, int, int]]) -> Chain:
+        """The chain of a list that was taken before: address, length, id, flags of each.
+
+        Raises GuestError for a broken one.
+        """
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        for address, length, _, flags in descriptors:
+            if flags & VIRTQ_DESC_F_INDIRECT:
+                self._follow(address, length, readable, writable)
+            elif flags & VIRTQ_DESC_F_WRITE:
+                writable.append((address, length))
+            elif writable:
+                raise GuestError("a device-readable descriptor after a device-writable one")
+            else:
+                readable.append((address, length))
+        return Chain(descriptors[-1][2], readable, writable, len(descriptors))
+
     def _follow(
         self, address: int, length: int, readable: list[Segment], writable: list[Segment]
     ) -> None:
@@ -190,10 +233,17 @@ class PackedRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         state = self.state
-        slot = state.used_index
-        self._write_used(self._used_origin + 16 * slot, written, chain.head)
+        slot = place = state.used_index
         flags = _OWNER if state.used_wrap else 0  # PKD-32
-        self._staged.append((slot, flags | VIRTQ_DESC_F_WRITE if written else flags))  # PKD-34
+        if self.in_order:
+            # One descriptor for a batch: the last list's, in the place of the first. The driver
+            # takes the others for written in full, so only such may have one after them.
+            if self._joins:
+                place, flags = self._staged.pop()
+                flags &= _OWNER
+            self._joins = written == sum(length for _, length in chain.writable)
+        self._write_used(self._used_origin + 16 * place, written, chain.head)
+        self._staged.append((place, flags | VIRTQ_DESC_F_WRITE if written else flags))  # PKD-34
         slot += chain.slots  # PKD-33
         if slot >= self._size:
             slot -= self._size
@@ -202,6 +252,7 @@ class PackedRing(Ring):
 
     def publish(self) -> bool:
         staged, self._staged = self._staged, []
+        self._joins = False
         if staged:
             self._fence()  # lengths and ids before their flags
             ring = self._open_ring()

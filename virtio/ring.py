@@ -99,6 +99,31 @@ class Chain(NamedTuple):
     slots: int = 1
     """Places of a packed ring that it takes."""
 
+    def save(self, stream: StateWriter) -> None:
+        """Write all of it."""
+        stream.u16(self.head)
+        stream.u16(self.slots)
+        for segments in (self.readable, self.writable):
+            stream.u32(len(segments))
+            for address, length in segments:
+                stream.u64(address)
+                stream.u32(length)
+
+    @classmethod
+    def load(cls, stream: StateReader, max_size: int) -> Self:
+        """What was saved, of a queue that allows ``max_size`` entries; else ImageError."""
+        head, slots = stream.u16(), stream.u16()
+        if not 0 < slots <= max_size:
+            raise stream.malformed(f"has a request of {slots} descriptors")
+
+        def segments() -> list[Segment]:
+            count = stream.u32()
+            if count > max(MAX_INDIRECT, max_size) + max_size:
+                raise stream.malformed(f"has a request of {count} segments")
+            return [(stream.u64(), stream.u32()) for _ in range(count)]
+
+        return cls(head, segments(), segments(), slots)
+
 
 class Ring(ABC):
     """A live virtqueue. One round of service is::
@@ -114,6 +139,8 @@ class Ring(ABC):
 
     state: QueueState
 
+    in_order: bool = False
+    """Chains are used in the order that they were made available in."""
     suppressed: bool = False
     """Kicks are suppressed: the next round of service has to end with :meth:`publish`."""
 

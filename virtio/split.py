@@ -57,6 +57,7 @@ class SplitRing(Ring):
         *,
         indirect: bool = False,
         event_idx: bool = False,
+        in_order: bool = False,
         structs: Structs = LITTLE,
     ) -> None:
         size = state.size
@@ -72,6 +73,7 @@ class SplitRing(Ring):
         self.state = state
         self.indirect = indirect
         self.event_idx = event_idx
+        self.in_order = in_order
         self.structs = structs
         self._memory = memory
         self._mask = size - 1
@@ -93,6 +95,9 @@ class SplitRing(Ring):
         )
         self.published = state.used_index
         """What the driver was last shown of ``state.used_index``."""
+        self._batch: tuple[int, int] = (-1, -1)
+        """In order: index of the used element that stands for a batch, and where it ends; what is
+        used there next may join it."""
         self.fence = make_fence()
 
     def ready(self) -> int:
@@ -121,11 +126,15 @@ class SplitRing(Ring):
 
     def pop(self) -> Chain:
         state = self.state
-        mask = self._mask
         position = state.next_avail
-        (index,) = self.read_avail(self.avail_origin + 4 + 2 * (position & mask))
+        (head,) = self.read_avail(self.avail_origin + 4 + 2 * (position & self._mask))
         state.next_avail = (position + 1) & 0xFFFF
-        head: int = index
+        return self.chain_at(head)
+
+    def chain_at(self, head: int) -> Chain:
+        """The chain that starts at descriptor ``head``. Raises GuestError for a broken one."""
+        index = head
+        mask = self._mask
         readable: list[Segment] = []
         writable: list[Segment] = []
         read = self.read_desc
@@ -194,9 +203,16 @@ class SplitRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         state = self.state
-        index = state.used_index
-        self.write_used(self.used_origin + 4 + 8 * (index & self._mask), chain.head, written)
-        state.used_index = (index + 1) & 0xFFFF
+        index = place = state.used_index
+        end = state.used_index = (index + 1) & 0xFFFF
+        if self.in_order:
+            # One element for a batch: the last chain's, in the place of the first (VQ-S-56). The
+            # driver takes the others for written in full, so only such may have one after them.
+            if self._batch[1] == index != self.published:
+                place = self._batch[0]
+            full = written == sum(length for _, length in chain.writable)
+            self._batch = (place, end) if full else (-1, -1)
+        self.write_used(self.used_origin + 4 + 8 * (place & self._mask), chain.head, written)
 
     def publish(self) -> bool:
         state = self.state

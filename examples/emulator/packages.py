@@ -62,6 +62,15 @@ class Packages:
         lines = (line.strip() for line in done.stdout.splitlines())
         return [line.split()[1] for line in lines if line.startswith("Depends: ")]
 
+    def closure(self, name: str) -> list[str]:
+        """The packages that a package needs, and those that they need, and so on."""
+        _need_tools(name)
+        ways = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+        options = [f"--no-{way}" for way in ways]
+        with self._alone():
+            done = self._with_lists(["apt-cache"], ["depends", "--recurse", *options, name])
+        return [line for line in done.stdout.splitlines() if line and line[0] not in " |<"]
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time: apt does not share its folders."""

@@ -2,7 +2,7 @@
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
 forgotten, a wrong constant. ``qcow2/`` comes first, file by file, then ``backend/``, then what the
-features add.
+features add, then ``virtio/``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def _load() -> list[Fault]:
     from backend_faults import BACKEND
     from feature_faults import FEATURES
     from qcow2_faults import QCOW2
+    from virtio_faults import VIRTIO
 
     return [
         Fault(file, what, old, new, tuple(f"tests/{test}" for test in tests))
-        for file, what, old, new, *tests in (*QCOW2, *BACKEND, *FEATURES)
+        for file, what, old, new, *tests in (*QCOW2, *BACKEND, *FEATURES, *VIRTIO)
     ]
 
 

@@ -95,14 +95,12 @@ class Machine:
             notify=notify,
             notification_data=notification_data,
         )
-        self.registers = Registers(self.mmio.read, self.mmio.write)
+        self.registers = Registers(self.mmio.read, self.mmio.write, legacy=legacy, order=order)
         self.arena = Arena(BASE, RAM_SIZE)
         self.driver = BlockDriver(
             self.registers,
             self.memory,
             self.arena,
-            legacy=legacy,
-            order=order,
             queue_size=queue_size,
             wait=self.mmio.poll,
             **(driver or {}),

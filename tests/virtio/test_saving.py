@@ -167,8 +167,8 @@ def test_a_device_that_differs_refuses_and_stays_as_it_is(
 def test_a_newer_state_is_refused(make_machine: Any) -> None:
     machine = make_machine()
     state = bytearray(state_of(machine.device))
-    struct.pack_into("<I", state, 4, 2)
-    with pytest.raises(UnsupportedError, match="version 2"):
+    struct.pack_into("<I", state, 4, 3)
+    with pytest.raises(UnsupportedError, match="version 3"):
         load(machine.device, bytes(state))
 
 

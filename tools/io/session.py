@@ -37,6 +37,12 @@ _HEAD_START = 0.05
 """Seconds that an asynchronous request has to get as far as it can, before the next command: so
 requests meet each other in the order in which they were made."""
 
+_EXCLUSIVE = (
+    {"overlap-check", "overlap-check.template"},
+    {"cache-size", "l2-cache-size", "refcount-cache-size"},
+)
+"""Options that replace each other when an image is reopened."""
+
 AIO_MODES = ("threads", "native", "io_uring")
 DISCARD_MODES = {"off": False, "ignore": False, "on": True, "unmap": True}
 
@@ -90,6 +96,7 @@ class Session:
         self._options: dict[str, Any] = {}
         self.wrote = False
         """A command has changed the image."""
+        self._corrupted = False
         self._flush_failed = False
         self._pending: set[threading.Thread] = set()
         self._done: queue.SimpleQueue[tuple[threading.Thread, Callable[[], None]]] = (
@@ -168,7 +175,10 @@ class Session:
             disk: Disk = open_snapshot(below)
         else:
             disk = open_node(context, name, options)
-        if flags.copy_on_read and disk.backing is not None:
+        if flags.copy_on_read:
+            if disk.read_only:
+                disk.close()
+                raise ValueError("Can't use copy-on-read on read-only device")
             from ...backend.copy_on_read import CopyOnReadDisk
 
             disk = CopyOnReadDisk(disk)
@@ -191,14 +201,26 @@ class Session:
                 }
         return graph
 
-    @staticmethod
-    def _listen(disk: Disk) -> None:
-        """Have suspended requests reported where there are breakpoints."""
+    def _listen(self, disk: Disk) -> None:
+        """Have corruption reported, and suspended requests where there are breakpoints."""
         from ...backend.blkdebug import debug_node
 
+        image = disk
+        while not hasattr(image, "on_corruption") and len(image.children) == 1:
+            image = next(iter(image.children.values()))
+        if hasattr(image, "on_corruption"):
+            image.on_corruption(self._tell_corruption)
         node = debug_node(disk)
         if node is not None:
             node.rules.report = print
+
+    def _tell_corruption(self, event: Any) -> None:
+        self._corrupted = event.fatal
+        verdict = "Marking image as corrupt" if event.fatal else "Image is corrupt"
+        kind = "corruption" if event.fatal else "non-fatal corruption"
+        sys.stderr.write(
+            f"qcow2: {verdict}: {event.message}; further {kind} events will be suppressed\n"
+        )
 
     def close(self) -> None:
         """Finish what is under way and close the image."""
@@ -216,8 +238,9 @@ class Session:
     def _flush_last(self, disk: Disk) -> None:
         """Flush before closing, and complain of what is lost cache by cache, as QEMU does."""
         self._flush_failed = False
-        self._flush_failed = not self.wrote  # then nothing is lost, whatever a flush says
-        if disk.read_only or not getattr(disk, "unflushed", False):
+        # What has not been written, or has been refused already, is not lost now.
+        self._flush_failed = not self.wrote or self._corrupted
+        if self._corrupted or disk.read_only or not getattr(disk, "unflushed", False):
             return
         for cache in ("L2 table", "refcount block"):
             try:
@@ -256,7 +279,12 @@ class Session:
     def _replace(self, disk: Disk, flags: OpenFlags, options: dict[str, Any]) -> None:
         """Close the image and open it with other options."""
         former = self._options
-        changed = {name: value for name, value in former.items() if name != "read-only"} | options
+        replaced = {"read-only"}
+        for group in _EXCLUSIVE:
+            if group & options.keys():
+                replaced |= group
+        kept = {name: value for name, value in former.items() if name not in replaced}
+        changed = kept | options
         self.disk = None
         try:
             disk.close()

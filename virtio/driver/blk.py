@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .. import layout as at
+from ..fence import make_fence
 from ..layout import BIG, LITTLE, SECTOR_SIZE, ByteOrder
 from ..memory import GuestMemory
 from .packed import PackedDriverRing
-from .registers import Registers
 from .ring import Arena, Buffer, DriverRing
+from .transport import DriverError, DriverTransport
 
 __all__ = ["BlockDriver", "Completion", "DriverError"]
 
@@ -25,6 +26,8 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_EVENT_IDX,
         at.VIRTIO_F_VERSION_1,
         at.VIRTIO_F_RING_PACKED,
+        at.VIRTIO_F_IN_ORDER,
+        at.VIRTIO_F_ACCESS_PLATFORM,
         at.VIRTIO_F_RING_RESET,
         at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
@@ -38,13 +41,12 @@ UNDERSTOOD = sum(
         at.VIRTIO_BLK_F_MQ,
         at.VIRTIO_BLK_F_DISCARD,
         at.VIRTIO_BLK_F_WRITE_ZEROES,
+        at.VIRTIO_BLK_F_LIFETIME,
+        at.VIRTIO_BLK_F_SECURE_ERASE,
+        at.VIRTIO_BLK_F_ZONED,
     )
 )
 """The features that this driver knows, as a bit mask."""
-
-
-class DriverError(Exception):
-    """The device did not do what the driver needs; says what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +68,23 @@ class _Pending:
 
 
 class BlockDriver:
-    """A driver on one queue of a virtio block device behind MMIO registers.
+    """A driver on one queue of a virtio block device, reached through ``registers``.
 
     The queue is packed where the device offers that and ``features`` allows it, else split.
     ``memory`` is the guest's RAM, ``arena`` the part of it that the driver may use. ``features``
-    masks what it accepts of what is offered. ``wait`` is called while a request is not done (for
-    devices that work when polled). ``legacy`` and ``order`` are as for the device.
+    masks what it accepts of what is offered. ``wait`` is called while a request is not
+    done, until it gives something false: for devices that are polled, or in another process.
     """
 
     def __init__(
         self,
-        registers: Registers,
+        registers: DriverTransport,
         memory: GuestMemory,
         arena: Arena,
         *,
         features: int = UNDERSTOOD,
         queue_index: int = 0,
         queue_size: int = 16,
-        legacy: bool = False,
-        order: ByteOrder = "little",
         page_size: int = 4096,
         wait: Callable[[], object] | None = None,
     ) -> None:
@@ -94,13 +94,14 @@ class BlockDriver:
         self.features = features
         self.queue_index = queue_index
         self.queue_size = queue_size
-        self.legacy = legacy
-        self.order: ByteOrder = order
+        self.legacy = registers.legacy
+        self.order: ByteOrder = registers.order
         self.page_size = page_size
-        self.structs = LITTLE if order == "little" else BIG
+        self.structs = LITTLE if self.order == "little" else BIG
         self.ring: DriverRing | PackedDriverRing
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
+        self._fence = make_fence()
 
     # -- bringing the device up ----------------------------------------------------------------
 
@@ -114,11 +115,7 @@ class BlockDriver:
     def identify(self) -> None:
         """Check that there is a block device, reset it and say that it was found."""
         registers = self.registers
-        found = [registers.load(each) for each in (at.MMIO_MAGIC_VALUE, at.MMIO_VERSION)]
-        if found != [at.MMIO_MAGIC, 1 if self.legacy else 2]:
-            raise DriverError(f"no virtio device of that version: {found}")
-        if registers.load(at.MMIO_DEVICE_ID) != at.VIRTIO_ID_BLOCK:
-            raise DriverError("not a block device")
+        registers.identify(at.VIRTIO_ID_BLOCK)
         registers.status = 0
         if registers.status:
             raise DriverError("the device does not reset")
@@ -139,7 +136,7 @@ class BlockDriver:
         """Lay out the ring and give it to the device."""
         registers = self.registers
         largest = registers.select_queue(self.queue_index)
-        size = min(self.queue_size, largest)
+        size = largest if registers.fixed_queue_size else min(self.queue_size, largest)
         if not size:
             raise DriverError(f"there is no queue {self.queue_index}")
         self.ring = ring = self._allocate_ring(size)
@@ -155,13 +152,17 @@ class BlockDriver:
 
     def _allocate_ring(self, size: int) -> DriverRing | PackedDriverRing:
         event_idx = bool(self.features >> at.VIRTIO_F_EVENT_IDX & 1)
+        in_order = bool(self.features >> at.VIRTIO_F_IN_ORDER & 1)
         if self.features >> at.VIRTIO_F_RING_PACKED & 1:
-            return PackedDriverRing.allocate(self.memory, self.arena, size, event_idx=event_idx)
+            return PackedDriverRing.allocate(
+                self.memory, self.arena, size, event_idx=event_idx, in_order=in_order
+            )
         return DriverRing.allocate(
             self.memory,
             self.arena,
             size,
             event_idx=event_idx,
+            in_order=in_order,
             order=self.order,
             align=self.page_size if self.legacy else None,
         )
@@ -169,9 +170,6 @@ class BlockDriver:
     @property
     def capacity(self) -> int:
         """Of the disk, in sectors of 512 bytes."""
-        if self.order == "big":
-            high = self.registers.read(at.MMIO_CONFIG, 4)
-            return high << 32 | self.registers.read(at.MMIO_CONFIG + 4, 4)
         return self.registers.config(0, 8)
 
     # -- requests ----------------------------------------------------------------------------
@@ -221,10 +219,21 @@ class BlockDriver:
         """Publish what was added, and notify the device if it wants that."""
         if self.ring.publish():
             with_data = self.features >> at.VIRTIO_F_NOTIFICATION_DATA & 1
-            self.registers.notify(self.queue_index, self.ring.next_place if with_data else 0)
+            self.registers.notify(self.queue_index, self.ring.next_place if with_data else None)
 
     def collect(self) -> dict[int, Completion]:
         """What is done, by head."""
+        done = self._collect()
+        while True:
+            self.ring.want_next_interrupt()
+            self.registers.take_interrupt()
+            self._fence()
+            found = self._collect()  # what was used before that wish raises no interrupt
+            if not found:
+                return done
+            done |= found
+
+    def _collect(self) -> dict[int, Completion]:
         done = {}
         for head, used_length in self.ring.collect():
             pending = self._pending.pop(head)
@@ -233,8 +242,6 @@ class BlockDriver:
                 used_length,
                 self.memory.read(pending.incoming, pending.length),
             )
-        self.ring.want_next_interrupt()
-        self.registers.take_interrupt()
         return done
 
     def request(
@@ -252,9 +259,8 @@ class BlockDriver:
         head = self.submit(kind, sector, outgoing, incoming, cuts=cuts, indirect=indirect)
         self.kick()
         done = self.collect()
-        if head not in done and self._wait is not None:
-            self._wait()
-            done = self.collect()
+        while head not in done and self._wait is not None and self._wait():
+            done |= self.collect()
         if head not in done:
             raise DriverError("the request did not come back")
         self.arena.give_back(mark)
@@ -285,8 +291,27 @@ class BlockDriver:
         """Have these sectors read as zeroes."""
         self._checked(at.VIRTIO_BLK_T_WRITE_ZEROES, 0, self.segment(sector, count, int(unmap)))
 
+    def secure_erase(self, sector: int, count: int) -> None:
+        """Have the data of these sectors gone for good."""
+        self._checked(at.VIRTIO_BLK_T_SECURE_ERASE, 0, self.segment(sector, count))
+
+    def report_zones(self, sector: int = 0, room: int = 16) -> list[tuple[int, int, int, int, int]]:
+        """Of up to ``room`` zones from the one with ``sector`` on: capacity, start, write pointer
+        (in sectors), type and state."""
+        head, each = self.structs.zone_report, self.structs.zone_descriptor
+        incoming = head.size + room * each.size
+        data = self._checked(at.VIRTIO_BLK_T_ZONE_REPORT, sector, b"", incoming).data
+        (count,) = head.unpack_from(data)
+        return [each.unpack_from(data, head.size + number * each.size) for number in range(count)]
+
+    def append(self, sector: int, data: bytes) -> int:
+        """Write to the write pointer of the zone that starts at ``sector``; the first sector."""
+        struct = self.structs.zone_append
+        done = self._checked(at.VIRTIO_BLK_T_ZONE_APPEND, sector, data, struct.size)
+        return int(struct.unpack(done.data)[0])
+
     def segment(self, sector: int, count: int, flags: int = 0) -> bytes:
-        """One range of DISCARD or WRITE_ZEROES, as it goes into the request's data."""
+        """One range of DISCARD and its like, as it goes into the request's data."""
         return self.structs.blk_segment.pack(sector, count, flags)
 
     def _checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..fence import make_fence
 from ..layout import (
     LITTLE,
     RING_EVENT_FLAGS_DESC,
@@ -39,6 +40,7 @@ class PackedDriverRing:
         used: int,
         *,
         event_idx: bool = False,
+        in_order: bool = False,
     ) -> None:
         """``available`` and ``used``: the event suppression structures, driver's and device's."""
         self.memory = memory
@@ -47,6 +49,7 @@ class PackedDriverRing:
         self.available = available
         self.used = used
         self.event_idx = event_idx
+        self.in_order = in_order
         self.slot = 0
         """Where the next descriptor goes."""
         self.wrap = True
@@ -56,12 +59,21 @@ class PackedDriverRing:
         self.used_wrap = True
         self._free_ids = list(range(size - 1, -1, -1))
         self._slots: dict[int, int] = {}
+        self._room: dict[int, int] = {}
+        self._taken = 0
         self._added = 0
         self._first: tuple[int, int] | None = None
+        self._fence = make_fence()
 
     @classmethod
     def allocate(
-        cls, memory: GuestMemory, arena: Arena, size: int, *, event_idx: bool = False
+        cls,
+        memory: GuestMemory,
+        arena: Arena,
+        size: int,
+        *,
+        event_idx: bool = False,
+        in_order: bool = False,
     ) -> PackedDriverRing:
         """A ring in zeroed memory of the arena."""
         lengths = (VIRTQ_DESC_SIZE * size, VIRTQ_EVENT_SIZE, VIRTQ_EVENT_SIZE)
@@ -72,7 +84,7 @@ class PackedDriverRing:
         )
         for address, length in zip(parts, lengths, strict=True):
             memory.write(address, bytes(length))
-        return cls(memory, size, *parts, event_idx=event_idx)
+        return cls(memory, size, *parts, event_idx=event_idx, in_order=in_order)
 
     # -- raw fields --------------------------------------------------------------------------
 
@@ -157,7 +169,7 @@ class PackedDriverRing:
 
     def add(self, buffers: list[Buffer]) -> int:
         """Write a list of direct descriptors (not published); its buffer id."""
-        ident = self._take(len(buffers))
+        ident = self._take(len(buffers), buffers)
         for position, buffer in enumerate(buffers):
             flags = VIRTQ_DESC_F_WRITE if buffer.writable else 0
             if position + 1 < len(buffers):
@@ -170,7 +182,7 @@ class PackedDriverRing:
 
         The specification allows no ``direct`` ones.
         """
-        ident = self._take(direct + 1)
+        ident = self._take(direct + 1, buffers)
         for buffer in buffers[:direct]:
             flags = VIRTQ_DESC_F_NEXT | (VIRTQ_DESC_F_WRITE if buffer.writable else 0)
             self.put(buffer.address, buffer.length, flags, ident)
@@ -182,20 +194,24 @@ class PackedDriverRing:
         self.put(table, len(data), VIRTQ_DESC_F_INDIRECT, ident)
         return ident
 
-    def _take(self, slots: int) -> int:
-        if slots + sum(self._slots.values()) > self.size:
+    def _take(self, slots: int, buffers: list[Buffer]) -> int:
+        if slots + self._taken > self.size:
             raise MemoryError(f"no {slots} descriptors left of {self.size}")
         ident = self._free_ids.pop()
         self._slots[ident] = slots
+        self._taken += slots
+        self._room[ident] = sum(buffer.length for buffer in buffers if buffer.writable)
         return ident
 
     def publish(self) -> bool:
         """Show the device what was added; whether it wants a kick for it."""
         added, self._added = self._added, 0
         if self._first is not None:
+            self._fence()  # chains before what makes them available
             slot, flags = self._first
             self.store16(self.descriptors + VIRTQ_DESC_SIZE * slot + 14, flags)
             self._first = None
+        self._fence()  # before the device's field is looked at (§2.8.21)
         event, flags = self.device_event
         if flags == RING_EVENT_FLAGS_DESC and self.event_idx:
             around = 2 * self.size
@@ -204,6 +220,12 @@ class PackedDriverRing:
             return 0 < (end - wanted) % around <= added
         return flags != RING_EVENT_FLAGS_DISABLE
 
+    @property
+    def has_used(self) -> bool:
+        """There is something to :meth:`collect`."""
+        _, _, flags, _ = self.get_descriptor(self.used_slot)
+        return flags & _OWNER == (_OWNER if self.used_wrap else 0)
+
     def collect(self) -> list[tuple[int, int]]:
         """The (buffer id, used length) of every chain that came back; its places are free."""
         done: list[tuple[int, int]] = []
@@ -211,11 +233,19 @@ class PackedDriverRing:
             _, length, flags, ident = self.get_descriptor(self.used_slot)
             if flags & _OWNER != (_OWNER if self.used_wrap else 0):
                 return done
-            slots = self._slots.pop(ident, 0)
-            if slots:
-                self._free_ids.append(ident)
+            if self.in_order and ident in self._slots:
+                while (first := next(iter(self._slots))) != ident:  # used in full, without a word
+                    self._go_behind(first)
+                    done.append((first, self._room[first]))
+            self._go_behind(ident)
             done.append((ident, length if flags & VIRTQ_DESC_F_WRITE else 0))
-            self.used_slot += max(slots, 1)
-            if self.used_slot >= self.size:
-                self.used_slot -= self.size
-                self.used_wrap = not self.used_wrap
+
+    def _go_behind(self, ident: int) -> None:
+        slots = self._slots.pop(ident, 0)
+        self._taken -= slots
+        if slots:
+            self._free_ids.append(ident)
+        self.used_slot += max(slots, 1)
+        if self.used_slot >= self.size:
+            self.used_slot -= self.size
+            self.used_wrap = not self.used_wrap

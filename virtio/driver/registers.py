@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import layout as at
+from ..layout import ByteOrder
+from .transport import DriverError, DriverTransport
 
 __all__ = ["Registers"]
 
 
-class Registers:
+class Registers(DriverTransport):
     """The registers behind ``read(offset, size) -> int`` and ``write(offset, size, value)``."""
 
     def __init__(
-        self, read: Callable[[int, int], int], write: Callable[[int, int, int], object]
+        self,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], object],
+        *,
+        legacy: bool = False,
+        order: ByteOrder = "little",
     ) -> None:
         self.read = read
         self.write = write
+        self.legacy = legacy
+        self.order = order
 
     def load(self, offset: int) -> int:
         """Read a 32-bit register."""
@@ -25,6 +34,14 @@ class Registers:
     def store(self, offset: int, value: int) -> None:
         """Write a 32-bit register."""
         self.write(offset, 4, value)
+
+    def identify(self, device_id: int) -> None:
+        """See :class:`DriverTransport`; MMIO-19 to MMIO-24."""
+        found = [self.load(each) for each in (at.MMIO_MAGIC_VALUE, at.MMIO_VERSION)]
+        if found != [at.MMIO_MAGIC, 1 if self.legacy else 2]:
+            raise DriverError(f"no virtio device of that version: {found}")
+        if (found_id := self.load(at.MMIO_DEVICE_ID)) != device_id:
+            raise DriverError(f"a device of type {found_id}, not {device_id}")
 
     @property
     def status(self) -> int:
@@ -36,16 +53,16 @@ class Registers:
         self.store(at.MMIO_STATUS, value)
 
     def offered_features(self) -> int:
-        """The first 64 feature bits that the device offers."""
+        """See :class:`DriverTransport`."""
         features = 0
-        for word in range(2):
+        for word in range(1 if self.legacy else 2):
             self.store(at.MMIO_DEVICE_FEATURES_SEL, word)
             features |= self.load(at.MMIO_DEVICE_FEATURES) << 32 * word
         return features
 
     def accept_features(self, features: int) -> None:
-        """Write the first 64 feature bits that the driver accepts."""
-        for word in range(2):
+        """See :class:`DriverTransport`."""
+        for word in range(1 if self.legacy else 2):
             self.store(at.MMIO_DRIVER_FEATURES_SEL, word)
             self.store(at.MMIO_DRIVER_FEATURES, features >> 32 * word & 0xFFFF_FFFF)
 
@@ -67,6 +84,10 @@ class Registers:
         self.store(at.MMIO_QUEUE_READY, 1)
         return self.load(at.MMIO_QUEUE_READY) == 1
 
+    def queue_enabled(self) -> bool:
+        """See :class:`DriverTransport`."""
+        return self.load(at.MMIO_QUEUE_PFN if self.legacy else at.MMIO_QUEUE_READY) != 0
+
     def enable_legacy_queue(self, size: int, address: int, page: int, align: int) -> bool:
         """Set the selected queue up (version 1); whether it is in use then."""
         self.store(at.MMIO_GUEST_PAGE_SIZE, page)
@@ -80,9 +101,9 @@ class Registers:
         self.store(at.MMIO_QUEUE_RESET, 1)
         return self.load(at.MMIO_QUEUE_RESET) == 0 and self.load(at.MMIO_QUEUE_READY) == 0
 
-    def notify(self, index: int, data: int = 0) -> None:
-        """Kick queue ``index``; ``data`` goes with it where NOTIFICATION_DATA was negotiated."""
-        self.store(at.MMIO_QUEUE_NOTIFY, data << 16 | index)
+    def notify(self, index: int, data: int | None = None) -> None:
+        """See :class:`DriverTransport`."""
+        self.store(at.MMIO_QUEUE_NOTIFY, index if data is None else data << 16 | index)
 
     def take_interrupt(self) -> int:
         """Read the interrupt status and acknowledge what it says."""
@@ -91,14 +112,14 @@ class Registers:
             self.store(at.MMIO_INTERRUPT_ACK, status)
         return status
 
-    def config(self, offset: int, size: int) -> int:
-        """A field of the device configuration, read again until its generation holds still."""
-        while True:
-            before = self.load(at.MMIO_CONFIG_GENERATION)
-            if size == 8:
-                value = self.read(at.MMIO_CONFIG + offset, 4)
-                value |= self.read(at.MMIO_CONFIG + offset + 4, 4) << 32
-            else:
-                value = self.read(at.MMIO_CONFIG + offset, size)
-            if self.load(at.MMIO_CONFIG_GENERATION) == before:
-                return value
+    def generation(self) -> int:
+        """See :class:`DriverTransport`."""
+        return 0 if self.legacy else self.load(at.MMIO_CONFIG_GENERATION)
+
+    def read_config(self, offset: int, size: int) -> int:
+        """See :class:`DriverTransport`."""
+        return self.read(at.MMIO_CONFIG + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """See :class:`DriverTransport`."""
+        self.write(at.MMIO_CONFIG + offset, size, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..fence import make_fence
 from ..layout import (
     BIG,
     LITTLE,
@@ -70,21 +71,26 @@ class DriverRing:
         used: int,
         *,
         event_idx: bool = False,
+        in_order: bool = False,
         order: ByteOrder = "little",
     ) -> None:
+        """``in_order``: a used element stands for every chain up to the one that it names."""
         self.memory = memory
         self.size = size
         self.descriptors = descriptors
         self.available = available
         self.used = used
         self.event_idx = event_idx
+        self.in_order = in_order
         self._structs = LITTLE if order == "little" else BIG
         self._order: ByteOrder = order
         self._free = list(range(size - 1, -1, -1))
         self._chains: dict[int, list[int]] = {}
+        self._room: dict[int, int] = {}
         self._next_avail = 0
         self._published = 0
         self._next_used = 0
+        self._fence = make_fence()
 
     @classmethod
     def allocate(
@@ -94,6 +100,7 @@ class DriverRing:
         size: int,
         *,
         event_idx: bool = False,
+        in_order: bool = False,
         order: ByteOrder = "little",
         align: int | None = None,
     ) -> DriverRing:
@@ -109,7 +116,7 @@ class DriverRing:
             parts = (start, start + table, start + before_used)
         for address, length in zip(parts, (table, avail_size, used_size), strict=True):
             memory.write(address, bytes(length))
-        return cls(memory, size, *parts, event_idx=event_idx, order=order)
+        return cls(memory, size, *parts, event_idx=event_idx, in_order=in_order, order=order)
 
     # -- raw fields --------------------------------------------------------------------------
 
@@ -189,7 +196,7 @@ class DriverRing:
 
     def add(self, buffers: list[Buffer]) -> int:
         """Write a chain of direct descriptors and make it available (not published); its head."""
-        indices = self._take(len(buffers))
+        indices = self._take(len(buffers), buffers)
         for position, (index, buffer) in enumerate(zip(indices, buffers, strict=True)):
             flags = VIRTQ_DESC_F_WRITE if buffer.writable else 0
             following = 0
@@ -202,7 +209,7 @@ class DriverRing:
 
     def add_indirect(self, buffers: list[Buffer], table: int, direct: int = 0) -> int:
         """The same with all but the first ``direct`` buffers in an indirect table at ``table``."""
-        indices = self._take(direct + 1)
+        indices = self._take(direct + 1, buffers)
         for position, buffer in enumerate(buffers[:direct]):
             flags = VIRTQ_DESC_F_NEXT | (VIRTQ_DESC_F_WRITE if buffer.writable else 0)
             self.set_descriptor(
@@ -221,12 +228,20 @@ class DriverRing:
         self.offer(indices[0])
         return indices[0]
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int, buffers: list[Buffer]) -> list[int]:
         if count > len(self._free):
             raise MemoryError(f"no {count} descriptors left of {self.size}")
         indices = [self._free.pop() for _ in range(count)]
         self._chains[indices[0]] = indices
+        self._room[indices[0]] = sum(buffer.length for buffer in buffers if buffer.writable)
         return indices
+
+    def _give_back(self, head: int) -> None:
+        indices = self._chains.pop(head, [])
+        if self.in_order:  # one after the other again (VQ-S-17)
+            self._free[:0] = reversed(indices)
+        else:
+            self._free += reversed(indices)
 
     def offer(self, head: int) -> None:
         """Put ``head`` into the available ring, behind those before; :meth:`publish` shows it."""
@@ -236,22 +251,34 @@ class DriverRing:
     def publish(self) -> bool:
         """Show the device what was added; whether it wants a kick for it."""
         old, new = self._published, self._next_avail
+        self._fence()  # chains before what makes them available
         self.available_index = new
         self._published = new
+        self._fence()  # before the device's field is looked at (§2.7.13.4.1)
         if self.event_idx:
             return (new - self.available_event - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not self.used_flags & VIRTQ_USED_F_NO_NOTIFY
 
+    @property
+    def has_used(self) -> bool:
+        """There is something to :meth:`collect`."""
+        return self._next_used != self.used_index
+
     def collect(self) -> list[tuple[int, int]]:
         """The (head, used length) of every chain that came back; their descriptors are free."""
-        done = []
+        done: list[tuple[int, int]] = []
         index = self.used_index
         while self._next_used != index:
             slot = self._next_used % self.size
             element = self.used + 4 + VIRTQ_USED_ELEM_SIZE * slot
             data = self.memory.read(element, VIRTQ_USED_ELEM_SIZE)
             head, length = self._structs.used_elem.unpack(data)
-            self._free += reversed(self._chains.pop(head, []))
+            if self.in_order and head in self._chains:
+                while (first := next(iter(self._chains))) != head:  # used in full, without a word
+                    self._give_back(first)
+                    done.append((first, self._room[first]))
+                    self._next_used = (self._next_used + 1) & 0xFFFF
+            self._give_back(head)
             done.append((head, length))
             self._next_used = (self._next_used + 1) & 0xFFFF
         return done

@@ -1,0 +1,135 @@
+"""A real Linux under QEMU, whose disk is ours over vhost-user: a file system's whole life.
+
+One short run belongs to the suite; with ``PYVIRTIO_GUESTS`` set (``make interop-vhost``) split and
+packed queues go through everything, with a reboot and servers killed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyvirtio
+from examples.emulator.packages import PackageError
+from support.peers import requires
+from support.qemu import qemu_img, qemu_img_json
+from support.vmm import Server, Vmm
+from support.x86_guest import Guest, find_guest
+
+pytestmark = [
+    requires("qemu-system-x86_64", "qemu-img", "mke2fs", "apt-get"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest's programs are amd64"),
+]
+MIB = 1 << 20
+SIZE = 64 * MIB
+T = "/tools/bin"
+LONG = bool(os.environ.get("PYVIRTIO_GUESTS"))
+
+
+@pytest.fixture(scope="module")
+def guest() -> Guest:
+    try:
+        return find_guest()
+    except PackageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Iterator[Path]:
+    """An overlay on an empty image; QEMU has the last word on both."""
+    base, path = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
+    pyvirtio.create_disk(base, SIZE).close()
+    pyvirtio.create_disk(path, SIZE, backing_file=base.name, backing_fmt="qcow2").close()
+    yield path
+    for image in (base, path):
+        assert qemu_img("check", image, check=False).returncode == 0
+
+
+def fio(name: str, size: int, *, sync: str = "--end_fsync=1") -> str:
+    """Random writes, and every block read again and compared by its checksum."""
+    return (
+        f"{T}/fio --name={name} --directory=/mnt --size={size} --bs=4k --rw=randwrite "
+        f"--verify=crc32c --verify_fatal=1 --ioengine=libaio --iodepth=16 --direct=1 {sync} "
+        "--output=/tmp/fio && ! grep -v 'err= 0' /tmp/fio | grep err="
+    )
+
+
+def test_a_file_system_lives_on_our_disk_through_a_crash_of_the_server(
+    guest: Guest, overlay: Path, tmp_path: Path
+) -> None:
+    options = ("--packed",)
+    with Server(overlay, tmp_path, *options) as server, Vmm(guest, server, packed=True) as vmm:
+        vmm.boot()
+        vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
+        vmm.run("dd if=/dev/urandom of=/mnt/kept bs=64k count=16 && sync")
+        digest = vmm.run("sha1sum < /mnt/kept")
+        writing = vmm.start(fio("checked", 2 * MIB))
+        server.kill()
+        assert vmm.result(writing)[0] == 0
+        server.command("block_resize", size=2 * SIZE)
+        vmm.run(f"until [ $(cat /sys/block/vda/size) = {2 * SIZE // 512} ]; do sleep 0.1; done")
+        vmm.run(f"rm /mnt/checked*; {T}/fstrim -v /mnt")
+        vmm.run("umount /mnt; echo 3 > /proc/sys/vm/drop_caches; mount /disk /mnt")
+        assert vmm.run("sha1sum < /mnt/kept") == digest
+        vmm.run(f"umount /mnt && {T}/e2fsck -f -n /disk")
+        vmm.power_off()
+        assert server.end() == 0
+
+
+if LONG:
+
+    @pytest.mark.parametrize("cpus", [1, 2])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_file_system_lives_through_reboots(
+        guest: Guest, overlay: Path, tmp_path: Path, packed: bool, cpus: int
+    ) -> None:
+        options = ("--packed", "--queues", str(cpus))
+        with (
+            Server(overlay, tmp_path, *options) as server,
+            Vmm(guest, server, packed=packed, cpus=cpus) as vmm,
+        ):
+            vmm.boot()
+            vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
+            vmm.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=8")
+            digest = vmm.run("sha1sum < /mnt/kept")
+            vmm.run(fio("checked", 16 * MIB), timeout=600)
+            vmm.run(f"rm /mnt/checked* && sync && {T}/fstrim /mnt")
+            server.command("block_resize", size=2 * SIZE)
+            vmm.run(f"until [ $(cat /sys/block/vda/size) = {2 * SIZE // 512} ]; do sleep 1; done")
+            vmm.run("sync; umount /mnt")
+            for _ in range(2):
+                vmm.reboot()
+                vmm.run(f"{T}/e2fsck -f -n /disk && mount /disk /mnt")
+                assert vmm.run("sha1sum < /mnt/kept") == digest
+                vmm.run("umount /mnt")
+            vmm.power_off()
+            assert server.end() == 0
+        extents = qemu_img_json("map", overlay)
+        data = sum(extent["length"] for extent in extents if extent["data"])
+        assert data < 20 * MIB  # what was trimmed is not kept: 16 MiB
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_nothing_flushed_is_lost_when_the_server_is_killed_again_and_again(
+        guest: Guest, overlay: Path, tmp_path: Path, packed: bool
+    ) -> None:
+        with (
+            Server(overlay, tmp_path, "--packed", "--queues", "2") as server,
+            Vmm(guest, server, packed=packed, cpus=2) as vmm,
+        ):
+            vmm.boot()
+            vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
+            for round in range(6):
+                vmm.run(f"dd if=/dev/urandom of=/mnt/kept{round} bs=64k count=8 && sync")
+                vmm.run(f"sha1sum /mnt/kept{round} >> /tmp/sums")
+                writing = vmm.start(fio(f"checked{round}", 4 * MIB, sync="--fsync=16"))
+                server.kill()
+                assert vmm.result(writing, 600)[0] == 0
+            vmm.run("umount /mnt; echo 3 > /proc/sys/vm/drop_caches; mount /disk /mnt")
+            vmm.run("sha1sum -c /tmp/sums")
+            vmm.run(f"umount /mnt && {T}/e2fsck -f -n /disk")
+            vmm.power_off()
+            assert server.end() == 0

@@ -1,0 +1,187 @@
+"""QEMU with our guest and a vhost-user disk, and our server as a process: started, told, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from support.x86_guest import Guest
+
+__all__ = ["Server", "Vmm"]
+
+
+class Server:
+    """``pyvirtio-serve vhost-user-blk`` on ``image``, listening in ``folder``."""
+
+    def __init__(self, image: Path, folder: Path, *options: str) -> None:
+        self.socket = folder / "blk.sock"
+        self.monitor = folder / "monitor.sock"
+        self._log = folder / "server.log"
+        self._command = [
+            *(sys.executable, "-m", "pyvirtio.tools.serve", "vhost-user-blk", "--verbose"),
+            *("--serial", "disk"),
+            *("--socket", str(self.socket), "--monitor", str(self.monitor), *options, str(image)),
+        ]
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(self.monitor))
+                except OSError:
+                    time.sleep(0.05)
+                else:
+                    return process
+        raise RuntimeError(f"the server does not start: {self.log}")
+
+    @property
+    def log(self) -> str:
+        """What the server has said."""
+        return self._log.read_text()
+
+    def kill(self) -> None:
+        """SIGKILL it, and start it again."""
+        self._process.kill()
+        self._process.wait()
+        self.monitor.unlink()
+        self._process = self._start()
+
+    def command(self, execute: str, **arguments: Any) -> Any:
+        """A command to its monitor; what that returned."""
+        with socket.socket(socket.AF_UNIX) as client, client.makefile("rw") as stream:
+            client.connect(str(self.monitor))
+            stream.readline()
+            stream.write(json.dumps({"execute": execute, "arguments": arguments}) + "\n")
+            stream.flush()
+            answer = json.loads(stream.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"]["desc"])
+        return answer["return"]
+
+    def end(self) -> int:
+        """SIGTERM it; its exit status."""
+        self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end; its exit status."""
+        return self._process.wait(60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+class Vmm:
+    """QEMU, without KVM, and a shell in its guest on the serial line."""
+
+    def __init__(
+        self, guest: Guest, server: Server, *, packed: bool = False, cpus: int = 1
+    ) -> None:
+        device = (
+            "vhost-user-blk-pci,chardev=disk,addr=4"
+            f",packed={'on' if packed else 'off'},num-queues={cpus}"
+        )
+        self._process = subprocess.Popen(
+            [
+                *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
+                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "256"),
+                *("-smp", str(cpus), "-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
+                *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
+                *("-append", "console=ttyS0 quiet tsc=unstable mitigations=off"),
+                *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1"),
+                *("-device", device),
+                *("-drive", f"if=none,id=tools,file={guest.tools},format=raw,readonly=on"),
+                *("-device", "virtio-blk-pci,drive=tools,serial=tools,addr=5"),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+        os.set_blocking(self._output.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._output, selectors.EVENT_READ)
+        self._said = b""
+        self._commands = 0
+
+    def wait_for(self, pattern: str, timeout: float = 120) -> re.Match[str]:
+        """Wait until the guest has said that; what is before is dropped. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while True:
+            text = self._said.decode(errors="replace")
+            if (found := re.search(pattern, text)) is not None:
+                self._said = text[found.end() :].encode()
+                return found
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no {pattern!r} in {text!r}")
+            for _ in self._selector.select(left):
+                if not (data := os.read(self._output.fileno(), 1 << 16)):
+                    raise EOFError(f"QEMU has ended: {text!r}")
+                self._said += data
+
+    def start(self, command: str) -> int:
+        """Have the guest's shell run a command; what :meth:`result` takes."""
+        self._commands += 1
+        number = self._commands
+        self._input.write(f'{command}\necho "done {number} $?"\n'.encode())
+        self._input.flush()
+        return number
+
+    def result(self, number: int, timeout: float = 120) -> tuple[int, str]:
+        """The exit status of the command of that number, and what it said."""
+        found = self.wait_for(rf"(?s)^(.*?)done {number} (\d+)\n", timeout)
+        return int(found[2]), found[1]
+
+    def run(self, command: str, timeout: float = 120) -> str:
+        """The same at once. Raises RuntimeError if the command fails."""
+        status, output = self.result(self.start(command), timeout)
+        if status:
+            raise RuntimeError(f"{command}: {status}: {output}")
+        return output
+
+    def boot(self) -> None:
+        """Wait for the guest to come up."""
+        self.wait_for(r"the guest is up\s")
+
+    def reboot(self) -> None:
+        """Have the guest start again, in the same QEMU."""
+        self.start("reboot -f")
+        self.boot()
+
+    def power_off(self) -> None:
+        """End the guest, and QEMU."""
+        self.start("poweroff -f")
+        self._process.wait(60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._selector.close()
+        self._input.close()
+        self._output.close()

@@ -1,0 +1,112 @@
+"""``pyvirtio-serve vhost-user-blk``: an image as a disk for a VMM.
+
+The options follow QEMU's conventions for such programs (docs/interop/vhost-user.rst, "Backend
+program conventions"): ``--fd``, ``--print-capabilities``, ``--blk-file``, ``--socket-path``; no
+forking; SIGTERM does what is under way, flushes and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import ExitStack
+
+from ... import UnsupportedError, VhostUserServer, VirtioBlk, open_disk
+from ...errors import PyvirtioError
+from .monitor import Monitor
+
+__all__ = ["run"]
+
+_CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
+_FIRST_PASSED_FD = 3
+"""Where the sockets begin that a service manager passes (sd_listen_fds)."""
+
+
+def run(program: str, arguments: list[str]) -> int:
+    """Serve until told to end; the exit status."""
+    parser = _parser(program)
+    options = parser.parse_args(arguments)
+    if options.print_capabilities:
+        print(json.dumps(_CAPABILITIES))
+        return 0
+    if (options.image is None) == (options.blk_file is None):
+        parser.error("one image is needed")
+    listener = _passed_socket()
+    if sum(each is not None for each in (options.socket, options.fd, listener)) != 1:
+        parser.error("one of --socket, --fd and a passed socket is needed")
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format=f"{program}: %(message)s")
+    try:
+        _serve(options, listener)
+    except (OSError, ValueError, PyvirtioError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
+    with ExitStack() as stack:
+        image = options.image or options.blk_file
+        disk = stack.enter_context(
+            open_disk(image, format=options.format, read_only=options.read_only)
+        )
+        device = VirtioBlk(
+            disk,
+            serial=options.serial,
+            num_queues=options.queues,
+            queue_size=options.queue_size,
+            packed=options.packed,
+            in_order=options.in_order,
+            io_threads=options.io_threads,
+        )
+        connection = None if options.fd is None else socket.socket(fileno=options.fd)
+        server = stack.enter_context(
+            VhostUserServer(device, options.socket, listener=listener, connection=connection)
+        )
+        if options.monitor is not None:
+            stack.enter_context(Monitor(options.monitor, server, disk))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: server.stop())
+        server.serve()
+        server.close()
+        if not disk.read_only:
+            disk.flush()
+
+
+def _passed_socket() -> socket.socket | None:
+    """The socket that a service manager listens at for us, if there is one."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise UnsupportedError("one socket is served, no more", feature="several passed sockets")
+    return socket.socket(fileno=_FIRST_PASSED_FD)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        program, description="Serve an image as a vhost-user-blk device.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="any format that pyvirtio knows")
+    add("--blk-file", metavar="IMAGE", help="the same")
+    add("--socket", "--socket-path", metavar="PATH", help="listen at this UNIX socket")
+    add("--fd", type=int, metavar="N", help="serve this file descriptor, a connected socket")
+    add("--format", help="of the image; its first bytes tell if not given")
+    add("--read-only", action="store_true", help="nothing is written")
+    add("--queues", type=int, default=1, metavar="N", help="request queues (default: 1)")
+    add("--queue-size", type=int, default=256, metavar="N", help="their entries (default: 256)")
+    add("--packed", action="store_true", help="offer packed queues, too")
+    add("--in-order", action="store_true", help="offer in-order use of buffers")
+    add(
+        "--serial", default="", metavar="TEXT", help="the disk's serial number, up to 20 characters"
+    )
+    add("--io-threads", type=int, default=0, metavar="N", help="threads for requests (default: 0)")
+    add("--monitor", metavar="PATH", help="take commands (as QMP's block_resize) at this socket")
+    add("--print-capabilities", action="store_true", help="print them as JSON, and end")
+    add("--verbose", action="store_true", help="tell of front-ends that come and go")
+    return parser

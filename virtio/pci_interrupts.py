@@ -1,0 +1,116 @@
+"""How a virtio PCI function interrupts: ISR status and INTx, or MSI-X (§4.1.4.5, §4.1.5).
+
+Queues and configuration changes are mapped to MSI-X vectors here; without MSI-X both raise the one
+interrupt line, and the ISR status says which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+
+from ..backend.state import StateReader, StateWriter
+from . import pci_layout as at
+from .line import InterruptLine
+from .msix import MsixTable
+
+__all__ = ["PciInterrupts"]
+
+
+class PciInterrupts:
+    """ISR status, interrupt line and vectors of one function; any thread may raise."""
+
+    def __init__(
+        self,
+        num_queues: int,
+        vectors: int,
+        intx: Callable[[bool], object] | None,
+        msi: Callable[[int, int], object] | None,
+    ) -> None:
+        self.msix = None if msi is None or not vectors else MsixTable(vectors, msi)
+        self.msix_enabled = False
+        self.intx_disabled = False
+        """By the command register."""
+        self.isr = 0
+        self.line = InterruptLine(intx, lambda: self.intx_status and not self.intx_disabled)
+        self._isr_lock = Lock()
+        self.config_vector = at.NO_VECTOR
+        self.queue_vectors = [at.NO_VECTOR] * num_queues
+
+    @property
+    def intx_status(self) -> bool:
+        """The Interrupt Status bit of the PCI status register (PCI-74)."""
+        return self.isr != 0 and not self.msix_enabled
+
+    def reset(self) -> None:
+        """The device was reset: nothing is mapped (PCI-114), nothing is to be told any more."""
+        if self.msix is not None:
+            for vector in {self.config_vector, *self.queue_vectors} - {at.NO_VECTOR}:
+                self.msix.forget(vector)
+        self.config_vector = at.NO_VECTOR
+        self.queue_vectors = [at.NO_VECTOR] * len(self.queue_vectors)
+        with self._isr_lock:
+            self.isr = 0
+        self.line.update()
+
+    def map(self, vector: int) -> int:
+        """What a vector register holds after this was written to it (PCI-111 to PCI-116)."""
+        known = 0 if self.msix is None else self.msix.vectors
+        return vector if vector < known else at.NO_VECTOR
+
+    def queue_interrupt(self, index: int) -> None:
+        """Queue ``index`` has used buffers that the driver wants to hear of."""
+        if self.msix is not None and self.msix_enabled:
+            vector = self.queue_vectors[index]
+            if vector != at.NO_VECTOR:  # PCI-129
+                self.msix.notify(vector)
+            return
+        with self._isr_lock:
+            self.isr |= at.ISR_QUEUE  # PCI-73
+        self.line.update()
+
+    def config_interrupt(self) -> None:
+        """The configuration has changed; the ISR says so with MSI-X, too (PCI-72)."""
+        with self._isr_lock:
+            self.isr |= at.ISR_CONFIG
+        if self.msix is not None and self.msix_enabled:
+            vector = self.config_vector
+            if vector != at.NO_VECTOR:  # PCI-130
+                self.msix.notify(vector)
+            return
+        self.line.update()
+
+    def read_isr(self) -> int:
+        """The driver reads the ISR status, which resets it (PCI-75)."""
+        with self._isr_lock:
+            value, self.isr = self.isr, 0
+        self.line.update()
+        return value
+
+    def save(self, stream: StateWriter) -> None:
+        """Write all of it but what the configuration space says."""
+        stream.u8(self.isr)
+        stream.u16(self.config_vector)
+        for vector in self.queue_vectors:
+            stream.u16(vector)
+        stream.flag(self.msix is not None)
+        if self.msix is not None:
+            self.msix.save(stream)
+
+    def load(self, stream: StateReader) -> Callable[[], None]:
+        """Read it again; returns how to put it in force, without the line."""
+        isr, config_vector = stream.u8(), stream.u16()
+        queue_vectors = [stream.u16() for _ in self.queue_vectors]
+        if stream.flag() != (self.msix is not None):
+            raise stream.malformed("is of a function with MSI-X, or without")
+        if any(self.map(each) != each for each in (config_vector, *queue_vectors)):
+            raise stream.malformed("maps an event to an MSI-X vector that is none")
+        adopt_msix = None if self.msix is None else self.msix.load(stream)
+
+        def adopt() -> None:
+            self.isr = isr & (at.ISR_QUEUE | at.ISR_CONFIG)
+            self.config_vector, self.queue_vectors = config_vector, queue_vectors
+            if adopt_msix is not None:
+                adopt_msix()
+
+        return adopt
