@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-vhost fuzz-img mutants mutants-device \
-	conformance lint bench clean
+.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-vhost fuzz-img \
+	mutants mutants-device conformance lint bench clean
 
 venv: $(STAMP)
 
