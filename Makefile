@@ -60,7 +60,7 @@ mutants: venv
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # The conformance suite on our own device in all its forms; the matrix goes to docs/.
-FORMS := mmio mmio_callbacks mmio_v1 mmio_v1_big pci pci_callbacks pci_legacy
+FORMS := mmio mmio_callbacks mmio_v1 mmio_v1_big pci pci_callbacks pci_legacy vhost_user
 conformance: venv
 	mkdir -p build/conformance
 	for form in $(FORMS); do \

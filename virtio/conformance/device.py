@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Literal
 
-from ..driver import DriverTransport, PciFunction, SharedRam, VhostUserFrontEnd
+from ..driver import DriverTransport, Link, PciFunction, SharedRam, VhostUserFrontEnd
 from ..memory import GuestMemory
 
 __all__ = ["WISHES", "CannotMakeError", "DeviceUnderTest", "VhostUserDevice", "find_maker"]
@@ -69,19 +70,25 @@ class DeviceUnderTest(ABC):
 
 
 class VhostUserDevice(DeviceUnderTest):
-    """A vhost-user-blk back-end that listens on a socket."""
+    """A vhost-user-blk back-end at the other end of a socket."""
 
     transport = "vhost-user"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, link: Link) -> None:
         self._ram = SharedRam(4 << 20)
         self.memory, self.base, self.size = self._ram.memory, self._ram.base, self._ram.size
+        self.registers = self.front = VhostUserFrontEnd(link, self._ram)
+
+    @classmethod
+    def connect(cls, path: str) -> VhostUserDevice:
+        """The one at ``path``. Raises CannotMakeError if nobody listens there."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.front = VhostUserFrontEnd.connect(path, self._ram, timeout=10)
+            connection.connect(path)
         except OSError as error:
-            self._ram.close()
+            connection.close()
             raise CannotMakeError(f"{path}: {error}") from None
-        self.registers = self.front
+        return cls(Link(connection, timeout=10))
 
     def wait(self, timeout: float) -> bool:
         """See :class:`DeviceUnderTest`."""
@@ -104,7 +111,7 @@ def find_maker(spec: str) -> Maker:
     """What ``--device`` names: ``vhost-user:PATH`` or ``module:function``."""
     kind, _, rest = spec.partition(":")
     if kind == "vhost-user":
-        return lambda: VhostUserDevice(rest)
+        return lambda: VhostUserDevice.connect(rest)
     maker: Any = import_module(kind)
     for name in rest.split("."):
         maker = getattr(maker, name)

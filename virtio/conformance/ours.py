@@ -5,6 +5,8 @@ They double as examples of what a maker of devices is.
 
 from __future__ import annotations
 
+import socket
+from threading import Thread
 from typing import Any
 
 from ...backend.disk import Disk
@@ -13,14 +15,24 @@ from ...backend.zoned import ZonedDisk
 from ...backend.zones import ZoneModel, ZoneState
 from ..blk import VirtioBlk
 from ..blk_config import Lifetime
-from ..driver import LegacyPciRegisters, PciFunction, PciRegisters, Registers
+from ..driver import LegacyPciRegisters, Link, PciFunction, PciRegisters, Registers
 from ..layout import ByteOrder
 from ..memory import GuestMemory
 from ..mmio import VirtioMmio
 from ..pci import VirtioPci
-from .device import CannotMakeError, DeviceUnderTest
+from ..vhost_user.server import VhostUserServer
+from .device import CannotMakeError, DeviceUnderTest, VhostUserDevice
 
-__all__ = ["mmio", "mmio_callbacks", "mmio_v1", "mmio_v1_big", "pci", "pci_callbacks", "pci_legacy"]
+__all__ = [
+    "mmio",
+    "mmio_callbacks",
+    "mmio_v1",
+    "mmio_v1_big",
+    "pci",
+    "pci_callbacks",
+    "pci_legacy",
+    "vhost_user",
+]
 
 _BASE = 0x8000_0000
 _RAM = 4 << 20
@@ -44,7 +56,43 @@ def _make_disk(zoned: str) -> Disk:
     )
 
 
-class _Ours(DeviceUnderTest):
+class _Backed:
+    """The device itself, and what its owner may do to the disk."""
+
+    disk: Disk
+    blk: VirtioBlk
+
+    def set_up(self, *, read_only: bool, zoned: str, in_order: bool = False) -> None:
+        """Make it."""
+        self.disk = _make_disk(zoned)
+        self.blk = VirtioBlk(
+            self.disk,
+            serial="conformance",
+            read_only=read_only,
+            lifetime=lambda: Lifetime(1, 2, 3),
+            secure_erase=True,
+            size_max=1 << 20,
+            packed=True,
+            in_order=in_order,
+            num_queues=2,
+        )
+
+    def resize(self, sectors: int) -> None:
+        self.disk.truncate(512 * sectors)
+
+    def fail_zone(self, sector: int, *, offline: bool) -> None:
+        if not isinstance(self.disk, ZonedDisk):
+            raise CannotMakeError("the disk has no zones")
+        zone = self.disk.zone_at(512 * sector)
+        self.disk.fail_zone(zone, ZoneState.OFFLINE if offline else ZoneState.READ_ONLY)
+
+    def close_disk(self) -> None:
+        """It is not used any more."""
+        self.blk.detach()
+        self.disk.close()
+
+
+class _Ours(_Backed, DeviceUnderTest):
     base = _BASE
     size = _RAM
 
@@ -70,34 +118,13 @@ class _Ours(DeviceUnderTest):
             if callbacks
             else GuestMemory.from_buffer(ram, _BASE)
         )
-        self.disk = _make_disk(zoned)
-        self.blk = VirtioBlk(
-            self.disk,
-            serial="conformance",
-            read_only=read_only,
-            lifetime=lambda: Lifetime(1, 2, 3),
-            secure_erase=True,
-            size_max=1 << 20,
-            packed=True,
-            in_order=in_order,
-            num_queues=2,
-        )
+        self.set_up(read_only=read_only, zoned=zoned, in_order=in_order)
 
     def wait(self, timeout: float) -> bool:
         return False
 
-    def resize(self, sectors: int) -> None:
-        self.disk.truncate(512 * sectors)
-
-    def fail_zone(self, sector: int, *, offline: bool) -> None:
-        if not isinstance(self.disk, ZonedDisk):
-            raise CannotMakeError("the disk has no zones")
-        zone = self.disk.zone_at(512 * sector)
-        self.disk.fail_zone(zone, ZoneState.OFFLINE if offline else ZoneState.READ_ONLY)
-
     def close(self) -> None:
-        self.blk.detach()
-        self.disk.close()
+        self.close_disk()
 
 
 class _Mmio(_Ours):
@@ -145,6 +172,25 @@ class _Pci(_Ours):
         )
 
 
+class _VhostUser(_Backed, VhostUserDevice):
+    """The back-end in a thread of this process."""
+
+    def __init__(self, **options: Any) -> None:
+        self.set_up(**options)
+        ours, theirs = socket.socketpair()
+        self._server = VhostUserServer(self.blk, connection=theirs)
+        self._thread = Thread(target=self._server.serve, daemon=True)
+        self._thread.start()
+        super().__init__(Link(ours, timeout=10))
+
+    def close(self) -> None:
+        super().close()
+        self._server.stop()
+        self._thread.join()
+        self._server.close()
+        self.close_disk()
+
+
 def mmio(read_only: bool = False, zoned: str = "") -> DeviceUnderTest:
     """MMIO, version 2; RAM in a buffer."""
     return _Mmio(callbacks=False, read_only=read_only, zoned=zoned)
@@ -178,3 +224,8 @@ def pci_callbacks(read_only: bool = False, zoned: str = "") -> DeviceUnderTest:
 def pci_legacy(read_only: bool = False, zoned: str = "") -> DeviceUnderTest:
     """A transitional PCI device, through its legacy interface."""
     return _Pci(callbacks=False, read_only=read_only, zoned=zoned, legacy=True)
+
+
+def vhost_user(read_only: bool = False, zoned: str = "") -> DeviceUnderTest:
+    """A vhost-user back-end."""
+    return _VhostUser(read_only=read_only, zoned=zoned, in_order=True)
