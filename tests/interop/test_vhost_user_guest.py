@@ -27,6 +27,7 @@ pytestmark = [
 MIB = 1 << 20
 SIZE = 64 * MIB
 T = "/tools/bin"
+ONLY_LEAKS = 3
 LONG = bool(os.environ.get("PYVIRTIO_GUESTS"))
 
 
@@ -40,13 +41,14 @@ def guest() -> Guest:
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Iterator[Path]:
-    """An overlay on an empty image; QEMU has the last word on both."""
+    """An overlay on an empty image; QEMU has the last word on both: nothing but leaks, which a
+    server that is killed may leave."""
     base, path = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
     pyvirtio.create_disk(base, SIZE).close()
     pyvirtio.create_disk(path, SIZE, backing_file=base.name, backing_fmt="qcow2").close()
     yield path
     for image in (base, path):
-        assert qemu_img("check", image, check=False).returncode == 0
+        assert qemu_img("check", image, check=False).returncode in (0, ONLY_LEAKS)
 
 
 def fio(name: str, size: int, *, sync: str = "--end_fsync=1") -> str:
@@ -108,6 +110,7 @@ if LONG:
                 vmm.run("umount /mnt")
             vmm.power_off()
             assert server.end() == 0
+        assert qemu_img("check", overlay).returncode == 0
         extents = qemu_img_json("map", overlay)
         data = sum(extent["length"] for extent in extents if extent["data"])
         assert data < 20 * MIB  # what was trimmed is not kept: 16 MiB
