@@ -35,14 +35,14 @@ class BlkdebugDisk(AlignedFilter):
         rules: list[Rule] | None = None,
         *,
         limits: Limits | None = None,
-        zero_sizes: tuple[int, int] = (0, 0),
+        max_write_zeroes: int = 0,
         discard_sizes: tuple[int, int] = (0, 0),
         name: str | None = None,
     ) -> None:
         super().__init__(below, limits=limits)
         self.rules = Rules(list(rules or []))
         self._max_transfer = self.limits.max_transfer
-        self._zero_sizes = zero_sizes
+        self._max_write_zeroes = max_write_zeroes
         self._discard_sizes = discard_sizes
         self._name = name
 
@@ -75,7 +75,7 @@ class BlkdebugDisk(AlignedFilter):
         if length < self._align:
             raise UnsupportedError("blkdebug: less than its alignment", feature="zeroes")
         self.rules.happen("pwritev_zero")
-        for at, part in _pieces(offset, length, *self._zero_sizes):
+        for at, part in _pieces(offset, length, 0, self._max_write_zeroes):
             self.rules.check(at, part, "write-zeroes")
             super()._write_zeroes(at, part, unmap)
         self.rules.happen("pwritev_done")
@@ -174,7 +174,7 @@ def _open(node: Node) -> Disk:
     rules += rules_from_options(options)
     named = not options.left.keys() - {"x-image", "image", "image.driver", "image.filename"}
     below = node.required("image", Role.FILTERED, filename=options.text("x-image"))
-    limits, zero_sizes, discard_sizes = _limits(node, below)
+    limits, max_write_zeroes, discard_sizes = _limits(node, below)
     for group in ("take-child-perms", "unshare-child-perms"):
         for value in options.group(f"{group}.").values():
             if value not in ("consistent-read", "write", "write-unchanged", "resize"):
@@ -184,15 +184,14 @@ def _open(node: Node) -> Disk:
         below,
         rules,
         limits=limits,
-        zero_sizes=zero_sizes,
+        max_write_zeroes=max_write_zeroes,
         discard_sizes=discard_sizes,
         name=name,
     )
 
 
-def _limits(node: Node, below: Disk) -> tuple[Limits, tuple[int, int], tuple[int, int]]:
-    """What the disk likes, and the best and the largest size of a write of zeroes and of a
-    discard."""
+def _limits(node: Node, below: Disk) -> tuple[Limits, int, tuple[int, int]]:
+    """What the disk likes, the largest write of zeroes, and the best and the largest discard."""
     options = node.options
     own = options.size("align") or 0
     if own and (own >= _INT_MAX or own & (own - 1)):
@@ -213,13 +212,13 @@ def _limits(node: Node, below: Disk) -> tuple[Limits, tuple[int, int], tuple[int
     limits = replace(
         below.limits,
         request_alignment=align,
-        write_zeroes_alignment=align,  # smaller parts than the best ones are handed on, too
-        discard_alignment=align,
+        write_zeroes_alignment=max(values["opt-write-zero"], align),
+        discard_alignment=align,  # smaller parts than the best ones are handed on, too
         max_transfer=values["max-transfer"] or below.limits.max_transfer,
     )
     return (
         limits,
-        (values["opt-write-zero"], values["max-write-zero"]),
+        values["max-write-zero"],
         (values["opt-discard"], values["max-discard"]),
     )
 
