@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: venv conformance mutants-device demo demo-uboot test crash crash-linux interop-vhost \
-	fuzz-vhost fuzz-img fuzz mutants lint bench clean
+	fuzz-vhost fuzz fuzz-img mutants lint bench clean
 
 venv: $(STAMP)
 

@@ -61,7 +61,7 @@ class NbdDisk(Disk):
         if server_read_only and not read_only:
             self._disconnect()
             raise BackendError(
-                errno.EACCES, "request on denied for read-only export", self.filename
+                errno.EACCES, "Could not open image: Permission denied", self.filename
             )
         self._flags = nbd.Transmission(flags)
         super().__init__(
@@ -103,9 +103,13 @@ class NbdDisk(Disk):
 
     def _handshake(self) -> tuple[int, int, int]:
         connection = self._peer
-        magic, option_magic, flags = nbd.INIT.unpack(nbd.receive(connection, nbd.INIT.size))
-        if magic != nbd.INIT_MAGIC or option_magic != nbd.OPTION_MAGIC:
+        magic, style = nbd.INIT.unpack(nbd.receive(connection, nbd.INIT.size))
+        if magic != nbd.INIT_MAGIC or style not in (nbd.OPTION_MAGIC, nbd.OLD_STYLE_MAGIC):
             raise BackendError(errno.EINVAL, "Bad initial magic received")
+        self._structured = self._status = False
+        if style == nbd.OLD_STYLE_MAGIC:
+            return self._old_style()
+        flags = int.from_bytes(nbd.receive(connection, 2), "big")
         if not flags & nbd.FIXED_NEWSTYLE:
             raise BackendError(errno.EINVAL, "Server does not support fixed newstyle")
         connection.sendall(_U32.pack(flags & (nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)))
@@ -114,13 +118,12 @@ class NbdDisk(Disk):
             self._socket = self._tls.wrap_socket(connection, server_hostname=self._tls_hostname)
         self._structured = self._simple_option(nbd.Option.STRUCTURED_REPLY)
         name = self._export.encode()
-        self._status = False
         if self._structured:
             query = _U32.pack(len(name)) + name + _U32.pack(1) + _U32.pack(len(_CONTEXT)) + _CONTEXT
             for reply, data in self._option(nbd.Option.SET_META_CONTEXT, query):
                 self._status |= reply == nbd.Reply.META_CONTEXT and data[4:] == _CONTEXT
         wanted = Struct(">HH").pack(1, nbd.Info.BLOCK_SIZE)
-        size = flags = None
+        facts: tuple[int, int] | None = None
         smallest = 1
         for reply, data in self._option(nbd.Option.GO, _U32.pack(len(name)) + name + wanted):
             if reply >= nbd.Reply.UNSUPPORTED:
@@ -130,15 +133,28 @@ class NbdDisk(Disk):
                 )
             kind = int.from_bytes(data[:2], "big")
             if kind == nbd.Info.EXPORT and len(data) == nbd.EXPORT_INFO.size:
-                _, size, flags = nbd.EXPORT_INFO.unpack(data)
+                _, *numbers = nbd.EXPORT_INFO.unpack(data)
+                facts = numbers[0], numbers[1]
             elif kind == nbd.Info.BLOCK_SIZE and len(data) == nbd.BLOCK_SIZE_INFO.size:
                 _, smallest, _, largest = nbd.BLOCK_SIZE_INFO.unpack(data)
                 self._largest = max(smallest, min(largest, nbd.MAX_REQUEST))
-        if size is None or flags is None:
+        if facts is None:
             raise BackendError(errno.EINVAL, "broken server omitted NBD_INFO_EXPORT")
+        size, flags = facts
         if size >= 1 << 63 or smallest & (smallest - 1) or smallest > 1 << 16:
             raise BackendError(errno.EINVAL, "server sent invalid export information")
         return size, flags, smallest
+
+    def _old_style(self) -> tuple[int, int, int]:
+        """A server that offers its one export without a question."""
+        if self._tls is not None:
+            raise BackendError(errno.EINVAL, "Server does not support STARTTLS")
+        if self._export:
+            raise BackendError(errno.EINVAL, "Server does not support non-empty export names")
+        size, flags = nbd.OLD_STYLE.unpack(nbd.receive(self._peer, nbd.OLD_STYLE.size))
+        if size >= 1 << 63:
+            raise BackendError(errno.EINVAL, "server sent invalid export information")
+        return size, flags & 0xFFFF, 1
 
     @property
     def _peer(self) -> socket.socket:

@@ -23,6 +23,8 @@ __all__ = [
     "MAX_OPTION",
     "MAX_REQUEST",
     "NO_ZEROES",
+    "OLD_STYLE",
+    "OLD_STYLE_MAGIC",
     "OPTION",
     "OPTION_MAGIC",
     "OPTION_REPLY",
@@ -51,8 +53,12 @@ REQUEST_MAGIC = 0x25609513
 SIMPLE_MAGIC = 0x67446698
 CHUNK_MAGIC = 0x668E33EF
 
-INIT = Struct(">QQH")
-"""INIT_MAGIC, OPTION_MAGIC, handshake flags"""
+OLD_STYLE_MAGIC = 0x00420281861253
+
+INIT = Struct(">QQ")
+"""INIT_MAGIC; OPTION_MAGIC (handshake flags follow, 16 bits) or OLD_STYLE_MAGIC"""
+OLD_STYLE = Struct(">QI124x")
+"""What follows in the old style, where nothing is negotiated: size, transmission flags"""
 OPTION = Struct(">QII")
 """OPTION_MAGIC, option, length"""
 OPTION_REPLY = Struct(">QIII")

@@ -21,7 +21,7 @@ from ...backend.open import open_disk
 from ...errors import PyvirtioError, UnsupportedError, message_of
 from .nbd_session import Export, Session, Statistics
 
-__all__ = ["Server", "run"]
+__all__ = ["Server", "run", "tls_context"]
 
 _FIRST_PASSED_FD = 3
 """Where the sockets begin that a service manager passes (sd_listen_fds)."""
@@ -120,7 +120,7 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
             )
         )
     listener = stack.enter_context(_listener(options, stack))
-    server = Server(listener, exports, tls=_tls(options.tls_certs))
+    server = Server(listener, exports, tls=tls_context(options.tls_certs))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: server.stop())
     server.serve()
@@ -172,7 +172,7 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _tls(folder: str | None) -> ssl.SSLContext | None:
+def tls_context(folder: str | None) -> ssl.SSLContext | None:
     """TLS with the certificates in a folder, under the names that QEMU and nbdkit use."""
     if folder is None:
         return None

@@ -135,7 +135,8 @@ class Session:
 
     def _negotiate(self) -> Export:
         flags = nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES
-        self._socket.sendall(nbd.INIT.pack(nbd.INIT_MAGIC, nbd.OPTION_MAGIC, flags))
+        greeting = nbd.INIT.pack(nbd.INIT_MAGIC, nbd.OPTION_MAGIC) + flags.to_bytes(2, "big")
+        self._socket.sendall(greeting)
         (answer,) = _U32.unpack(nbd.receive(self._socket, 4))
         if answer & ~flags or not answer & nbd.FIXED_NEWSTYLE:
             raise _Over
