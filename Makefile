@@ -15,6 +15,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	$(BIN)/python -m compileall -q $(filter-out py.typed,$(PACKAGE))  # the programs start in half the time
 	touch $@
 
 demo: venv
