@@ -38,6 +38,8 @@ _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
 
+_FIRST_BLOCK = 4096
+
 
 class FileDisk(Disk):
     """A regular file or a block device.
@@ -234,21 +236,23 @@ class FileDisk(Disk):
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         unmap = unmap and self.discard_mode == "unmap"
-        old = self.size
-        inside = max(0, min(length, old - offset))
+        # Past the end of the file only space that is to be given back is left a hole.
+        zeroed = max(0, min(length, self.size - offset)) if unmap else length
         try:
-            if inside:
+            if zeroed:
                 if self._direct is not None:
                     with self._direct.lock.shared():
-                        self._space.zero(offset, inside, unmap=unmap)
+                        self._space.zero(offset, zeroed, unmap=unmap)
                 else:
-                    self._space.zero(offset, inside, unmap=unmap)
+                    self._space.zero(offset, zeroed, unmap=unmap)
         except OSError as error:
             raise self._failed(error, f"Could not zero {length} bytes at {offset}") from error
-        if inside < length:
+        if zeroed < length:
             # Past the end there is nothing yet; one byte makes the file reach so far, and unlike
             # ftruncate it can never cut off what another thread is appending.
             self._writev(offset + length - 1, [memoryview(b"\0")], 1)
+        else:
+            self._reached(offset + length)
 
     def _discard(self, offset: int, length: int) -> None:
         if self.discard_mode == "ignore":
@@ -359,6 +363,10 @@ class FileDisk(Disk):
     def _resize(self, old: int, size: int, preallocation: str) -> None:
         if preallocation == "off" or size == old:
             os.ftruncate(self._fd, size)
+            if size and not old and self._direct is None:
+                # As QEMU does: who probes for the alignment that direct access needs finds a block
+                # that is there (some file systems let anything pass in a hole).
+                self._space.fill(0, min(size, _FIRST_BLOCK))
             return
         try:
             if preallocation == "falloc":

@@ -49,10 +49,11 @@ class Space:
         self._refused: set[str] = set()
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Make a range inside the file read as zeroes without writing them.
+        """Make a range read as zeroes without writing them.
 
-        ``unmap`` prefers giving the space back. Raises UnsupportedError if it cannot be done
-        here, OSError if it failed.
+        Without ``unmap`` the space is reserved, and a file that ends before grows to hold it;
+        ``unmap`` prefers giving the space back, inside the file. Raises UnsupportedError if it
+        cannot be done here, OSError if it failed.
         """
         if self._block_device:
             done = self._try("zero-out", self._ioctl, _BLKZEROOUT, offset, length)

@@ -257,7 +257,8 @@ def test_block_status_tells_holes_from_data(disk):
     if len(extents) == 1:
         pytest.skip("this file system does not tell its holes")
     assert extents == [
-        (65536, False, True, 0),
+        (4096, True, False, 0),  # the first block is always there
+        (65536 - 4096, False, True, 4096),
         (65536, True, False, 65536),
         ((1 << 20) - 131072, False, True, 131072),
     ]
@@ -487,3 +488,26 @@ def test_a_creation_that_fails_leaves_what_was_there(tmp_path, monkeypatch, old)
     with pytest.raises(BackendError):
         FileDisk.create(path, 4096)
     assert path.exists() is old
+
+
+def test_a_file_made_longer_from_nothing_has_its_first_block(tmp_path) -> None:
+    """Who probes what alignment direct access needs reads no hole, then (as in QEMU)."""
+    path = tmp_path / "a.raw"
+    with FileDisk.create(path, 1 << 20) as disk:
+        assert disk.block_status(0, 1 << 20).data
+    assert 0 < path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_zeroes_past_the_end_reserve_space_unless_it_may_be_given_back(tmp_path) -> None:
+    used = {}
+    for unmap in (False, True):
+        path = tmp_path / f"{unmap}"
+        path.touch()
+        with FileDisk(path, growable=True) as disk:
+            disk.discards = True
+            disk.write_zeroes(0, 1 << 20, unmap=unmap)
+            assert disk.size == 1 << 20
+        assert path.stat().st_size == 1 << 20
+        used[unmap] = path.stat().st_blocks * 512
+    assert used[False] >= 1 << 20
+    assert used[True] < 1 << 20
