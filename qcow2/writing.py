@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..backend.buffers import split
-from ..errors import PyvirtioError
+from ..errors import PyvirtioError, UnsupportedError
 from . import layout
 from .cache import CacheFull
 from .layout import ClusterKind
@@ -243,6 +243,8 @@ class Writer:
             if tail is not None:
                 parts = [*parts, memoryview(tail)]
             size = len(head or b"") + done + len(tail or b"")
+            if size < new.end - new.start:
+                self._reserve(new.host + new.start - clusters_start, new.end - new.start)
             self._store(place, offset - len(head or b""), parts, size)
         except BaseException:
             with metadata.lock:
@@ -251,6 +253,14 @@ class Writer:
         with metadata.lock, metadata.health.step("Mapping new clusters"):
             self._map(new)
         return done
+
+    def _reserve(self, place: int, length: int) -> None:
+        """Take the host's space for clusters of which a part is written: the rest is zeroes, but
+        none that may be missing later (QEMU's handle_alloc_space)."""
+        self._check_overlap(place, length)
+        self._file.debug_event("cluster_alloc_space")
+        with suppress(UnsupportedError):  # the rest stays a hole, then
+            self._file.write_zeroes(place, length, fallback=False)
 
     def _surroundings(
         self, new: _NewClusters, entry: int, offset: int, length: int

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 import pyvirtio
 from pyvirtio import BackendError, Extent, ImageError, MemoryDisk
+from pyvirtio.backend.blockdev import Context, Graph, open_node
 from pyvirtio.qcow2 import Qcow2Disk
 from support.filters import FaultyDisk, RecordingDisk
 from support.images import (
@@ -660,3 +662,37 @@ def test_a_snapshot_keeps_the_highest_zero_subcluster() -> None:
     assert disk.read(30 * 512, 1024) == b"x" * 512 + bytes(512)
     disk.flush()
     assert states(file) == 1 << 63 | 0x7FFF_FFFF
+
+
+# -- the host's space for clusters written in part -------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"extended_l2": True}])
+def test_a_cluster_written_in_part_has_its_whole_space_on_the_host(tmp_path, options) -> None:
+    path = tmp_path / "a.qcow2"
+    with pyvirtio.create_disk(path, 1 << 20, **options) as disk:
+        disk.flush()
+        before = path.stat()
+        disk.write(65536 + 700, b"x" * 512)
+        disk.write(3 << 16, b"y" * 70_000)
+        host = disk.block_status(65536 + 700, 512).host_offset
+    after = path.stat()
+    filled = 2048 if options else 3 * 65536  # a subcluster, or all that was written to
+    assert after.st_size >= (host & -65536) + filled
+    assert (after.st_blocks - before.st_blocks) * 512 >= filled
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        assert disk.check().clean
+
+
+def test_no_space_for_the_rest_of_a_cluster_fails_the_write_and_leaks_nothing(tmp_path) -> None:
+    path = tmp_path / "a.qcow2"
+    pyvirtio.create_disk(path, 1 << 20).close()
+    rule = "file.inject-error.0."
+    options = {"driver": "qcow2", "file.driver": "blkdebug", "file.image.filename": str(path)}
+    options |= {f"{rule}event": "cluster_alloc_space", f"{rule}errno": "28", f"{rule}once": "on"}
+    with open_node(Context(Graph()), None, options) as disk:
+        with pytest.raises(BackendError) as caught:
+            disk.write(512, b"x" * 512)
+        assert caught.value.errno == errno.ENOSPC
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        assert disk.check().clean
