@@ -167,12 +167,16 @@ def _parse_filename(name: str, options: dict[str, Any]) -> None:
     options["x-image"] = image
 
 
+_NAMED = {"config", "x-image", "image", "image.driver", "image.filename"}
+"""What a file name can say."""
+
+
 def _open(node: Node) -> Disk:
     options = node.options
+    named = not options.left.keys() - _NAMED
     config = options.text("config")
     rules = [] if config is None else [make_rule(*group) for group in read_config(config)]
     rules += rules_from_options(options)
-    named = not options.left.keys() - {"x-image", "image", "image.driver", "image.filename"}
     below = node.required("image", Role.FILTERED, filename=options.text("x-image"))
     limits, max_write_zeroes, discard_sizes = _limits(node, below)
     for group in ("take-child-perms", "unshare-child-perms"):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["described", "ordered", "pretty"]
+__all__ = ["compact", "described", "ordered", "pretty"]
 
 _BUCKETS = 512
 _SPECIAL = re.compile(r"[^ !#-\[\]-~]")
@@ -52,6 +52,16 @@ def pretty(value: object, indent: int = 0) -> str:
         return json.dumps(value)
     body = ",\n".join(inner + line for line in lines)
     return f"{left}\n{body}{chr(10) if lines else ''}{outer}{right}"
+
+
+def compact(value: object) -> str:
+    """A value as JSON in one line."""
+    if isinstance(value, Mapping):
+        members = (f"{_string(key)}: {compact(item)}" for key, item in ordered(value))
+        return "{" + ", ".join(members) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(map(compact, value)) + "]"
+    return _string(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _string(text: str) -> str:

@@ -264,3 +264,33 @@ def test_completion_knows_every_command(shell):
 
 def test_the_manual_has_every_option():
     assert "\\-\\-backing\\-chain" in img("man", "info")[1]
+
+
+# -- names of what has none ------------------------------------------------------------------------
+
+
+def test_a_disk_that_no_file_name_describes_has_a_json_name(tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(65536))
+    for name in ("a.qcow2", "b.qcow2"):
+        img("create", "-fqcow2", "-Fraw", "-bbase.raw", tmp_path / name)
+    path = tmp_path / "a.qcow2"
+    rule = f"driver=qcow2,file.driver=blkdebug,file.image.filename={path},file.align=512"
+    _, output, _ = img("info", "--output=json", "--image-opts", rule)
+    facts = json.loads(output)
+    assert json.loads(facts["filename"].removeprefix("json:")) == {
+        "driver": "qcow2",
+        "file": {
+            "driver": "blkdebug",
+            "image": {"driver": "file", "filename": str(path)},
+            "align": "512",
+        },
+    }
+    assert facts["full-backing-filename"] == str(base)
+    words = "driver=qcow2,file.driver=quorum,file.vote-threshold=1"
+    files = [f"file.children.{i}.filename={tmp_path / name}.qcow2" for i, name in enumerate("ab")]
+    files += [f"file.children.{i}.driver=file" for i in range(2)]
+    status, output, _ = img("info", "--image-opts", ",".join([words, *files]))
+    assert status == 0
+    assert "image: json:{" in output
+    assert "backing file: base.raw (cannot determine actual path)" in output

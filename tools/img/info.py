@@ -57,7 +57,7 @@ def _collect(source: Source, objects: Objects, whole: bool) -> list[dict[str, An
             raise Failure(f"Backing file '{source.name}' creates an infinite loop.")
         seen.add(source.name)
         with open_image(source, objects, backing=False, no_io=True) as disk:
-            facts.append(image_facts(disk))
+            facts.append(image_facts(disk, source))
         last = facts[-1]
         if not whole or "backing-filename" not in last:
             return facts
@@ -70,12 +70,15 @@ def _collect(source: Source, objects: Objects, whole: bool) -> list[dict[str, An
         source = Source(full, last.get("backing-filename-format"), False, source.force_share)
 
 
-def image_facts(disk: Disk) -> dict[str, Any]:
-    """QEMU's ``ImageInfo`` of a disk."""
+def image_facts(disk: Disk, source: Source) -> dict[str, Any]:
+    """QEMU's ``ImageInfo`` of a disk opened from ``source``."""
     info = disk.info()
-    name = info.filename or ""
-    if prefix_of(name) not in (None, "json") and os.path.exists(name):
-        name = f"./{name}"  # a path, whatever it looks like
+    if info.filename is None:
+        from .json_name import json_name
+
+        name = json_name(disk, source)
+    else:
+        name = _as_path(info.filename)
     facts: dict[str, Any] = {"filename": name, "format": info.format}
     facts["virtual-size"] = info.virtual_size
     if info.actual_size is not None:
@@ -89,7 +92,7 @@ def image_facts(disk: Disk) -> dict[str, Any]:
         facts["format-specific"] = {"type": info.format, "data": _plain(info.specific)}
     if info.backing_filename is not None:
         facts["backing-filename"] = info.backing_filename
-        full = full_name(_file_name(disk, name), info.backing_filename)
+        full = full_name(_file_name(disk), info.backing_filename)
         if full is not None:
             facts["full-backing-filename"] = full
         if info.backing_format is not None:
@@ -99,15 +102,23 @@ def image_facts(disk: Disk) -> dict[str, Any]:
     return facts
 
 
-def _file_name(disk: Disk, name: str) -> str:
+def _file_name(disk: Disk) -> str | None:
     """The name that a relative one of a backing file is beside: that of the file, whatever filters
-    lie over it."""
+    lie over it. None if there is more than one file."""
     below = disk
-    while (file := below.children.get("file")) is not None:
-        below = file
-    if below is disk or not below.filename or len(below.children):
-        return name
-    return f"./{below.filename}" if prefix_of(below.filename) is not None else below.filename
+    while children := below.children:
+        child = children.get("file") or children.get("image") or children.get("raw")
+        if child is None:
+            return None
+        below = child
+    return None if below.filename is None else _as_path(below.filename)
+
+
+def _as_path(name: str) -> str:
+    """The name of a file that is there so that it is a path, whatever it looks like."""
+    if prefix_of(name) not in (None, "json") and os.path.exists(name):
+        return f"./{name}"
+    return name
 
 
 def full_name(image: str | None, backing: str) -> str | None:

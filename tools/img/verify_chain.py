@@ -45,7 +45,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             seen.add(name)
             try:
                 with open_image(source, objects, backing=False, no_io=True) as disk:
-                    facts = image_facts(disk)
+                    facts = image_facts(disk, source)
                 size = facts["virtual-size"]
                 following = facts.get("full-backing-filename")
                 found_here += _look(facts, above, source, objects, fast="--fast" in given)
