@@ -2,10 +2,10 @@
 
 Between two slices the board is a function of what it was at the start and of what has come in
 since: bytes typed, how long it slept, what the disks answered, how large they became, what a
-debugger changed and, with a clock that is not made of instructions, the time. All that goes into one log (:mod:`.journal`).
-Every so many slices the board keeps a machine snapshot of itself, in an image in memory: of which
-only pages that have changed take room. To go to a position, it takes on the nearest snapshot
-before, and runs again from the log; no disk is touched, nothing is sent.
+debugger changed and, with a clock that is not made of instructions, the time. All that goes into
+one log (:mod:`.journal`). Every so many slices the board keeps a machine snapshot of itself, in an
+image in memory: of which only pages that have changed take room. To go to a position, it takes on
+the nearest snapshot before, and runs again from the log; no disk is touched, nothing is sent.
 
 Changed pages are found by comparing with a copy. Having the engine report stores would cost far
 more, all the time, and not every host's kernel keeps track of dirty pages for a process.
