@@ -281,6 +281,13 @@ class VirtioPci:
             if self.device.legacy or (offset, value) == (at.LEGACY_STATUS, 0):
                 self._legacy.write(offset, size, value)
 
+    def notifies(self, bar: int, offset: int) -> bool:
+        """A write there tells a queue that it has something available (for ``"deferred"``: now
+        there is something to :meth:`poll`)."""
+        if bar == _LEGACY and self._transitional:
+            return offset == at.LEGACY_QUEUE_NOTIFY
+        return bar == _MODERN and offset >= _NOTIFY
+
     def poll(self) -> bool:
         """Serve what was kicked and is not done yet (``notify="deferred"``); True if there was."""
         return self._bus_master and self.device.poll()

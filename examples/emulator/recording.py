@@ -201,6 +201,7 @@ class RecordedBoard(Board):
         disks: Sequence[pyvirtio.Disk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
+        pci: bool = False,
         slice_length: int = 200_000,
     ) -> None:
         self._journal = _Journal()
@@ -222,11 +223,17 @@ class RecordedBoard(Board):
         super().__init__(
             say,
             ram=ram,
-            disks=[_RecordedDisk(disk, self._journal) for disk in disks],
+            disks=disks,
             clock=clock,
             legacy_virtio=legacy_virtio,
+            pci=pci,
             slice_length=slice_length,
         )
+
+    def _block(self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk) -> pyvirtio.VirtioBlk:
+        if isinstance(disk, pyvirtio.VirtioBlk):
+            raise TypeError("a board that is recorded makes the devices for its disks itself")
+        return super()._block(_RecordedDisk(disk, self._journal))
 
     @property
     def log(self) -> EventLog:
