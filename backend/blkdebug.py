@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,14 +36,14 @@ class BlkdebugDisk(AlignedFilter):
         *,
         limits: Limits | None = None,
         max_write_zeroes: int = 0,
-        max_discard: int = 0,
+        discard_sizes: tuple[int, int] = (0, 0),
         name: str | None = None,
     ) -> None:
         super().__init__(below, limits=limits)
         self.rules = Rules(list(rules or []))
         self._max_transfer = self.limits.max_transfer
         self._max_write_zeroes = max_write_zeroes
-        self._max_discard = max_discard
+        self._discard_sizes = discard_sizes
         self._name = name
 
     @property
@@ -74,19 +75,15 @@ class BlkdebugDisk(AlignedFilter):
         if length < self._align:
             raise UnsupportedError("blkdebug: less than its alignment", feature="zeroes")
         self.rules.happen("pwritev_zero")
-        step = self._max_write_zeroes or length
-        for done in range(0, length, step):
-            part = min(step, length - done)
-            self.rules.check(offset + done, part, "write-zeroes")
-            super()._write_zeroes(offset + done, part, unmap)
+        for at, part in _pieces(offset, length, 0, self._max_write_zeroes):
+            self.rules.check(at, part, "write-zeroes")
+            super()._write_zeroes(at, part, unmap)
         self.rules.happen("pwritev_done")
 
     def _discard(self, offset: int, length: int) -> None:
-        step = self._max_discard or length
-        for done in range(0, length, step):
-            part = min(step, length - done)
-            self.rules.check(offset + done, part, "discard")
-            super()._discard(offset + done, part)
+        for at, part in _pieces(offset, length, *self._discard_sizes):
+            self.rules.check(at, part, "discard")
+            super()._discard(at, part)
 
     def _flush(self) -> None:
         self.rules.check(0, 0, "flush")
@@ -106,6 +103,19 @@ class BlkdebugDisk(AlignedFilter):
     def _close(self) -> None:
         self.rules.resume_all()
         super()._close()
+
+
+def _pieces(offset: int, length: int, best: int, largest: int) -> Iterator[tuple[int, int]]:
+    """A range cut where its offset is a multiple of ``best``, and then after each ``largest``
+    bytes; 0 is no limit."""
+    end = offset + length
+    head = -offset % best if best else 0
+    if 0 < head < length:
+        yield offset, head
+        offset += head
+    step = largest or max(1, length)
+    for at in range(offset, end, step):
+        yield at, min(step, end - at)
 
 
 def _aligned_extent(disk: BlkdebugDisk, first: Extent, offset: int, length: int) -> Extent:
@@ -164,7 +174,7 @@ def _open(node: Node) -> Disk:
     rules += rules_from_options(options)
     named = not options.left.keys() - {"x-image", "image", "image.driver", "image.filename"}
     below = node.required("image", Role.FILTERED, filename=options.text("x-image"))
-    limits, max_write_zeroes, max_discard = _limits(node, below)
+    limits, max_write_zeroes, discard_sizes = _limits(node, below)
     for group in ("take-child-perms", "unshare-child-perms"):
         for value in options.group(f"{group}.").values():
             if value not in ("consistent-read", "write", "write-unchanged", "resize"):
@@ -175,13 +185,13 @@ def _open(node: Node) -> Disk:
         rules,
         limits=limits,
         max_write_zeroes=max_write_zeroes,
-        max_discard=max_discard,
+        discard_sizes=discard_sizes,
         name=name,
     )
 
 
-def _limits(node: Node, below: Disk) -> tuple[Limits, int, int]:
-    """What the disk likes, and the largest write of zeroes and discard."""
+def _limits(node: Node, below: Disk) -> tuple[Limits, int, tuple[int, int]]:
+    """What the disk likes, the largest write of zeroes, and the best and the largest discard."""
     options = node.options
     own = options.size("align") or 0
     if own and (own >= _INT_MAX or own & (own - 1)):
@@ -202,11 +212,15 @@ def _limits(node: Node, below: Disk) -> tuple[Limits, int, int]:
     limits = replace(
         below.limits,
         request_alignment=align,
-        write_zeroes_alignment=align,  # smaller parts than the best ones are handed on, too
-        discard_alignment=align,
+        write_zeroes_alignment=max(values["opt-write-zero"], align),
+        discard_alignment=align,  # smaller parts than the best ones are handed on, too
         max_transfer=values["max-transfer"] or below.limits.max_transfer,
     )
-    return limits, values["max-write-zero"], values["max-discard"]
+    return (
+        limits,
+        values["max-write-zero"],
+        (values["opt-discard"], values["max-discard"]),
+    )
 
 
 DRIVER = Driver("blkdebug", _open, protocol=True, parse_filename=_parse_filename)

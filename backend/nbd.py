@@ -123,7 +123,7 @@ class NbdDisk(Disk):
             for reply, data in self._option(nbd.Option.SET_META_CONTEXT, query):
                 self._status |= reply == nbd.Reply.META_CONTEXT and data[4:] == _CONTEXT
         wanted = Struct(">HH").pack(1, nbd.Info.BLOCK_SIZE)
-        size = flags = None
+        facts: tuple[int, int] | None = None
         smallest = 1
         for reply, data in self._option(nbd.Option.GO, _U32.pack(len(name)) + name + wanted):
             if reply >= nbd.Reply.UNSUPPORTED:
@@ -133,12 +133,14 @@ class NbdDisk(Disk):
                 )
             kind = int.from_bytes(data[:2], "big")
             if kind == nbd.Info.EXPORT and len(data) == nbd.EXPORT_INFO.size:
-                _, size, flags = nbd.EXPORT_INFO.unpack(data)
+                _, *numbers = nbd.EXPORT_INFO.unpack(data)
+                facts = numbers[0], numbers[1]
             elif kind == nbd.Info.BLOCK_SIZE and len(data) == nbd.BLOCK_SIZE_INFO.size:
                 _, smallest, _, largest = nbd.BLOCK_SIZE_INFO.unpack(data)
                 self._largest = max(smallest, min(largest, nbd.MAX_REQUEST))
-        if size is None or flags is None:
+        if facts is None:
             raise BackendError(errno.EINVAL, "broken server omitted NBD_INFO_EXPORT")
+        size, flags = facts
         if size >= 1 << 63 or smallest & (smallest - 1) or smallest > 1 << 16:
             raise BackendError(errno.EINVAL, "server sent invalid export information")
         return size, flags, smallest

@@ -137,3 +137,15 @@ def test_the_qcow2_driver_announces_its_steps(tmp_path: Path, event: str) -> Non
         disk.write(1 << 19, b"y" * 512)
     with pyvirtio.open_disk(path) as disk:
         assert not disk.check().corruptions  # type: ignore[attr-defined]
+
+
+def test_discards_are_cut_where_the_best_size_begins() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watching(MemoryDisk):
+        def _discard(self, offset: int, length: int) -> None:
+            seen.append((offset, length))
+
+    disk = BlkdebugDisk(Watching(1 << 20), discard_sizes=(3000, 6000))
+    disk.discard(1000, 20000)
+    assert seen == [(1000, 2000), (3000, 6000), (9000, 6000), (15000, 6000)]

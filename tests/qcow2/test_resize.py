@@ -214,7 +214,7 @@ def test_preallocation_when_shrinking_is_refused() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with make() as disk, pytest.raises(UnsupportedError, match="preallocation mode 'some'"):
+    with make() as disk, pytest.raises(UnsupportedError, match="does not accept value 'some'"):
         disk.truncate(2 << 20, preallocation="some")
 
 
