@@ -422,16 +422,19 @@ def test_freed_clusters_are_used_again() -> None:
     assert file.size < 60 * CLUSTER
 
 
-@pytest.mark.parametrize("what", ["header", "active L1 table", "refcount table"])
+@pytest.mark.parametrize("what", ["qcow2_header", "active L1 table", "refcount table"])
 def test_what_every_image_has_is_never_handed_out(what: str) -> None:
     file, disk = new_image()
     disk.close()
-    offset = {"header": 0, "active L1 table": number_at(file, 40), "refcount table": 512}[what]
+    offset = {"qcow2_header": 0, "active L1 table": number_at(file, 40), "refcount table": 512}[
+        what
+    ]
     block = number_at(file, number_at(file, 48))
     poke(file, block + 2 * (offset // 512), 0, 2)
     with reopen(file) as found:
-        with pytest.raises(ImageError, match=f"Preventing invalid allocation of the {what}"):
-            found.write(0, b"x" * 20_000)
+        clusters = (found.write(i * CLUSTER, b"x" * CLUSTER) for i in range(40))
+        with pytest.raises(ImageError, match=rf"overlaps with {what}|L2 table at offset 0"):
+            list(clusters)
         with pytest.raises(BackendError, match="not written any more"):
             found.write(0, b"x")
 
@@ -660,3 +663,58 @@ def test_a_snapshot_keeps_the_highest_zero_subcluster() -> None:
     assert disk.read(30 * 512, 1024) == b"x" * 512 + bytes(512)
     disk.flush()
     assert states(file) == 1 << 63 | 0x7FFF_FFFF
+
+
+def image_with_free_header() -> MemoryDisk:
+    file, disk = new_image()
+    disk.write(0, b"x" * CLUSTER)
+    disk.close()
+    poke(file, number_at(file, number_at(file, 48)), 0, 2)
+    return file
+
+
+def test_an_l2_table_that_would_take_the_header_is_named() -> None:
+    with (
+        reopen(image_with_free_header()) as found,
+        pytest.raises(ImageError, match="invalid allocation of L2 table at offset 0$"),
+    ):
+        found.write(64 * CLUSTER, b"x" * CLUSTER)
+
+
+def test_a_compressed_cluster_that_would_take_the_header_is_named() -> None:
+    with (
+        reopen(image_with_free_header()) as found,
+        pytest.raises(ImageError, match="invalid allocation of compressed cluster at offset 0$"),
+    ):
+        found.write_compressed(CLUSTER, [b"x" * CLUSTER])
+
+
+def test_a_large_write_passes_small_gaps_by_and_a_small_one_after_a_free_fills_them() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 10 * CLUSTER)
+    start = disk.block_status(0, CLUSTER).host_offset
+    assert start is not None
+    disk.discard(0, 2 * CLUSTER)
+    disk.flush()
+    disk.write(20 * CLUSTER, b"y" * 4 * CLUSTER)
+    assert disk.block_status(20 * CLUSTER, CLUSTER).host_offset == start + 10 * CLUSTER
+    disk.discard(2 * CLUSTER, CLUSTER)
+    disk.flush()
+    disk.write(30 * CLUSTER, b"z" * CLUSTER)
+    assert disk.block_status(30 * CLUSTER, CLUSTER).host_offset == start + 2 * CLUSTER
+    assert file.size <= start + 14 * CLUSTER
+
+
+def test_a_new_refcount_block_lies_behind_the_clusters_that_needed_it() -> None:
+    disk = pyvirtio.create_disk(MemoryDisk(growable=True), 1 << 20, cluster_size=CLUSTER)
+    for i in range(300):
+        disk.write(i * 3 * CLUSTER, b"x" * 3 * CLUSTER)
+    disk.flush()
+    refcounts = disk._metadata.refcounts
+    for block in range(1, len([entry for entry in refcounts.table if entry])):
+        first = block << 8
+        place = refcounts.block_offset(block) // CLUSTER
+        assert first < place < first + 4
+        assert refcounts.get(place) == 1
+    found = disk.check()
+    assert (found.corruptions, found.leaks) == (0, 0)
