@@ -267,6 +267,37 @@ def test_an_allocated_zero_cluster_is_used_and_loses_its_flag() -> None:
     assert_clean(file)
 
 
+def test_stored_clusters_and_zero_clusters_between_are_one_write_that_goes_around_nothing() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 5 * CLUSTER)
+    disk.write_zeroes(CLUSTER, CLUSTER)
+    disk.write_zeroes(3 * CLUSTER, CLUSTER)
+    disk.close()
+    log = RecordingDisk(copy_of(file))
+    with as_qcow2(pyvirtio.open_disk(log, format="qcow2")) as again:
+        start = again.block_status(0, CLUSTER).host_offset
+        assert start is not None
+        again.write(100, b"y" * 4 * CLUSTER)
+        writes = [(e.offset, e.length) for e in log.log if e.kind == "write"]
+        assert writes == [(start + 100, 4 * CLUSTER)]
+        assert again.read(0, 5 * CLUSTER) == b"x" * 100 + b"y" * 4 * CLUSTER + b"x" * 412
+        again.flush()
+        assert again.check().clean
+
+
+def test_an_error_in_a_write_over_stored_and_zero_clusters_leaves_all_of_them() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 3 * CLUSTER)
+    disk.write_zeroes(CLUSTER, CLUSTER)
+    disk.close()
+    faulty = FaultyDisk(copy_of(file), kinds=frozenset({"write"}))
+    disk = as_qcow2(pyvirtio.open_disk(faulty, format="qcow2"))
+    faulty.fail_at = faulty.count
+    with pytest.raises(BackendError):
+        disk.write(0, b"y" * 3 * CLUSTER)
+    assert disk.read(0, 3 * CLUSTER) == b"x" * CLUSTER + bytes(CLUSTER) + b"x" * CLUSTER
+
+
 def test_new_clusters_are_marked_as_ours_alone() -> None:
     file, disk = new_image()
     disk.write(0, b"x" * 4 * CLUSTER)
@@ -676,7 +707,7 @@ def image_with_free_header() -> MemoryDisk:
 def test_an_l2_table_that_would_take_the_header_is_named() -> None:
     with (
         reopen(image_with_free_header()) as found,
-        pytest.raises(ImageError, match="invalid allocation of L2 table at offset 0$"),
+        pytest.raises(ImageError, match=r"invalid allocation of L2 table at offset 0$"),
     ):
         found.write(64 * CLUSTER, b"x" * CLUSTER)
 
@@ -684,7 +715,7 @@ def test_an_l2_table_that_would_take_the_header_is_named() -> None:
 def test_a_compressed_cluster_that_would_take_the_header_is_named() -> None:
     with (
         reopen(image_with_free_header()) as found,
-        pytest.raises(ImageError, match="invalid allocation of compressed cluster at offset 0$"),
+        pytest.raises(ImageError, match=r"invalid allocation of compressed cluster at offset 0$"),
     ):
         found.write_compressed(CLUSTER, [b"x" * CLUSTER])
 
