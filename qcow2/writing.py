@@ -32,6 +32,10 @@ _MAX_CLUSTERS = 4096
 MAX_DROPPED = 1 << 12
 """Runs of dropped references that may wait for a flush before a write makes one itself."""
 
+MAX_UNUSED = 8 << 20
+"""Bytes that were discarded and wait for a flush before the next write makes one itself, so that
+it finds place there and the file does not grow."""
+
 
 @dataclass(slots=True)
 class _NewClusters:
@@ -96,6 +100,9 @@ class Writer:
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
+        metadata = self._metadata
+        if metadata.dropped.requested << metadata.cluster_bits >= MAX_UNUSED:
+            metadata.flush()
         if self._encryption is not None:
             self._write_encrypted(offset, views, length)
             return

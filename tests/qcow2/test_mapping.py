@@ -749,3 +749,16 @@ def test_a_new_refcount_block_lies_behind_the_clusters_that_needed_it() -> None:
         assert refcounts.get(place) == 1
     found = disk.check()
     assert (found.corruptions, found.leaks) == (0, 0)
+
+
+def test_much_that_was_discarded_is_used_again_without_a_flush_of_the_guests() -> None:
+    size = 32 << 20
+    file, disk = new_image(size, cluster_size=65536)
+    disk.write(0, b"x" * size)
+    before = file.size
+    disk.discard(0, size // 2)
+    disk.write(0, b"y" * (size // 2))
+    assert file.size < before + (1 << 20)
+    assert disk.read(size // 2 - 10, 20) == b"y" * 10 + b"x" * 10
+    disk.flush()
+    assert disk.check().clean
