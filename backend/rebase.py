@@ -19,6 +19,7 @@ def rebase(
     name: str | None = None,
     format: str | None = None,
     unsafe: bool = False,
+    sparse: bool = True,
     progress: Progress = silent,
 ) -> None:
     """Have the overlay lie over ``backing`` (None: over nothing) and still read the same.
@@ -27,6 +28,7 @@ def rebase(
     ``unsafe`` copies nothing: for a backing file that was moved, or holds the same data. ``name``
     and ``format`` are what the image shall call it (default: its file name and format). The
     overlay owns ``backing`` then; the former backing file is closed. Nobody may write meanwhile.
+    Without ``sparse``, zeroes are copied as data, as QEMU does it.
     If it is interrupted, the old backing file is still the one.
     """
     image = as_overlay(overlay)
@@ -36,7 +38,7 @@ def rebase(
         if not name:
             raise ValueError("The new backing file has no name that the image could hold")
     if not unsafe:
-        _copy_differences(overlay, backing, progress)
+        _copy_differences(overlay, backing, sparse, progress)
         overlay.flush()
     image.change_backing_file(name, format)
     former = image.replace_backing(backing)
@@ -44,10 +46,13 @@ def rebase(
         former.close()
 
 
-def _copy_differences(overlay: Disk, backing: Disk | None, progress: Progress) -> None:
+def _copy_differences(
+    overlay: Disk, backing: Disk | None, sparse: bool, progress: Progress
+) -> None:
     size = overlay.size
     unit = overlay.info().cluster_size or 65536
     chunk = max(_CHUNK, unit)
+    end = 0 if overlay.backing is None else overlay.backing.size
     offset = 0
     while offset < size:
         extent = overlay.block_status(offset, size - offset)
@@ -57,7 +62,7 @@ def _copy_differences(overlay: Disk, backing: Disk | None, progress: Progress) -
             length = run
             if not zero:
                 length = min(length, chunk - offset % chunk)
-                _keep(overlay, backing, offset, length, unit)
+                _keep(overlay, backing, offset, length, unit, sparse or offset >= end)
         offset += length
         progress(offset, size)
 
@@ -71,7 +76,9 @@ def _zeroes(backing: Disk | None, offset: int, length: int) -> tuple[bool, int]:
     return extent.zero, extent.length
 
 
-def _keep(overlay: Disk, backing: Disk | None, offset: int, length: int, unit: int) -> None:
+def _keep(
+    overlay: Disk, backing: Disk | None, offset: int, length: int, unit: int, sparse: bool
+) -> None:
     """Write to the overlay what the new backing file would show otherwise."""
     old, new = overlay.read(offset, length), _padded(backing, offset, length)
     if old == new:
@@ -82,10 +89,10 @@ def _keep(overlay: Disk, backing: Disk | None, offset: int, length: int, unit: i
         if differs and start is None:
             start = at
         elif not differs and start is not None:
-            _write(overlay, offset + start, old[start:at])
+            _write(overlay, offset + start, old[start:at], sparse)
             start = None
     if start is not None:
-        _write(overlay, offset + start, old[start:])
+        _write(overlay, offset + start, old[start:], sparse)
 
 
 def _padded(backing: Disk | None, offset: int, length: int) -> bytes:
@@ -95,8 +102,8 @@ def _padded(backing: Disk | None, offset: int, length: int) -> bytes:
     return (backing.read(offset, there) if there else b"").ljust(length, b"\0")
 
 
-def _write(overlay: Disk, offset: int, data: bytes) -> None:
-    if first_nonzero(data) < 0:
+def _write(overlay: Disk, offset: int, data: bytes, sparse: bool) -> None:
+    if sparse and first_nonzero(data) < 0:
         overlay.write_zeroes(offset, len(data))
     else:
         overlay.write(offset, data)

@@ -60,7 +60,7 @@ class CreateOptions(EncryptionOptions):
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
         version = _VERSIONS.get(self.compat)
         if version is None:
-            raise ValueError(f"Invalid compatibility level: '{self.compat}'")
+            raise ValueError(f"Parameter 'version' does not accept value '{self.compat}'")
         bits = self.cluster_size.bit_length() - 1
         allowed = layout.MIN_CLUSTER_BITS <= bits <= layout.MAX_CLUSTER_BITS
         if not allowed or self.cluster_size != 1 << bits:

@@ -30,9 +30,20 @@ def measure(size: int, source: Disk | None, **options: Any) -> Measurement:
     else:
         data = 0 if source is None else _data(source, geometry)
     metadata = _metadata(geometry, size)
+    if chosen.encrypt_format == "luks":
+        metadata += geometry.clusters(_luks_size(chosen)) << geometry.cluster_bits
     has_bitmaps = geometry.version >= 3 and source is not None and _may_have_bitmaps(source)
     bitmaps = _bitmaps(source, geometry) if has_bitmaps else None
     return Measurement(metadata + data, metadata + size, bitmaps)
+
+
+def _luks_size(options: CreateOptions) -> int:
+    """Bytes of a LUKS header with its key material: eight slots of 4000 stripes, in units of 4 KiB
+    (LUKS1 on-disk format)."""
+    key = {"aes-128": 16, "aes-192": 24}.get(options.encrypt_cipher_alg, 32)
+    if options.encrypt_cipher_mode == "xts":
+        key *= 2
+    return 4096 * (1 + 8 * -(-key * 4000 // 4096))
 
 
 def _bitmaps(source: Disk | None, geometry: Geometry) -> int:

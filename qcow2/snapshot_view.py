@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits
 from . import layout
+from .info import specific_facts
 from .metadata import CacheSizes, Metadata
 from .reading import Reader
 from .snapshot_table import Snapshot, check_l1
@@ -76,7 +77,11 @@ class SnapshotDisk(Disk):
         return children
 
     def info(self) -> DiskInfo:
-        return replace(super().info(), cluster_size=self._metadata.cluster_size)
+        return replace(
+            super().info(),
+            cluster_size=self._metadata.cluster_size,
+            specific=specific_facts(self._metadata.header),
+        )
 
     def _close(self) -> None:
         self._metadata.close()

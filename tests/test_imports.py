@@ -10,6 +10,8 @@ import pyvirtio
 def everything(package):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         top = module.name.split(".")[1]
+        if module.name.endswith(".__main__"):
+            continue
         if top in {"tests", "examples", "benchmarks", "build", "setup", "conftest", "demo"}:
             continue
         loaded = importlib.import_module(module.name)

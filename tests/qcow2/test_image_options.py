@@ -14,7 +14,7 @@ from support.images import assert_clean, copy_of, new_image, number_at, poke, re
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"compat": "2.0"}, "Invalid compatibility level"),
+        ({"compat": "2.0"}, "Parameter 'version' does not accept value '2.0'"),
         ({"cluster_size": 256}, "Cluster size must be a power of two"),
         ({"cluster_size": 4 << 20}, "Cluster size must be a power of two"),
         ({"cluster_size": 1000}, "Cluster size must be a power of two"),

@@ -89,7 +89,7 @@ def image_facts(disk: Disk) -> dict[str, Any]:
         facts["format-specific"] = {"type": info.format, "data": _plain(info.specific)}
     if info.backing_filename is not None:
         facts["backing-filename"] = info.backing_filename
-        full = full_name(name, info.backing_filename)
+        full = full_name(_file_name(disk, name), info.backing_filename)
         if full is not None:
             facts["full-backing-filename"] = full
         if info.backing_format is not None:
@@ -99,12 +99,23 @@ def image_facts(disk: Disk) -> dict[str, Any]:
     return facts
 
 
+def _file_name(disk: Disk, name: str) -> str:
+    """The name that a relative one of a backing file is beside: that of the file, whatever filters
+    lie over it."""
+    below = disk
+    while (file := below.children.get("file")) is not None:
+        below = file
+    if below is disk or not below.filename or len(below.children):
+        return name
+    return f"./{below.filename}" if prefix_of(below.filename) is not None else below.filename
+
+
 def full_name(image: str | None, backing: str) -> str | None:
     """The backing file's name for somebody who is not in the image's folder; None if that is not
     known."""
     if prefix_of(backing) is not None or os.path.isabs(backing):
         return backing
-    if image is None or image.startswith("json:"):
+    if not image or image.startswith("json:"):
         return None
     prefix = prefix_of(image)
     start = 0 if prefix is None else len(prefix) + 1

@@ -84,7 +84,9 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
                 new.close()
             raise _refusal(base)
         try:
-            rebase(disk, new, name=base, format=kind if base else None, progress=meter)
+            rebase(
+                disk, new, name=base, format=kind if base else None, sparse=False, progress=meter
+            )
         except (PyvirtioError, ValueError, OSError) as error:
             raise Failure(_reason(error, base)) from error
     return 0

@@ -6,11 +6,12 @@ import errno
 import os
 import re
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ...errors import BackendError, ImageError, PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, errno_text, report, say_more, text_of
+from ..messages import Failure, report, say_more, text_of
 from ..objects import Objects
 from .listing import snapshot_lines
 from .opening import Source, open_image
@@ -60,7 +61,12 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             if listed:
                 print("Snapshot list:", *snapshot_lines(listed), sep="\n")
         elif action:
-            _change(disk, action, name)
+            try:
+                _change(disk, action, name)
+            except Failure:
+                with suppress(PyvirtioError):  # what came first says more
+                    disk.close()
+                raise
     return 0
 
 
@@ -79,7 +85,8 @@ def _change(disk: Disk, action: str, name: str) -> None:
             snapshots.apply(snapshots.find(name))
         else:
             snapshots.delete(snapshots.find_by(name=name))
-            _free(disk)
+            for _ in range(2):  # what only it used is freed with the flushes
+                disk.flush()
     except KeyError:
         if action == "-a":
             raise Failure(f"Could not apply snapshot '{name}': {_NO_SUCH}") from None
@@ -87,6 +94,9 @@ def _change(disk: Disk, action: str, name: str) -> None:
     except (PyvirtioError, ValueError, OSError) as error:
         text = text_of(error)
         number = _number(disk, error)
+        if action == "-d" and isinstance(error, BackendError):
+            say_more(f"qcow2_free_clusters failed: {os.strerror(number)}\n")
+            text = f"Failed to free the cluster and L1 table: {os.strerror(number)}"
         if action == "-a" and isinstance(error, ImageError):
             report(text)
             text = f"Failed to load snapshot: {os.strerror(number)}"
@@ -94,17 +104,6 @@ def _change(disk: Disk, action: str, name: str) -> None:
         if action == "-c" and not text.startswith(prefix):
             text = f"-{number} ({os.strerror(number)})"
         raise Failure(text if text.startswith(prefix) else prefix + text) from error
-
-
-def _free(disk: Disk) -> None:
-    """What only the snapshot used is freed with the next flush."""
-    try:
-        disk.flush()
-    except OSError as error:
-        reason = errno_text(error)
-        say_more(f"qcow2_free_clusters failed: {reason}\n")
-        text = f"Failed to free the cluster and L1 table: {reason}"
-        raise BackendError(error.errno or errno.EIO, text) from error
 
 
 def _number(disk: Disk, error: Exception) -> int:
