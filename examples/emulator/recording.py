@@ -74,6 +74,7 @@ class RecordedBoard(Board):
         disks: Sequence[pyvirtio.Disk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
+        pci: bool = False,
         slice_length: int = 200_000,
     ) -> None:
         self._journal = Journal()
@@ -99,6 +100,7 @@ class RecordedBoard(Board):
             disks=self._recorded,
             clock=clock,
             legacy_virtio=legacy_virtio,
+            pci=pci,
             slice_length=slice_length,
         )
         self._machine = machine_of(self)
@@ -108,6 +110,11 @@ class RecordedBoard(Board):
     def disks(self) -> list[pyvirtio.Disk]:
         """The disks as they were given."""
         return [disk.below for disk in self._recorded]
+
+    def _block(self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk) -> pyvirtio.VirtioBlk:
+        if not isinstance(disk, RecordedDisk):
+            raise TypeError("a recorded board gets all its disks when it is made")
+        return super()._block(disk)
 
     @property
     def log(self) -> EventLog:
