@@ -150,8 +150,10 @@ def capacity(board):
     return int.from_bytes(board.ram[at : at + 8], "little") * 512
 
 
-def recorded_capacity(disk):
-    board = RecordedBoard(lambda _: None, ram=4 * MIB, disks=[disk], every=4, slice_length=600)
+def recorded_capacity(disk, **options):
+    board = RecordedBoard(
+        lambda _: None, ram=4 * MIB, disks=[disk], every=4, slice_length=600, **options
+    )
     code = assemble(CAPACITY)
     board.ram[: len(code)] = code
     board.start(RAM_BASE)
@@ -213,6 +215,19 @@ def test_snapshots_in_memory_share_what_has_not_changed():
     assert figures is not None
     assert not figures.whole
     assert figures.pages == 1
+
+
+def test_snapshots_of_a_run_can_be_kept_in_a_file(tmp_path):
+    path = tmp_path / "kept.qcow2"
+    with pyvirtio.create_disk(path, 512, cluster_size=4096) as image:
+        board = recorded_capacity(pyvirtio.MemoryDisk(MIB), keep=image)
+        end = fingerprint(board), board.position
+        board.goto(Position(0))
+        board.goto(end[1])
+        assert fingerprint(board) == end[0]
+        assert [snapshot.name for snapshot in image.snapshots] == ["0", "4"]
+    if find_program("qemu-img"):
+        qemu_check(path)
 
 
 def test_board_in_the_past_is_not_saved():
