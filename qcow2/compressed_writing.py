@@ -144,7 +144,7 @@ class CompressedWriter:
             refcounts.add(last, 1, 1)
             first, count = last, 1
         else:
-            first, count = refcounts.allocate(1)[0], 1
+            first, count = refcounts.allocate(1, "compressed cluster")[0], 1
             if start and first == last + 1:
                 try:
                     refcounts.add(last, 1, 1)

@@ -541,9 +541,13 @@ class Qcow2Disk(Disk):
                 self._metadata.flush()
 
     @property
-    def unflushed(self) -> bool:
-        """True if metadata have changed that are not in the file yet."""
-        return self._metadata.dirty
+    def unflushed(self) -> tuple[str, ...]:
+        """Which kinds of metadata have changed and are not in the file yet, named as QEMU names its
+        caches of them."""
+        metadata = self._metadata
+        if metadata.tables.cache.dirty or metadata.tables.dirty_l1:
+            return "L2 table", "refcount block"
+        return ("refcount block",) if metadata.dirty else ()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():

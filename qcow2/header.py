@@ -81,8 +81,6 @@ class Header:
             extensions += _extension(ExtensionType.BACKING_FORMAT, self.backing_format.encode())
         if self.data_file is not None:
             extensions += _extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file))
-        if self.bitmaps is not None:
-            extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
         if self.crypto_header is not None:
             area = layout.ENCRYPTION_HEADER.pack(*self.crypto_header)
             extensions += _extension(ExtensionType.ENCRYPTION, area)
@@ -92,6 +90,8 @@ class Header:
                 for kind, bit, name in layout.FEATURE_NAMES
             )
             extensions += _extension(ExtensionType.FEATURE_NAMES, table)
+        if self.bitmaps is not None:
+            extensions += _extension(ExtensionType.BITMAPS, self.bitmaps.pack())
         for kind, data in self.unknown_extensions:
             extensions += _extension(kind, data)
         extensions += _extension(ExtensionType.END, b"")

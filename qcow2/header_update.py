@@ -4,9 +4,8 @@ Only the first sector of a write is sure to be atomic. A header that fits it, or
 is there in it alone, takes one write. Of a longer one, what lies past the first sector is first
 written to a part of the header cluster that the present header does not use; the first sector
 then switches to it. Header extensions follow each other without a gap, so the way over what lies
-between is the feature name table, which only serves messages and is made long enough.
-
-Other tools write the header without this care, and put everything back into the plain order.
+between is the feature name table, which only serves messages and is made long enough. The same
+way leads back into the plain order, in which other tools write a header, and which they expect.
 """
 
 from __future__ import annotations
@@ -75,13 +74,19 @@ def _write(metadata: Metadata, packed: bytes) -> None:
     present = file.read(0, min(size, file.size)).ljust(size, b"\0")
     rest = packed[_SECTOR:]
     if rest and present[_SECTOR : len(packed)] != rest:
-        moved = _rearranged(packed, *_in_use(present), size)
-        if moved is not None:
-            packed, place, rest = moved
-            file.write(place, rest)
-        else:
-            # No room for both: as everybody else does it.
-            file.write(_SECTOR, rest)
+        start, end = _in_use(present)
+        if start < end and start < len(packed):
+            moved = _rearranged(packed, start, end, size)
+            if moved is not None:
+                first, place, aside = moved
+                file.write(place, aside)
+                file.flush()
+                file.write(0, first)
+                file.flush()
+                if place < len(packed):
+                    return  # no room to put it back into the plain order
+            # Else, without room for both: as everybody else does it.
+        file.write(_SECTOR, rest)
         file.flush()
     # A cluster is never shorter than a sector. Zeroes behind: no remains of the old header.
     file.write(0, packed[:_SECTOR].ljust(_SECTOR, b"\0"))
@@ -137,7 +142,7 @@ def _rearranged(packed: bytes, start: int, end: int, size: int) -> tuple[bytes, 
     tail += layout.EXTENSION.pack(ExtensionType.END, 0)
     if len(head) + layout.EXTENSION.size > _SECTOR:
         return None
-    place = _place(start, end, size, len(tail) + len(name))
+    place = _place(start, max(end, len(packed)), end, size, len(tail) + len(name))
     if place is None:
         return None
     gap = place - len(head) - layout.EXTENSION.size
@@ -147,9 +152,10 @@ def _rearranged(packed: bytes, start: int, end: int, size: int) -> tuple[bytes, 
     return bytes(head), place, bytes(tail) + name
 
 
-def _place(start: int, end: int, size: int, length: int) -> int | None:
-    """Where ``length`` bytes go past the first sector, outside ``start`` to ``end``."""
-    if _SECTOR + length <= start:
-        return _SECTOR
-    behind = max(_SECTOR, end + -end % 8)
-    return behind if behind + length <= size else None
+def _place(start: int, behind: int, end: int, size: int, length: int) -> int | None:
+    """Where ``length`` bytes go past the first sector, outside ``start`` to ``end``; from
+    ``behind`` on, if there is room."""
+    for place in (behind + -behind % 8, max(_SECTOR, end + -end % 8)):
+        if place + length <= size:
+            return place
+    return _SECTOR if _SECTOR + length <= start else None

@@ -166,7 +166,7 @@ class Metadata:
         """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table."""
         old = self.tables.l2_offset(l1_index)
         contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
-        new, _, _ = self.refcounts.allocate(1)
+        new, _, _ = self.refcounts.allocate(1, "L2 table")
         try:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
             self.overlap.add(new, Section.ACTIVE_L2)

@@ -10,6 +10,7 @@ tables that went: a hit is looked up in the tables themselves before it counts.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntFlag
@@ -181,10 +182,10 @@ class Overlap:
     # -- where things are --------------------------------------------------------------------------
 
     def _collect(self) -> None:
+        inactive = set(self._inactive_tables()) if self.sections & Section.INACTIVE_L2 else set()
         # Known first: a table that comes while this looks is added, and not lost.
         self._known = True
-        if self.sections & Section.INACTIVE_L2:
-            self._inactive_l2 = set(self._inactive_tables())
+        self._inactive_l2 = inactive
         tables = self._tables
         for section in (Section.ACTIVE_L2, Section.REFCOUNT_BLOCK, Section.INACTIVE_L2):
             if section & self.sections:
@@ -245,15 +246,16 @@ class Overlap:
             yield offset >> self._bits, (offset + length - 1) >> self._bits
 
     def _inactive_tables(self) -> Iterator[int]:
-        """Clusters of the L2 tables that snapshots name; each L1 table is read for it."""
+        """Clusters of the L2 tables that snapshots name; each L1 table is read for it.
+
+        Raises BackendError where one cannot be: what lies there is not known (QEMU).
+        """
         places = {(s.l1_table_offset, s.l1_size) for s in self.snapshots()[0]}
         for offset, size in places:
             if 8 * size > layout.MAX_L1_SIZE:
-                continue
-            try:
-                l1 = load_table(self._metadata.file, offset, size)
-            except (BackendError, ValueError):
-                continue  # whoever uses the snapshot is told
-            for entry in l1:
+                raise BackendError(errno.EFBIG, "Snapshot L1 table too large")
+            if offset % self._metadata.cluster_size:
+                raise BackendError(errno.EINVAL, "Snapshot L1 table offset invalid")
+            for entry in load_table(self._metadata.file, offset, size):
                 if entry & layout.OFFSET_MASK:
                     yield (entry & layout.OFFSET_MASK) >> self._bits

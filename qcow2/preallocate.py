@@ -29,13 +29,13 @@ def check_mode(mode: str) -> None:
 
 
 def preallocate(metadata: Metadata, start: int, end: int, mode: str) -> None:
-    """Map every unallocated cluster that begins in guest bytes [start, end) (exclusively).
+    """Map every unallocated cluster that has some of guest bytes [start, end) (exclusively).
 
     The L1 table must be long enough. ``metadata`` leaves the data clusters as a hole of the file,
     ``falloc`` reserves them there, ``full`` writes zeroes. What read as zeroes still does. Raises
     BackendError where the file cannot grow, with nothing changed.
     """
-    first, stop = metadata.geometry.clusters(start), metadata.geometry.clusters(end)
+    first, stop = start >> metadata.cluster_bits, metadata.geometry.clusters(end)
     pieces = [(*piece, _missing(metadata, *piece)) for piece in _tables(metadata, first, stop)]
     pieces = [piece for piece in pieces if piece[3]]
     if not pieces:

@@ -26,9 +26,11 @@ class DiscardKind(Enum):
 class DroppedReferences:
     """A batch of (first host cluster, count, kind): one reference to each cluster was dropped."""
 
-    __slots__ = ("runs",)
+    __slots__ = ("requested", "runs")
 
     def __init__(self) -> None:
+        self.requested = 0
+        """How many clusters were dropped because the guest does not want them any more."""
         self.runs: list[tuple[int, int, DiscardKind]] = []
 
     def __bool__(self) -> bool:
@@ -36,6 +38,8 @@ class DroppedReferences:
 
     def add(self, first: int, count: int, kind: DiscardKind) -> None:
         """One more run; joined to the last one where it continues it."""
+        if kind is DiscardKind.REQUEST:
+            self.requested += count
         if self.runs:
             last, length, last_kind = self.runs[-1]
             if last + length == first and last_kind is kind:
@@ -46,6 +50,7 @@ class DroppedReferences:
     def extend(self, other: DroppedReferences) -> None:
         """Take over another batch's runs."""
         self.runs += other.runs
+        self.requested += other.requested
 
 
 def merge_runs(numbers: Iterable[int]) -> list[tuple[int, int]]:

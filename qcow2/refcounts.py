@@ -226,32 +226,34 @@ class Refcounts:
 
     # -- allocation ----------------------------------------------------------------------------
 
-    def allocate(self, want: int) -> tuple[int, int, bool]:
+    def allocate(self, want: int, what: str | None = None) -> tuple[int, int, bool]:
         """Take up to ``want`` free clusters in a row, at least one; their refcount becomes 1.
 
         Returns the first cluster, how many, and whether all of them are fresh (past everything
-        ever written, so they read as zeroes).
+        ever written, so they read as zeroes). Gaps that are too small are passed by, until
+        something before them becomes free (QEMU). ``what`` they are for, in QEMU's words.
         """
+        want = min(want, max(1, 1 << self._block_bits - 1))
         while True:
-            first, count = self._find_free(self._hint, want)
-            self._hint = first
-            if self._ensure_block(first):
+            first = self._hint = self._find_contiguous(want)
+            if self._ensure_blocks(first, want):
                 self._file.debug_event("cluster_alloc")
-                return self._take(first, count)
+                return self._take(first, want, what)
 
     def allocate_contiguous(self, count: int) -> int:
         """Take exactly ``count`` clusters in a row; the first of them."""
-        while True:
+        if count >= 1 << self._block_bits - 1:
+            # The refcount blocks that come to lie in between would never leave so much room.
             first = self._find_contiguous(count)
             last = (first + count - 1) >> self._block_bits
             blocks = range(first >> self._block_bits, last + 1)
-            if last < len(self.table) and all(self.table[block] for block in blocks):
-                return self._take(first, count)[0]
-            if count >= 1 << self._block_bits - 1:
-                # The refcount blocks that come to lie in between would never leave so much room.
+            if last >= len(self.table) or not all(self.table[block] for block in blocks):
                 return self.allocate_area(count)
-            for block in blocks:
-                self._ensure_block(block << self._block_bits)
+            return self._take(first, count)[0]
+        while True:
+            first = self._find_contiguous(count)
+            if self._ensure_blocks(first, count):
+                return self._take(first, count)[0]
 
     def allocate_area(self, count: int, extend: Callable[[int], None] | None = None) -> int:
         """Take ``count`` fresh clusters in a row, any number, behind everything ever used.
@@ -300,37 +302,39 @@ class Refcounts:
         self.fresh = max(self.fresh, end)
         return first
 
-    def _take(self, first: int, count: int) -> tuple[int, int, bool]:
+    def _take(self, first: int, count: int, what: str | None = None) -> tuple[int, int, bool]:
         end = first + count
         if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
             raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
-        self._refuse_invalid(first, count)
+        self._refuse_invalid(first, count, what)
         self.add(first, count, 1)
         fresh = first >= self.fresh
         self.fresh = max(self.fresh, end)
-        if first == self._hint:
-            self._hint = end
+        self._hint = end
         return first, count, fresh
 
-    def _refuse_invalid(self, first: int, count: int) -> None:
+    def _refuse_invalid(self, first: int, count: int, what: str | None = None) -> None:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
-        what every image has: then the refcounts are wrong (QEMU's "Preventing invalid ...")."""
+        what every image has: then the refcounts are wrong. ``what`` they are for, where QEMU looks
+        for that itself; else it finds out when it writes there, and so says the message."""
         header, bits = self._header, self._geometry.cluster_bits
         taken: tuple[tuple[str, int, int], ...] = (
-            ("the header", 0, 1),
-            ("the active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
+            ("qcow2_header", 0, 1),
+            ("active L1 table", header.l1_table_offset >> bits, 8 * header.l1_size),
             (
-                "the refcount table",
+                "refcount table",
                 header.refcount_table_offset >> bits,
                 header.refcount_table_clusters << bits,
             ),
         )
         if header.crypto_header is not None:
             offset, length = header.crypto_header
-            taken += (("the encryption header", offset >> bits, length),)
-        for what, start, length in taken:
+            taken += (("encryption header", offset >> bits, length),)
+        for structure, start, length in taken:
             if first < start + self._geometry.clusters(length) and start < first + count:
-                message = f"Preventing invalid allocation of {what} at offset {start << bits:#x}"
+                message = f"Preventing invalid write on metadata (overlaps with {structure})"
+                if what is not None and not first:
+                    message = f"Preventing invalid allocation of {what} at offset 0"
                 self._health.poison(message)
                 raise self.damaged(message, field="refcount", value=first)
 
@@ -361,25 +365,40 @@ class Refcounts:
 
     # -- refcount blocks and the table -----------------------------------------------------------
 
-    def _ensure_block(self, cluster: int) -> bool:
-        """Make a refcount block for ``cluster`` if there is none; True if there was.
+    def _ensure_blocks(self, first: int, count: int) -> bool:
+        """Have refcount blocks for clusters about to be taken; True if all were there, else look
+        for clusters again."""
+        end = first + count
+        for block in range(first >> self._block_bits, (end - 1 >> self._block_bits) + 1):
+            if block >= len(self.table) or not self.table[block]:
+                self._make_block(block, end)
+                return False
+        return True
 
-        A new block lies in the first cluster that it counts: nothing there is in use yet.
+    def _make_block(self, block: int, start: int) -> None:
+        """Make a missing refcount block, in the first free cluster from ``start`` on (QEMU: behind
+        the clusters that it is needed for), or another one that this needs.
+
+        Nothing names the block before the counts, its own too, are on stable storage.
         """
-        block = cluster >> self._block_bits
         if block >= len(self.table):
             self._grow_table(block + 1)
-            return False
-        if self.table[block]:
-            return True
+            return
+        place, _ = self._find_free(start, 1)
+        home = place >> self._block_bits
+        if home != block and (home >= len(self.table) or not self.table[home]):
+            self._make_block(home, place)
+            return
         self._file.debug_event("refblock_alloc")
-        first = block << self._block_bits
-        self._refuse_invalid(first, 1)
-        self.fresh = max(self.fresh, first + 1)
-        self._write_block(first, 1)
+        self._refuse_invalid(place, 1, "refcount block")
+        self.fresh = max(self.fresh, place + 1)
+        if home == block:
+            self._write_block(place, 1, place & (1 << self._block_bits) - 1)
+        else:
+            self._write_block(place, 0)
+            self.add(place, 1, 1)
         self._dirty_entries.add(block)
-        self.table[block] = first << self._geometry.cluster_bits
-        return False
+        self.table[block] = place << self._geometry.cluster_bits
 
     def _write_block(self, cluster: int, used: int, start: int = 0) -> None:
         """Write a refcount block into ``cluster`` that counts ``used`` entries from ``start`` on

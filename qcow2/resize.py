@@ -76,8 +76,11 @@ def _grow(
     # What the cluster with the old end holds behind it, and what the backing file has there.
     for at, length in stored:
         hide_stored(at, length)
-    if backing_size > old:
-        hide(old, min(size, backing_size) - old)
+    hidden = min(size, backing_size) - old
+    if preallocation != "off" and backing_size > old & -metadata.cluster_size:
+        hidden = max(hidden, partial)  # and mapped, together with what the backing file has before
+    if hidden > 0:
+        hide(old, hidden)
     if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
         map_everything(metadata, old, size)
     with metadata.exclusive():

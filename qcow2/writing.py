@@ -32,6 +32,10 @@ _MAX_CLUSTERS = 4096
 MAX_DROPPED = 1 << 12
 """Runs of dropped references that may wait for a flush before a write makes one itself."""
 
+MAX_UNUSED = 8 << 20
+"""Bytes that were discarded and wait for a flush before the next write makes one itself, so that
+it finds place there and the file does not grow."""
+
 
 @dataclass(slots=True)
 class _NewClusters:
@@ -96,6 +100,9 @@ class Writer:
 
     def write(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write ``views`` to guest bytes from ``offset`` on."""
+        metadata = self._metadata
+        if metadata.dropped.requested << metadata.cluster_bits >= MAX_UNUSED:
+            metadata.flush()
         if self._encryption is not None:
             self._write_encrypted(offset, views, length)
             return
@@ -173,7 +180,7 @@ class Writer:
         cluster = offset >> metadata.cluster_bits
         while True:
             host, run = tables.map_own(offset, length)
-            if run:
+            if run and not (run < length and self._goes_on_reused(offset + run, host + run)):
                 return host, run
             if not gate.wait_for_allocations(cluster, 1):
                 break
@@ -188,6 +195,17 @@ class Writer:
         except BaseException:
             metadata.unpin(position)
             raise
+
+    def _goes_on_reused(self, offset: int, host: int) -> bool:
+        """True if the run that ends before guest byte ``offset`` goes on, at ``host``, with
+        preallocated zero clusters: one request writes them all (QEMU), so that an error leaves all
+        as it was mapped."""
+        metadata = self._metadata
+        within = metadata.geometry.extended_l2 or offset & (metadata.cluster_size - 1)
+        cluster = offset >> metadata.cluster_bits
+        if within or metadata.tables.left_in_slice(cluster - 1) == 1:
+            return False
+        return metadata.tables.entry(cluster) == host | layout.COPIED | layout.ZERO
 
     def _take_clusters(
         self, cluster: int, count: int, position: int, offset: int, length: int
@@ -319,15 +337,15 @@ class Writer:
         return bool(entry & layout.OFFSET_MASK) or self._metadata.data_file is not None
 
     def _reusable_run(self, entries: Sequence[int]) -> int:
-        """How many entries from the first on have host clusters in a row that are ours alone, but
+        """How many entries from the first on have host clusters in a row that are ours alone, some
         (partly) unused: preallocated zero clusters, or subclusters not allocated yet."""
-        first = entries[0]
-        if not self._is_own(first):
+        if not self._is_own(entries[0]):
             return 0
         if self._metadata.geometry.extended_l2:
             return 1
+        first = entries[0] & ~layout.ZERO
         for i, entry in enumerate(entries):
-            if entry != first + i * self._metadata.cluster_size:
+            if entry & ~layout.ZERO != first + i * self._metadata.cluster_size:
                 return i
         return len(entries)
 
@@ -337,11 +355,15 @@ class Writer:
         """The guest bytes that are filled when ``offset`` to ``offset + length`` is written into
         the clusters from ``start`` to ``end``; ``first`` and ``last`` are their old entries.
 
-        Whole clusters; with subclusters those touched, and in a cluster that is copied all that
-        lie between them and stored ones.
+        Whole clusters, but nothing around the data in a stored one that is kept; with subclusters
+        those touched, and in a cluster that is copied all that lie between them and stored ones.
         """
         geometry = self._metadata.geometry
         if not geometry.extended_l2:
+            if reused and entry_kind(first) is ClusterKind.NORMAL:
+                start = offset
+            if reused and entry_kind(last) is ClusterKind.NORMAL:
+                end = min(end, offset + length)
             return start, end
         size = geometry.subcluster_size
         filled_start = max(start, offset // size * size)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pyvirtio
-from pyvirtio import ImageError, MachineSnapshots, MemoryDisk, UnsupportedError
+from pyvirtio import ImageError, MachineSnapshots, MemoryDisk
 from pyvirtio.machine.dirty import PAGE, ByComparison, ByHash, DirtyPages
 from pyvirtio.machine.fork import open_fork
 from pyvirtio.machine.lineage import MAX_ANCESTORS, Lineage, parse_lineage, read_lineage
@@ -540,7 +540,7 @@ def test_a_fork_is_not_opened_as_something_else(tmp_path: Path) -> None:
     disk.write(0, b"now!")
     clone = Machine({}, {"main": bytearray(RAM)})
     guest.snapshots.fork("machine", clone, [tmp_path / "fork"]).disks[0].close()
-    with pytest.raises(UnsupportedError, match="json"):
+    with pytest.raises(ValueError, match="Unknown driver 'pyvirtio-snapshot'"):
         pyvirtio.open_disk(tmp_path / "fork", read_only=True)
     disk.close()
     with open_fork(tmp_path / "fork", read_only=True) as fork:

@@ -74,7 +74,7 @@ FEATURES: list[tuple[str, ...]] = [
     ("qcow2/compressed_writing.py", "parts of clusters are compressed", "if offset % size or (length % size and offset + length != disk_size):", "if offset % size:", PACKED + "ranges_that_are_not_whole_clusters_are_refused"),
     ("qcow2/compressed_writing.py", "a failed write leaks", "            self._lower(place.first, place.count)\n", "            pass\n", PACKED + "a_failed_write_leaves_nothing_behind"),
     # -- header --
-    ("qcow2/header_update.py", "the rest of the header is not stable before the first sector", "            file.write(_SECTOR, rest)\n        file.flush()\n", "            file.write(_SECTOR, rest)\n", UPDATE + "a_cut_while_the_backing_file_changes_leaves_the_old_or_the_new_header"),
+    ("qcow2/header_update.py", "the rest of the header is not stable before the first sector", "        file.write(_SECTOR, rest)\n        file.flush()\n", "        file.write(_SECTOR, rest)\n", UPDATE + "a_cut_while_the_backing_file_changes_leaves_the_old_or_the_new_header"),
     ("qcow2/header_update.py", "names of 1,024 bytes are taken", "if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME:", "if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME + 1:", UPDATE + "names_that_the_header_cannot_hold_are_refused"),
     # -- bitmaps --
     ("qcow2/dirty_bits.py", "the last bits of a range are not set", "        chunk[end_byte] |= (1 << (end & 7)) - 1\n", "        chunk[end_byte] |= 0\n", BITS + "random_operations_match_an_integer"),

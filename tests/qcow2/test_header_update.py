@@ -9,8 +9,9 @@ import pytest
 import pyvirtio
 from pyvirtio import MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk
-from pyvirtio.qcow2.header import read_header
+from pyvirtio.qcow2.header import packed_extensions, read_header
 from pyvirtio.qcow2.header_update import update_header
+from pyvirtio.qcow2.layout import ExtensionType
 from support.peers import requires
 from support.qemu import qemu_check, qemu_create, qemu_img, qemu_img_json
 
@@ -184,3 +185,29 @@ def test_qemu_reads_our_headers_and_we_read_its(tmp_path, name):
         assert disk.backing_file == "other"
         disk.change_backing_file(None)
     qemu_check(path)
+
+
+def test_a_header_of_two_sectors_is_back_in_the_plain_order_after_a_change():
+    file, disk = make(cluster_size=65536, backing_file="b" * 300, backing_fmt="raw")
+    for name in ("c" * 300, "d" * 500, "e" * 300):
+        disk.change_backing_file(name, "raw")
+        header = read_header(file)
+        packed = header.pack()
+        assert file.read(0, len(packed)) == packed
+
+
+def test_the_bitmaps_come_behind_the_feature_names_as_in_other_programs_headers(tmp_path):
+    path = tmp_path / "a.qcow2"
+    for name in ("one", "two"):
+        with (
+            pyvirtio.open_disk(path)
+            if name == "two"
+            else pyvirtio.create_disk(path, 1 << 20) as disk
+        ):
+            disk.bitmaps.add(name)
+        cluster = path.read_bytes()[:65536]
+        start = int.from_bytes(cluster[100:104])
+        kinds = [kind for kind, _, _ in packed_extensions(cluster, start, len(cluster))]
+        assert kinds == [ExtensionType.FEATURE_NAMES, ExtensionType.BITMAPS]
+    with pyvirtio.open_disk(path) as disk:
+        assert len(disk.bitmaps) == 2

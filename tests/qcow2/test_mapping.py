@@ -269,6 +269,37 @@ def test_an_allocated_zero_cluster_is_used_and_loses_its_flag() -> None:
     assert_clean(file)
 
 
+def test_stored_clusters_and_zero_clusters_between_are_one_write_that_goes_around_nothing() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 5 * CLUSTER)
+    disk.write_zeroes(CLUSTER, CLUSTER)
+    disk.write_zeroes(3 * CLUSTER, CLUSTER)
+    disk.close()
+    log = RecordingDisk(copy_of(file))
+    with as_qcow2(pyvirtio.open_disk(log, format="qcow2")) as again:
+        start = again.block_status(0, CLUSTER).host_offset
+        assert start is not None
+        again.write(100, b"y" * 4 * CLUSTER)
+        writes = [(e.offset, e.length) for e in log.log if e.kind == "write"]
+        assert writes == [(start + 100, 4 * CLUSTER)]
+        assert again.read(0, 5 * CLUSTER) == b"x" * 100 + b"y" * 4 * CLUSTER + b"x" * 412
+        again.flush()
+        assert again.check().clean
+
+
+def test_an_error_in_a_write_over_stored_and_zero_clusters_leaves_all_of_them() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 3 * CLUSTER)
+    disk.write_zeroes(CLUSTER, CLUSTER)
+    disk.close()
+    faulty = FaultyDisk(copy_of(file), kinds=frozenset({"write"}))
+    disk = as_qcow2(pyvirtio.open_disk(faulty, format="qcow2"))
+    faulty.fail_at = faulty.count
+    with pytest.raises(BackendError):
+        disk.write(0, b"y" * 3 * CLUSTER)
+    assert disk.read(0, 3 * CLUSTER) == b"x" * CLUSTER + bytes(CLUSTER) + b"x" * CLUSTER
+
+
 def test_new_clusters_are_marked_as_ours_alone() -> None:
     file, disk = new_image()
     disk.write(0, b"x" * 4 * CLUSTER)
@@ -424,16 +455,19 @@ def test_freed_clusters_are_used_again() -> None:
     assert file.size < 60 * CLUSTER
 
 
-@pytest.mark.parametrize("what", ["header", "active L1 table", "refcount table"])
+@pytest.mark.parametrize("what", ["qcow2_header", "active L1 table", "refcount table"])
 def test_what_every_image_has_is_never_handed_out(what: str) -> None:
     file, disk = new_image()
     disk.close()
-    offset = {"header": 0, "active L1 table": number_at(file, 40), "refcount table": 512}[what]
+    offset = {"qcow2_header": 0, "active L1 table": number_at(file, 40), "refcount table": 512}[
+        what
+    ]
     block = number_at(file, number_at(file, 48))
     poke(file, block + 2 * (offset // 512), 0, 2)
     with reopen(file) as found:
-        with pytest.raises(ImageError, match=f"Preventing invalid allocation of the {what}"):
-            found.write(0, b"x" * 20_000)
+        clusters = (found.write(i * CLUSTER, b"x" * CLUSTER) for i in range(40))
+        with pytest.raises(ImageError, match=rf"overlaps with {what}|L2 table at offset 0"):
+            list(clusters)
         with pytest.raises(BackendError, match="not written any more"):
             found.write(0, b"x")
 
@@ -696,3 +730,71 @@ def test_no_space_for_the_rest_of_a_cluster_fails_the_write_and_leaks_nothing(tm
         assert caught.value.errno == errno.ENOSPC
     with pyvirtio.open_disk(path, read_only=True) as disk:
         assert disk.check().clean
+
+
+def image_with_free_header() -> MemoryDisk:
+    file, disk = new_image()
+    disk.write(0, b"x" * CLUSTER)
+    disk.close()
+    poke(file, number_at(file, number_at(file, 48)), 0, 2)
+    return file
+
+
+def test_an_l2_table_that_would_take_the_header_is_named() -> None:
+    with (
+        reopen(image_with_free_header()) as found,
+        pytest.raises(ImageError, match=r"invalid allocation of L2 table at offset 0$"),
+    ):
+        found.write(64 * CLUSTER, b"x" * CLUSTER)
+
+
+def test_a_compressed_cluster_that_would_take_the_header_is_named() -> None:
+    with (
+        reopen(image_with_free_header()) as found,
+        pytest.raises(ImageError, match=r"invalid allocation of compressed cluster at offset 0$"),
+    ):
+        found.write_compressed(CLUSTER, [b"x" * CLUSTER])
+
+
+def test_a_large_write_passes_small_gaps_by_and_a_small_one_after_a_free_fills_them() -> None:
+    file, disk = new_image()
+    disk.write(0, b"x" * 10 * CLUSTER)
+    start = disk.block_status(0, CLUSTER).host_offset
+    assert start is not None
+    disk.discard(0, 2 * CLUSTER)
+    disk.flush()
+    disk.write(20 * CLUSTER, b"y" * 4 * CLUSTER)
+    assert disk.block_status(20 * CLUSTER, CLUSTER).host_offset == start + 10 * CLUSTER
+    disk.discard(2 * CLUSTER, CLUSTER)
+    disk.flush()
+    disk.write(30 * CLUSTER, b"z" * CLUSTER)
+    assert disk.block_status(30 * CLUSTER, CLUSTER).host_offset == start + 2 * CLUSTER
+    assert file.size <= start + 14 * CLUSTER
+
+
+def test_a_new_refcount_block_lies_behind_the_clusters_that_needed_it() -> None:
+    disk = pyvirtio.create_disk(MemoryDisk(growable=True), 1 << 20, cluster_size=CLUSTER)
+    for i in range(300):
+        disk.write(i * 3 * CLUSTER, b"x" * 3 * CLUSTER)
+    disk.flush()
+    refcounts = disk._metadata.refcounts
+    for block in range(1, len([entry for entry in refcounts.table if entry])):
+        first = block << 8
+        place = refcounts.block_offset(block) // CLUSTER
+        assert first < place < first + 4
+        assert refcounts.get(place) == 1
+    found = disk.check()
+    assert (found.corruptions, found.leaks) == (0, 0)
+
+
+def test_much_that_was_discarded_is_used_again_without_a_flush_of_the_guests() -> None:
+    size = 32 << 20
+    file, disk = new_image(size, cluster_size=65536)
+    disk.write(0, b"x" * size)
+    before = file.size
+    disk.discard(0, size // 2)
+    disk.write(0, b"y" * (size // 2))
+    assert file.size < before + (1 << 20)
+    assert disk.read(size // 2 - 10, 20) == b"y" * 10 + b"x" * 10
+    disk.flush()
+    assert disk.check().clean

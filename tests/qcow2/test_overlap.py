@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import struct
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import pyvirtio
-from pyvirtio.errors import ImageError
+from pyvirtio.errors import BackendError, ImageError
+from pyvirtio.qcow2 import Qcow2Disk
 
 COPIED = 1 << 63
 CLUSTER = 65536
@@ -150,10 +152,16 @@ def test_allocation_in_the_header_is_refused(path: Path) -> None:
     block = get(path, get(path, 48))
     put(path, block, 0, ">H")
     disk = pyvirtio.open_disk(path, format="qcow2")
-    with pytest.raises(ImageError, match="Preventing invalid allocation of the header"):
+    with pytest.raises(ImageError, match=r"overlaps with qcow2_header"):
         disk.write(8 << 20, b"x" * CLUSTER)
     disk.close()
     assert get(path, 0, 4) == 0x514649FB
+
+
+def fill(disk: pyvirtio.Disk, offset: int, count: int) -> None:
+    """Write so many clusters, one by one: a longer write would pass a gap of one by."""
+    for i in range(count):
+        disk.write(offset + i * CLUSTER, b"x" * CLUSTER)
 
 
 @pytest.mark.parametrize("structure", ["active_l1", "active_l2", "refcount_block"])
@@ -162,7 +170,7 @@ def test_allocation_of_a_structures_cluster_is_refused(path: Path, structure: st
     put(path, get(path, get(path, 48)) + 2 * (place // CLUSTER), 0, ">H")
     disk = pyvirtio.open_disk(path, format="qcow2")
     with pytest.raises(ImageError, match="Preventing invalid"):
-        disk.write(8 << 20, b"x" * (30 * CLUSTER))
+        fill(disk, 8 << 20, 30)
     disk.close()
 
 
@@ -219,3 +227,20 @@ def test_the_header_is_a_structure() -> None:
         disk._metadata.overlap.check(65536 * 40, 512)
         with pytest.raises(ImageError, match="qcow2_header"):
             disk._metadata.overlap.check(100, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "number"), [(0, 0x400200, errno.EINVAL), (8, 0x10000000, errno.EFBIG)]
+)
+def test_a_snapshot_whose_tables_cannot_be_asked_refuses_writes(
+    path: Path, field: int, value: int, number: int
+) -> None:
+    put(path, get(path, 64) + field, value, ">Q" if not field else ">I")
+    disk = pyvirtio.open_disk(path, format="qcow2", overlap_check="all")
+    with pytest.raises(BackendError) as error:
+        disk.write(8 << 20, b"x" * CLUSTER)
+    assert error.value.errno == number
+    assert isinstance(disk, Qcow2Disk)
+    assert disk.unflushed == ("refcount block",)
+    with pytest.raises(BackendError):
+        disk.close()

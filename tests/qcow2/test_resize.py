@@ -214,7 +214,7 @@ def test_preallocation_when_shrinking_is_refused() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with make() as disk, pytest.raises(UnsupportedError, match="preallocation mode 'some'"):
+    with make() as disk, pytest.raises(UnsupportedError, match="does not accept value 'some'"):
         disk.truncate(2 << 20, preallocation="some")
 
 
@@ -257,4 +257,22 @@ def test_a_host_without_room_leaves_the_old_size(tmp_path: Path) -> None:
         assert clean(disk)
         disk.truncate(2 << 20)
         assert disk.read(0, 5000) == b"x" * 5000
+        assert clean(disk)
+
+
+@pytest.mark.parametrize("below", [0, 60_000, 100_000, 110_000])
+def test_preallocated_growth_maps_the_cluster_with_the_old_end(below: int) -> None:
+    old, size = 100_352, 131_072  # the old end lies within the second cluster
+    base = MemoryDisk(bytearray(b"b" * below)) if below else None
+    file = MemoryDisk(growable=True)
+    names = {"backing_file": "b", "backing_fmt": "raw"} if below else {}
+    disk = pyvirtio.create_disk(file, old, backing=lambda reference: base, **names)
+    with disk:
+        disk.truncate(size, preallocation="metadata")
+        length = file.size
+        found = disk.block_status(old, size - old)
+        assert found.host_offset is not None
+        assert disk.read(0, size) == (b"b" * min(below, old)).ljust(size, b"\0")
+        disk.write(old, b"x" * (size - old))
+        assert file.size == length
         assert clean(disk)

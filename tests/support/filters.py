@@ -5,58 +5,10 @@ from __future__ import annotations
 import errno
 import random
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyvirtio import BackendError, Disk, DiskInfo, Extent
-
-
-class Filter(Disk):
-    """Hands every request on to the disk below."""
-
-    format_name = "filter"
-
-    def __init__(self, below: Disk) -> None:
-        super().__init__(below.size, limits=below.limits)
-        self.below = below
-        self.growable = below.growable
-
-    @property
-    def children(self) -> Mapping[str, Disk]:
-        return {"file": self.below}
-
-    def info(self) -> DiskInfo:
-        return self.below.info()
-
-    def _follow(self) -> None:
-        self._set_size(self.below.size)
-
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        self.below.readv(offset, views)
-
-    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self.below.writev(offset, views)
-        self._follow()
-
-    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self.below.write_zeroes(offset, length, unmap=unmap)
-        self._follow()
-
-    def _discard(self, offset: int, length: int) -> None:
-        self.below.discard(offset, length)
-
-    def _flush(self) -> None:
-        self.below.flush()
-
-    def _block_status(self, offset: int, length: int) -> Extent:
-        return self.below.block_status(offset, length)
-
-    def _truncate(self, size: int, preallocation: str) -> None:
-        self.below.truncate(size, preallocation=preallocation, shrink=True)
-        self._follow()
-
-    def _close(self) -> None:
-        self.below.close()
+from pyvirtio import BackendError, Disk
+from pyvirtio.backend.filter import FilterDisk as Filter
 
 
 class CappedDisk(Filter):

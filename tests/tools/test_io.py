@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,23 @@ def test_times_are_shown_as_short_as_they_are() -> None:
     assert hours(0.25, fixed=False) == "00.25 sec"
     assert hours(0.25, fixed=True) == "0:00:00.25"
     assert hours(3723.5, fixed=False) == "1:02:03.50"
+
+
+def test_output_into_a_pipe_comes_in_blocks_whatever_python_was_told(folder: Path) -> None:
+    program = "import sys; from pyvirtio.tools.io import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", program, "-c", "foo", "-c", "read 0 2M", IMAGE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    with_output_first = subprocess.run(
+        [sys.executable, "-u", "-c", program, "-c", "length", IMAGE, "-c", "open nothing"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.count("\n") == 2
+    assert with_output_first.stdout.splitlines()[-1] == "1 MiB"

@@ -9,6 +9,8 @@ __all__ = ["main"]
 
 def main() -> int:
     """Run the program on the process's own arguments; returns its exit status."""
+    from ..output import buffer_output
     from .program import run
 
+    buffer_output()
     return run(sys.argv)

@@ -240,9 +240,9 @@ class Session:
         self._flush_failed = False
         # What has not been written, or has been refused already, is not lost now.
         self._flush_failed = not self.wrote or self._corrupted
-        if self._corrupted or disk.read_only or not getattr(disk, "unflushed", False):
+        if self._corrupted or disk.read_only:
             return
-        for cache in ("L2 table", "refcount block"):
+        for cache in getattr(disk, "unflushed", ()):
             try:
                 disk.flush()
                 return

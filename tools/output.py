@@ -1,0 +1,28 @@
+"""Standard output as C programs have it: a terminal sees each line, a file or a pipe whole blocks.
+
+So the order of messages and output in a log is that of the programs whose language ours speak,
+whatever Python was told about its own streams.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+__all__ = ["buffer_output"]
+
+_BLOCK = 4096
+
+
+def buffer_output() -> None:
+    """Buffer the process's standard output where it does not go to a terminal."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper) or not stream.write_through or stream.isatty():
+        return
+    raw = io.FileIO(stream.fileno(), "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw, _BLOCK),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        write_through=True,
+    )
