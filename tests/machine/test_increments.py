@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pyvirtio
-from pyvirtio import ImageError, MachineSnapshots, MemoryDisk, UnsupportedError
+from pyvirtio import ImageError, MachineSnapshots, MemoryDisk
 from pyvirtio.machine.dirty import PAGE, ByComparison, ByHash, DirtyPages
 from pyvirtio.machine.fork import open_fork
 from pyvirtio.machine.lineage import MAX_ANCESTORS, Lineage, parse_lineage, read_lineage
