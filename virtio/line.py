@@ -1,42 +1,68 @@
-"""An interrupt line that is told of changes of its level only, in their order, by any thread."""
+"""An interrupt line: the bits that raise it, and an emulator that is told of its level."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
+from threading import Lock, get_ident
 
 __all__ = ["InterruptLine"]
 
 
 class InterruptLine:
-    """``callback(level)`` follows what ``wanted()`` says, as of the last :meth:`update`.
+    """High while there is a cause and it is not masked. ``callback(level)`` hears of changes.
 
-    No lock is held while the callback runs: it may call the device again, or wait for a lock that
-    a thread inside the device's registers waits for. A change that comes meanwhile is delivered
-    when the callback has returned, by the thread that called it.
+    Any thread may raise and lower it. One at a time calls the callback, under no lock, and looks
+    again afterwards, so the last call is always the right one. The callback may come back here: a
+    guest that is served inside it, and lowers the line, has that told from within.
     """
 
-    def __init__(
-        self, callback: Callable[[bool], object] | None, wanted: Callable[[], bool]
-    ) -> None:
-        self.level = False
-        """What the callback was told last."""
-        self._callback = callback
-        self._wanted = wanted
+    def __init__(self, callback: Callable[[bool], object] | None) -> None:
+        self.callback = callback
+        self.causes = 0
+        """Bits; to be set to others by a load only, with :meth:`update` after it."""
+        self.masked = False
+        """To be followed by :meth:`update`."""
         self._lock = Lock()
-        self._delivering = False
+        self._told = False
+        self._teller = 0
+        """The thread inside the callback; 0 is none."""
+
+    @property
+    def level(self) -> bool:
+        """What it is now."""
+        return self.causes != 0 and not self.masked
+
+    def add(self, cause: int) -> None:
+        """There is something to be told; one bit."""
+        if not self.causes & cause:
+            self._change(cause, 0)
+
+    def remove(self, causes: int) -> int:
+        """These bits are dealt with; all that there were before."""
+        return self._change(0, causes)
+
+    def _change(self, add: int, remove: int) -> int:
+        with self._lock:
+            before = self.causes
+            self.causes = before & ~remove | add
+            if self.callback is None or self.level == self._told:
+                return before
+        self.update()
+        return before
 
     def update(self) -> None:
-        """Something that ``wanted()`` looks at may have changed."""
+        """Tell the level if it is not what was told last."""
+        if self.callback is None:
+            return
+        me = get_ident()
         while True:
             with self._lock:
-                level = self._wanted()
-                if level == self.level or self._delivering:
+                level, teller = self.level, self._teller
+                if level == self._told or teller not in (0, me):
                     return
-                self.level = level
-                self._delivering = True
+                self._told = level
+                self._teller = me
             try:
-                if self._callback is not None:
-                    self._callback(level)
+                self.callback(level)
             finally:
-                self._delivering = False
+                self._teller = teller

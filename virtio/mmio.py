@@ -6,7 +6,6 @@ harm: an emulator that stops its CPU inside the access will execute it again.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +13,7 @@ from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
 from . import layout as at
 from .layout import MMIO_INTERRUPT_USED_BUFFER, MMIO_QUEUE_NOTIFY, ByteOrder
+from .line import InterruptLine
 from .memory import GuestMemory
 from .ring import QueueState
 from .split import legacy_layout
@@ -64,13 +64,8 @@ class VirtioMmio:
         self.legacy = legacy
         self.vendor_id = vendor_id
         self._order: ByteOrder = order
-        self._interrupt = interrupt
-        self._interrupt_status = 0
-        self._line_lock = threading.Lock()
-        self._level = False
-        """What the emulator was last told."""
-        self._caller = 0
-        """The thread that is telling it, 0 is none."""
+        self._line = InterruptLine(interrupt)
+        """Its causes are the bits of InterruptStatus."""
         self._page_size = 0  # not reset: Linux writes it once, before the first reset
         self._select_registers()
         self._reset_registers()
@@ -119,47 +114,17 @@ class VirtioMmio:
     @property
     def irq_level(self) -> bool:
         """The level of the interrupt line."""
-        return self._interrupt_status != 0
+        return self._line.level
 
     # -- the device's side (Transport) ---------------------------------------------------------
 
     def queue_interrupt(self, index: int) -> None:
         """See :class:`~.transport.Transport`."""
-        if not self._interrupt_status & MMIO_INTERRUPT_USED_BUFFER:
-            self._change_status(MMIO_INTERRUPT_USED_BUFFER, 0)
+        self._line.add(MMIO_INTERRUPT_USED_BUFFER)
 
     def config_interrupt(self) -> None:
         """See :class:`~.transport.Transport`."""
-        self._change_status(at.MMIO_INTERRUPT_CONFIG_CHANGE, 0)
-
-    def _change_status(self, add: int, remove: int) -> None:
-        with self._line_lock:
-            status = self._interrupt_status = self._interrupt_status & ~remove | add
-            if self._interrupt is None or (status != 0) == self._level:
-                return
-        self._update_level()
-
-    def _update_level(self) -> None:
-        """Bring the line to the level that the status has.
-
-        One thread at a time calls the emulator (which may come back here from inside that), under
-        no lock, and looks again afterwards: so the last call is always the right one.
-        """
-        if self._interrupt is None:
-            return
-        me = threading.get_ident()
-        while True:
-            with self._line_lock:
-                level = self._interrupt_status != 0
-                caller = self._caller
-                if level == self._level or caller not in (0, me):
-                    return
-                self._level = level
-                self._caller = me
-            try:
-                self._interrupt(level)
-            finally:
-                self._caller = caller
+        self._line.add(at.MMIO_INTERRUPT_CONFIG_CHANGE)
 
     # -- registers ---------------------------------------------------------------------------
 
@@ -174,7 +139,7 @@ class VirtioMmio:
             at.MMIO_VENDOR_ID: lambda: self.vendor_id,
             at.MMIO_DEVICE_FEATURES: self._read_features,
             at.MMIO_QUEUE_SIZE_MAX: self._read_queue_size_max,
-            at.MMIO_INTERRUPT_STATUS: lambda: self._interrupt_status,
+            at.MMIO_INTERRUPT_STATUS: lambda: self._line.causes,
             at.MMIO_STATUS: lambda: device.status,
         }
         self._writers: dict[int, Callable[[int], None]] = {
@@ -236,7 +201,7 @@ class VirtioMmio:
         if value == 0:
             self._reset_registers()
             self.device.set_status(0)
-            self._change_status(0, -1)
+            self._line.remove(-1)
         else:
             self.device.set_status(value & 0xFF)
         data = self.device.accepted(at.VIRTIO_F_NOTIFICATION_DATA)
@@ -247,7 +212,7 @@ class VirtioMmio:
         self.device.kick(value & 0xFFFF)
 
     def _write_interrupt_ack(self, value: int) -> None:
-        self._change_status(0, value)
+        self._line.remove(value)
 
     # -- saving and loading --------------------------------------------------------------------
 
@@ -260,7 +225,7 @@ class VirtioMmio:
             self._device_features_sel,
             self._driver_features_sel,
             self._queue_sel,
-            self._interrupt_status,
+            self._line.causes,
             self._page_size,
         ):
             stream.u32(value)
@@ -284,10 +249,10 @@ class VirtioMmio:
 
         def adopt() -> None:
             self._device_features_sel, self._driver_features_sel, self._queue_sel = selectors
-            self._interrupt_status, self._page_size = interrupt_status, page_size
+            self._line.causes, self._page_size = interrupt_status, page_size
             self._queue_align, self._queue_pfn = align, pfn
             adopt_device()
-            self._update_level()
+            self._line.update()
 
         return adopt
 

@@ -189,16 +189,15 @@ class VirtioPci:
         command = self._config.command
         self._bus_master = bool(command & at.PCI_COMMAND_MASTER)
         self._enabled = frozenset(bar.index for bar in self.bars if self._config.enabled(bar))
-        interrupts.intx_disabled = bool(command & at.PCI_COMMAND_INTX_DISABLE)
-        if interrupts.msix is not None and self._msix_capability is not None:
+        control = 0
+        if self._msix_capability is not None:
             control = self._config.load(self._msix_capability + 2, 2)
-            interrupts.msix_enabled = bool(control & at.MSIX_CONTROL_ENABLE)
+        msix = bool(control & at.MSIX_CONTROL_ENABLE)
+        interrupts.choose(msix=msix, intx_disabled=bool(command & at.PCI_COMMAND_INTX_DISABLE))
+        if interrupts.msix is not None:
             interrupts.msix.set_open(
-                interrupts.msix_enabled
-                and not control & at.MSIX_CONTROL_MASK_ALL
-                and self._bus_master
+                msix and not control & at.MSIX_CONTROL_MASK_ALL and self._bus_master
             )
-        interrupts.line.update()
         for bar in self.bars:
             address = self._config.address_of(bar)
             if address != self._mapped[bar.index]:
@@ -281,6 +280,13 @@ class VirtioPci:
             self._choose(legacy=True)
             if self.device.legacy or (offset, value) == (at.LEGACY_STATUS, 0):
                 self._legacy.write(offset, size, value)
+
+    def notifies(self, bar: int, offset: int) -> bool:
+        """A write there tells a queue that it has something available (for ``"deferred"``: now
+        there is something to :meth:`poll`)."""
+        if bar == _LEGACY and self._transitional:
+            return offset == at.LEGACY_QUEUE_NOTIFY
+        return bar == _MODERN and offset >= _NOTIFY
 
     def poll(self) -> bool:
         """Serve what was kicked and is not done yet (``notify="deferred"``); True if there was."""

@@ -7,7 +7,6 @@ interrupt line, and the ISR status says which it was.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
 
 from ..backend.state import StateReader, StateWriter
 from . import pci_layout as at
@@ -29,18 +28,21 @@ class PciInterrupts:
     ) -> None:
         self.msix = None if msi is None or not vectors else MsixTable(vectors, msi)
         self.msix_enabled = False
-        self.intx_disabled = False
-        """By the command register."""
-        self.isr = 0
-        self.line = InterruptLine(intx, lambda: self.intx_status and not self.intx_disabled)
-        self._isr_lock = Lock()
+        self.line = InterruptLine(intx)
+        """INTA#. Its causes are the ISR status."""
         self.config_vector = at.NO_VECTOR
         self.queue_vectors = [at.NO_VECTOR] * num_queues
 
     @property
     def intx_status(self) -> bool:
         """The Interrupt Status bit of the PCI status register (PCI-74)."""
-        return self.isr != 0 and not self.msix_enabled
+        return self.line.causes != 0 and not self.msix_enabled
+
+    def choose(self, *, msix: bool, intx_disabled: bool) -> None:
+        """What the capability and the command register say."""
+        self.msix_enabled = msix
+        self.line.masked = msix or intx_disabled
+        self.line.update()
 
     def reset(self) -> None:
         """The device was reset: nothing is mapped (PCI-114), nothing is to be told any more."""
@@ -49,9 +51,7 @@ class PciInterrupts:
                 self.msix.forget(vector)
         self.config_vector = at.NO_VECTOR
         self.queue_vectors = [at.NO_VECTOR] * len(self.queue_vectors)
-        with self._isr_lock:
-            self.isr = 0
-        self.line.update()
+        self.line.remove(-1)
 
     def map(self, vector: int) -> int:
         """What a vector register holds after this was written to it (PCI-111 to PCI-116)."""
@@ -65,31 +65,23 @@ class PciInterrupts:
             if vector != at.NO_VECTOR:  # PCI-129
                 self.msix.notify(vector)
             return
-        with self._isr_lock:
-            self.isr |= at.ISR_QUEUE  # PCI-73
-        self.line.update()
+        self.line.add(at.ISR_QUEUE)  # PCI-73
 
     def config_interrupt(self) -> None:
         """The configuration has changed; the ISR says so with MSI-X, too (PCI-72)."""
-        with self._isr_lock:
-            self.isr |= at.ISR_CONFIG
+        self.line.add(at.ISR_CONFIG)
         if self.msix is not None and self.msix_enabled:
             vector = self.config_vector
             if vector != at.NO_VECTOR:  # PCI-130
                 self.msix.notify(vector)
-            return
-        self.line.update()
 
     def read_isr(self) -> int:
         """The driver reads the ISR status, which resets it (PCI-75)."""
-        with self._isr_lock:
-            value, self.isr = self.isr, 0
-        self.line.update()
-        return value
+        return self.line.remove(-1)
 
     def save(self, stream: StateWriter) -> None:
         """Write all of it but what the configuration space says."""
-        stream.u8(self.isr)
+        stream.u8(self.line.causes)
         stream.u16(self.config_vector)
         for vector in self.queue_vectors:
             stream.u16(vector)
@@ -108,7 +100,7 @@ class PciInterrupts:
         adopt_msix = None if self.msix is None else self.msix.load(stream)
 
         def adopt() -> None:
-            self.isr = isr & (at.ISR_QUEUE | at.ISR_CONFIG)
+            self.line.causes = isr & (at.ISR_QUEUE | at.ISR_CONFIG)
             self.config_vector, self.queue_vectors = config_vector, queue_vectors
             if adopt_msix is not None:
                 adopt_msix()

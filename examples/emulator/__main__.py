@@ -131,7 +131,12 @@ def _switch_on(
     clock: Clock = WallClock() if options.clock == "wall" else InstructionClock()
     kind = Board if options.gdb is None else RecordedBoard
     board = kind(
-        send, ram=options.ram, disks=disks, clock=clock, legacy_virtio=options.legacy_virtio
+        send,
+        ram=options.ram,
+        disks=disks,
+        clock=clock,
+        legacy_virtio=options.legacy_virtio,
+        pci=options.pci,
     )
     initrd = options.initrd.read_bytes() if options.initrd else options.initrd_data
     if options.bios and options.kernel:
@@ -203,7 +208,12 @@ def _parser() -> argparse.ArgumentParser:
         default="instructions",
         help="what guest time is made of; by instructions, runs are repeatable (default)",
     )
-    add("--legacy-virtio", action="store_true", help="virtio-mmio version 1, for old guests")
+    add("--pci", action="store_true", help="the disks are on PCI; else they are virtio-mmio")
+    add(
+        "--legacy-virtio",
+        action="store_true",
+        help="for old guests: virtio-mmio version 1; with --pci, transitional devices",
+    )
     add(
         "--gdb",
         type=int,

@@ -5,9 +5,12 @@ address     what
 ==========  ===========================================================
 0x00100000  test finisher: power off and reset
 0x02000000  CLINT: timer and software interrupt
+0x03000000  PCIe, if wanted: I/O space; interrupts 32 to 35
 0x0c000000  PLIC: interrupts of the devices
 0x10000000  serial port (16550A), interrupt 10
 0x10001000  eight virtio-mmio slots, 4 KiB apart, interrupts 1 to 8
+0x30000000  PCIe: configuration space
+0x40000000  PCIe: memory space
 0x80000000  memory
 ==========  ===========================================================
 """
@@ -30,9 +33,10 @@ from .csr import ExtraCsrs
 from .fdt import flatten
 from .image import load_program
 from .kernel import load_linux
+from .pcie import PcieHost
 from .plic import Plic
 from .sbi import Sbi
-from .slots import EmptySlot, VirtioSlot
+from .slots import EmptySlot, Slot, VirtioSlot
 from .state import SUPERVISOR
 from .syscon import Power, TestFinisher
 from .tree import describe
@@ -58,6 +62,9 @@ class Board:
     ``ram`` is in bytes. Disks go into the slots in their order; a device that was made for one
     (which may have another block size, say) goes there as it is. Devices live on the caller's
     thread: everything happens inside :meth:`step`, in slices of ``slice_length`` instructions.
+
+    ``pci`` gives the board a PCIe host bridge, and the disks go there; ``legacy_virtio`` makes them
+    virtio-mmio devices of version 1, or transitional ones on PCI.
     """
 
     def __init__(
@@ -68,11 +75,12 @@ class Board:
         disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
+        pci: bool = False,
         slice_length: int = _SLICE,
     ) -> None:
         if ram % 4096 or ram < 2 * _TREE_ROOM:
             raise ValueError(f"{ram} bytes of memory: must be whole pages, and 4 MiB at least")
-        if len(disks) > at.VIRTIO_SLOTS:
+        if len(disks) > at.VIRTIO_SLOTS and not pci:
             raise ValueError(f"{len(disks)} disks do not go into {at.VIRTIO_SLOTS} slots")
         self.clock = clock if clock is not None else InstructionClock()
         self._slice_length = slice_length
@@ -105,33 +113,53 @@ class Board:
         cpu.map(at.PLIC_BASE, at.PLIC_SIZE, self.plic)
         cpu.map(at.UART_BASE, at.UART_SIZE, self.uart)
         self._written: list[tuple[int, int]] = []
-        self.slots: list[VirtioSlot] = []
+        self.slots: list[Slot] = []
         self._blocks: list[pyvirtio.VirtioBlk] = []
-        self._plug_in(disks, legacy_virtio)
+        self._pcie: PcieHost | None = None
+        self._plug_in(disks, legacy_virtio, pci)
         self.sbi = Sbi(
             cpu, self.csrs, self.ram, at.RAM_BASE, uart=self.uart, send=send, finisher=self.finisher
         )
 
-    def _plug_in(self, disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk], legacy: bool) -> None:
+    def _plug_in(
+        self, disks: Sequence[pyvirtio.Disk | pyvirtio.VirtioBlk], legacy: bool, pci: bool
+    ) -> None:
         memory = pyvirtio.GuestMemory.from_buffer(
             self.ram, at.RAM_BASE, on_write=lambda pa, length: self._written.append((pa, length))
         )
         for index in range(at.VIRTIO_SLOTS):
             base = at.VIRTIO_BASE + index * at.VIRTIO_SIZE
-            if index >= len(disks):
+            if pci or index >= len(disks):
                 self.cpu.map(base, at.VIRTIO_SIZE, EmptySlot())
                 continue
-            disk = disks[index]
-            if isinstance(disk, pyvirtio.VirtioBlk):
-                block = disk
-            else:
-                block = pyvirtio.VirtioBlk(disk, serial=f"pyvirtio{index}")
             interrupt = partial(self.plic.set, at.VIRTIO_FIRST_IRQ + index)
-            mmio = pyvirtio.VirtioMmio(block, memory, interrupt, legacy=legacy, notify="deferred")
+            mmio = pyvirtio.VirtioMmio(
+                self._block(disks[index]), memory, interrupt, legacy=legacy, notify="deferred"
+            )
             slot = VirtioSlot(mmio, self.cpu.end_slice)
-            self._blocks.append(block)
             self.slots.append(slot)
             self.cpu.map(base, at.VIRTIO_SIZE, slot)
+        if pci:
+            self._pcie = PcieHost(memory, self.plic.set, self.cpu.end_slice)
+            for window in self._pcie.windows():
+                self.cpu.map(*window)
+            for disk in disks:
+                self.plug_into_pci(disk, transitional=legacy)
+
+    def _block(self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk) -> pyvirtio.VirtioBlk:
+        """The device for a disk."""
+        if not isinstance(disk, pyvirtio.VirtioBlk):
+            disk = pyvirtio.VirtioBlk(disk, serial=f"pyvirtio{len(self._blocks)}")
+        self._blocks.append(disk)
+        return disk
+
+    def plug_into_pci(
+        self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk, *, transitional: bool = False
+    ) -> None:
+        """One more disk on PCI, before the guest is started; ValueError without ``pci``."""
+        if self._pcie is None:
+            raise ValueError("the board has no PCI")
+        self.slots.append(self._pcie.plug(self._block(disk), transitional=transitional))
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -159,7 +187,7 @@ class Board:
                 raise ValueError(f"{len(initrd)} bytes of initrd do not fit into the memory")
             self.ram[below : below + len(initrd)] = initrd
             place = range(at.RAM_BASE + below, at.RAM_BASE + below + len(initrd))
-        tree = flatten(describe(len(self.ram), arguments, place))
+        tree = flatten(describe(len(self.ram), arguments, place, self._pcie))
         self.ram[where : where + len(tree)] = tree
         state = self.cpu.state
         state.load()

@@ -158,7 +158,8 @@ class GdbServer:
         if self._at_breakpoint():
             return _STOPPED
         after = self._seen()
-        self._traveller.step_back()
+        assert self._traveller.eve is not None
+        self._board.goto(self._traveller.eve)
         return self._watch_reason(after)
 
     def _go_back(self, packet: str) -> str:

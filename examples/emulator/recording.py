@@ -1,10 +1,11 @@
 """A board that remembers: what came in from outside, and what it was like now and then.
 
 Between two slices the board is a function of what it was at the start and of what has come in
-since: bytes typed, how long it slept, what the disks answered and, with a clock that is not made of
-instructions, the time. All that goes into one log. Every so many slices the board keeps a snapshot
-of itself in memory, of which only pages that have changed take room. To go to a position, it takes
-on the nearest snapshot before, and runs again from the log; no disk is touched, nothing is sent.
+since: bytes typed, how long it slept, what the disks answered, how large they became and, with a
+clock that is not made of instructions, the time. All that goes into one log (:mod:`.journal`).
+Every so many slices the board keeps a machine snapshot of itself, in an image in memory: of which
+only pages that have changed take room. To go to a position, it takes on the nearest snapshot
+before, and runs again from the log; no disk is touched, nothing is sent.
 
 Changed pages are found by comparing with a copy. Having the engine report stores would cost far
 more, all the time, and not every host's kernel keeps track of dirty pages for a process.
@@ -12,39 +13,29 @@ more, all the time, and not every host's kernel keeps track of dirty pages for a
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pyvirtio
 from pyvirtio.backend.state import StateReader, StateWriter
+from pyvirtio.machine.increment import SaveFigures
 from pyvirtio.machine.log import Cursor, EventLog
+from pyvirtio.qcow2.driver import Qcow2Disk
+from pyvirtio.qcow2.snapshots import Snapshot
 
 from .board import Board
 from .clint import NEVER
 from .clock import Clock, InstructionClock
 from .cpu import Stop
-from .saving import components_of
+from .journal import Journal, Kind, Moment, RecordedClock, RecordedDisk
+from .saving import machine_of
 
-__all__ = ["Kind", "Position", "RecordedBoard"]
+__all__ = ["Position", "RecordedBoard"]
 
 _PAGE = 4096
-_BLOCK = 1 << 20
 _WHOLE = 1 << 62
 """An offset behind all instructions of a slice."""
-
-
-class Kind(IntEnum):
-    """What an event of the log is."""
-
-    TYPED = 1
-    SLEPT = 2
-    DISK = 3
-    TIME = 4
 
 
 class Position(NamedTuple):
@@ -54,142 +45,23 @@ class Position(NamedTuple):
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A snapshot: the components' states, and how many events came before it."""
-
-    slice: int
-    events: int
-    states: dict[str, bytes]
-
-
-class _Journal:
-    """The log of a board, and whether it is written or read at the moment."""
-
-    def __init__(self) -> None:
-        self.log = EventLog()
-        self.slice = 0
-        self.cursor: Cursor | None = None
-        """Where the log is read; None while it is written."""
-
-        self.asked_by_board = False
-        """Whether it is the board that is running, and not somebody who looks at its clock."""
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """The board does something that will be done again."""
-        before, self.asked_by_board = self.asked_by_board, True
-        try:
-            yield
-        finally:
-            self.asked_by_board = before
-
-    def note(self, kind: Kind, data: bytes) -> None:
-        self.log.append(self.slice, kind, data)
-
-    def again(self, kind: Kind) -> bytes:
-        assert self.cursor is not None
-        return self.cursor.take(self.slice, kind)
-
-
-class _RecordedDisk(pyvirtio.Disk):
-    """Notes what the disk below answers; when the log is read, answers the same without it."""
-
-    format_name = "recorded"
-
-    def __init__(self, below: pyvirtio.Disk, journal: _Journal) -> None:
-        super().__init__(below.size, read_only=below.read_only, limits=below.limits)
-        self._below = below
-        self._journal = journal
-
-    def _outcome(self, action: Callable[[], bytes]) -> bytes:
-        """The data of a request; raises BackendError as the disk below has done."""
-        journal = self._journal
-        if journal.cursor is None:
-            try:
-                outcome = bytes(2) + action()
-            except OSError as error:
-                outcome = (error.errno or errno.EIO).to_bytes(2, "little")
-            journal.note(Kind.DISK, outcome)
-        else:
-            outcome = journal.again(Kind.DISK)
-        number = int.from_bytes(outcome[:2], "little")
-        if number:
-            raise pyvirtio.BackendError(number, "the disk below has failed")
-        return outcome[2:]
-
-    def _done(self, action: Callable[[], None]) -> None:
-        def act() -> bytes:
-            action()
-            return b""
-
-        self._outcome(act)
-
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        data = self._outcome(lambda: self._below.read(offset, length))
-        at = 0
-        for view in views:
-            view[:] = data[at : at + len(view)]
-            at += len(view)
-
-    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
-        self._done(lambda: self._below.writev(offset, views))
-
-    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self._done(lambda: self._below.write_zeroes(offset, length, unmap=unmap))
-
-    def _discard(self, offset: int, length: int) -> None:
-        self._done(lambda: self._below.discard(offset, length))
-
-    def _flush(self) -> None:
-        self._done(self._below.flush)
-
-
-class _RecordedClock:
-    """Notes what a clock says that is not made of instructions."""
-
-    def __init__(self, below: Clock, journal: _Journal) -> None:
-        self._below = below
-        self._journal = journal
-        self.ran, self.touched, self.budget = below.ran, below.touched, below.budget
-        self._last = 0
-
-    def _said(self, ask: Callable[[], int]) -> int:
-        journal = self._journal
-        if not journal.asked_by_board:
-            return ask() if journal.cursor is None else self._last
-        if journal.cursor is None:
-            self._last = ask()
-            journal.note(Kind.TIME, self._last.to_bytes(8, "little"))
-        else:
-            self._last = int.from_bytes(journal.again(Kind.TIME), "little")
-        return self._last
-
-    def now(self) -> int:
-        return self._said(self._below.now)
-
-    def look(self) -> int:
-        return self._said(self._below.look)
-
-    def sleep_until(self, tick: int) -> None:
-        if self._journal.cursor is None:
-            self._below.sleep_until(tick)
-
-    state_version = 1
-
-    def save_state(self, stream: StateWriter) -> None:
-        """Nothing: what the time was, is in the log."""
-
-    def load_state(self, stream: StateReader) -> Callable[[], object]:
-        return lambda: None
+def _image_in_memory() -> Qcow2Disk:
+    """An image for snapshots and nothing else."""
+    memory = pyvirtio.MemoryDisk(0, growable=True)
+    disk = pyvirtio.create_disk(memory, 512, cluster_size=_PAGE)
+    assert isinstance(disk, Qcow2Disk)
+    return disk
 
 
 class RecordedBoard(Board):
-    """A board that keeps a snapshot of itself before every ``every``-th slice. The rest is
-    as for :class:`.board.Board`; time that is not made of instructions is noted.
+    """A board that keeps a snapshot of itself before every ``every``-th slice: in memory, or in
+    ``keep``, an image for nothing else (best with clusters of 4 KiB). The rest is as for
+    :class:`.board.Board`; time that is not made of instructions is noted.
 
-    In the past (after :meth:`goto`), :meth:`step` runs on as it was, up to the present, and nothing
-    may be typed. Disks must not change their size while they are recorded.
+    In the past (after :meth:`goto`), :meth:`step` runs on as it was, up to the present. Nothing may
+    be typed, and no machine snapshot be taken, for the disks are in the present;
+    :class:`.branching.Branches` takes another way from there. A machine snapshot that is loaded
+    starts a new run: its past is not known.
     """
 
     def __init__(
@@ -197,23 +69,26 @@ class RecordedBoard(Board):
         send: Callable[[int], None],
         *,
         every: int = 100,
+        keep: Qcow2Disk | None = None,
         ram: int = 128 << 20,
         disks: Sequence[pyvirtio.Disk] = (),
         clock: Clock | None = None,
         legacy_virtio: bool = False,
+        pci: bool = False,
         slice_length: int = 200_000,
     ) -> None:
-        self._journal = _Journal()
+        self._journal = Journal()
         self._every = every
-        self._kept: list[_Kept] = []
-        self._mirror = bytearray()
-        self._versions: dict[int, list[tuple[int, bytes]]] = {}
-        """By page: what was in it from a snapshot (its number) on; those of the last are in the
-        mirror, too."""
+        self._kept: list[tuple[Moment, Snapshot]] = []
         self._present = 0
         self._offset = 0
+        self.disk_wrote: Callable[[int, int], object] = lambda address, length: None
+        """Called when a disk has written to memory, at the end of a slice."""
+        self._recorded = [
+            RecordedDisk(disk, self._journal, number) for number, disk in enumerate(disks)
+        ]
         if clock is not None and not isinstance(clock, InstructionClock):
-            clock = _RecordedClock(clock, self._journal)
+            clock = RecordedClock(clock, self._journal)
 
         def say(byte: int) -> None:
             if self._journal.cursor is None:
@@ -222,11 +97,24 @@ class RecordedBoard(Board):
         super().__init__(
             say,
             ram=ram,
-            disks=[_RecordedDisk(disk, self._journal) for disk in disks],
+            disks=self._recorded,
             clock=clock,
             legacy_virtio=legacy_virtio,
+            pci=pci,
             slice_length=slice_length,
         )
+        self._machine = machine_of(self)
+        self._snapshots = pyvirtio.MachineSnapshots(self._machine, [keep or _image_in_memory()])
+
+    @property
+    def disks(self) -> list[pyvirtio.Disk]:
+        """The disks as they were given."""
+        return [disk.below for disk in self._recorded]
+
+    def _block(self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk) -> pyvirtio.VirtioBlk:
+        if not isinstance(disk, RecordedDisk):
+            raise TypeError("a recorded board gets all its disks when it is made")
+        return super()._block(disk)
 
     @property
     def log(self) -> EventLog:
@@ -245,7 +133,19 @@ class RecordedBoard(Board):
 
     def snapshot_before(self, slice_: int) -> int:
         """The slice of the last snapshot before ``slice_``; 0 for the first."""
-        return max((kept.slice for kept in self._kept if kept.slice < slice_), default=0)
+        return max((kept.slice for kept, _ in self._kept if kept.slice < slice_), default=0)
+
+    @property
+    def last_save(self) -> SaveFigures | None:
+        """What keeping the last snapshot took."""
+        return self._snapshots.last_save
+
+    @property
+    def moment(self) -> Moment:
+        """Where the board is, for a snapshot taken there. ValueError in the past."""
+        self._live()
+        sizes = tuple(disk.size for disk in self._recorded)
+        return Moment(self.log, self._journal.slice, len(self.log), sizes)
 
     @property
     def in_past(self) -> bool:
@@ -273,8 +173,8 @@ class RecordedBoard(Board):
         if self._offset:
             self.goto(Position(self._journal.slice))
         if not self.in_past and self._journal.slice % self._every == 0:
-            self._keep()
-        elif any(kept.slice == self._journal.slice for kept in self._kept):
+            self.keep()
+        elif any(kept.slice == self._journal.slice for kept, _ in self._kept):
             self.cpu.forget_translations()
         with self._journal.running():
             idle = super().step()
@@ -288,78 +188,99 @@ class RecordedBoard(Board):
     def _arrive(self) -> None:
         """What came in between the slice before and this one, comes in again."""
         journal = self._journal
-        cursor = journal.cursor
-        while cursor is not None and (event := cursor.peek()) is not None:
-            if event.position != journal.slice or event.kind not in (Kind.TYPED, Kind.SLEPT):
+        between = (Kind.TYPED, Kind.SLEPT, Kind.RESIZED)
+        while journal.cursor is not None and (event := journal.cursor.peek()) is not None:
+            if event.position != journal.slice or event.kind not in between:
                 break
-            cursor.index += 1
+            journal.cursor.index += 1
             if event.kind == Kind.TYPED:
                 super().receive(event.data)
+            elif event.kind == Kind.RESIZED:
+                self._recorded[event.data[0]].become(int.from_bytes(event.data[1:], "little"))
             else:
                 tick = int.from_bytes(event.data, "little")
                 with journal.running():
                     super().sleep(None if tick == NEVER else tick)
         if journal.slice == self._present:
-            journal.cursor = None
+            self._be_present()
+
+    def _be_present(self) -> None:
+        self._journal.cursor = None
+        for disk in self._recorded:
+            disk.follow()
 
     def _live(self) -> None:
         if self.in_past or self._offset:
-            raise ValueError("the past cannot be changed: go to the present first")
+            raise ValueError("the past cannot be changed: go to the present first, or branch")
 
-    # -- snapshots in memory -------------------------------------------------------------------
+    def close(self) -> None:
+        """As in Board."""
+        super().close()
+        for disk in self._recorded:
+            disk.leave()
 
-    def _keep(self) -> None:
-        if self._kept and self._kept[-1].slice >= self._journal.slice:
-            return
-        number = len(self._kept)
-        if not number:
-            self._mirror = bytearray(self.ram)
-        for page in list(self._changed_pages()):
-            data = self.ram[page : page + _PAGE]
-            versions = self._versions.setdefault(page, [])
-            if not versions:
-                versions.append((0, bytes(self._mirror[page : page + _PAGE])))
-            versions.append((number, data))
-            self._mirror[page : page + _PAGE] = data
-        states = {}
-        for name, component in components_of(self).items():
-            stream = StateWriter()
-            component.save_state(stream)
-            states[name] = bytes(stream)
-        self._kept.append(_Kept(self._journal.slice, len(self.log), states))
-        # A later run from here starts with none cached: that nothing may depend on it.
-        self.cpu.forget_translations()
+    def _forget_overwritten_code(self) -> None:
+        for address, length in self._written:
+            self.disk_wrote(address, length)
+        super()._forget_overwritten_code()
 
-    def _changed_pages(self) -> Iterator[int]:
-        """Offsets of the pages that are not as in the last snapshot."""
-        ram, mirror = self.ram, self._mirror
-        for start in range(0, len(ram), _BLOCK):
-            now, before = ram[start : start + _BLOCK], bytes(mirror[start : start + _BLOCK])
-            if now != before:
-                for at in range(0, len(now), _PAGE):
-                    if now[at : at + _PAGE] != before[at : at + _PAGE]:
-                        yield start + at
+    # -- snapshots -----------------------------------------------------------------------------
 
-    def _take_on(self, number: int) -> None:
-        """Become what snapshot ``number`` was."""
-        for page in list(self._changed_pages()):
-            self.ram[page : page + _PAGE] = self._mirror[page : page + _PAGE]
-        for page, versions in self._versions.items():
-            index = bisect_right(versions, number, key=lambda version: version[0]) - 1
-            if index < len(versions) - 1:
-                self.ram[page : page + _PAGE] = versions[index][1]
-        kept = self._kept[number]
-        adopt = [
-            component.load_state(
-                StateReader(kept.states[name], name=name, version=component.state_version)
+    def keep(self) -> None:
+        """Keep a snapshot of the board here, unless there is one. ValueError in the past."""
+        moment = self.moment
+        if not self._kept or self._kept[-1][0].slice < moment.slice:
+            self._drop_others()
+            snapshot = self._snapshots.savevm(
+                str(moment.slice), vm_clock=100 * self.clock.now(), date=0
             )
-            for name, component in components_of(self).items()
-        ]
-        for function in adopt:
-            function()
+            self._kept.append((moment, snapshot))
+            # A later run from here starts with none cached: that nothing may depend on it.
+            self.cpu.forget_translations()
+
+    def _drop_others(self) -> None:
+        """Delete the snapshots of a past that is none any more."""
+        wanted = {snapshot.id for _, snapshot in self._kept}
+        for snapshot in self._snapshots.listvm():
+            if snapshot.id not in wanted:
+                self._snapshots.delvm(snapshot.id)
+
+    def save_state(self, stream: StateWriter) -> None:
+        """As in Board; ValueError in the past."""
+        self._live()
+        super().save_state(stream)
+
+    def load_state(self, stream: StateReader) -> Callable[[], object]:
+        """As in Board; a new run starts."""
+        adopt_board = super().load_state(stream)
+
+        def adopt() -> None:
+            adopt_board()
+            coming = self._journal.coming
+            if coming is None:
+                self._begin()
+            else:
+                for disk, size in zip(self._recorded, coming.sizes, strict=True):
+                    disk.become(size)
+
+        return adopt
+
+    def _begin(self) -> None:
+        """A new run starts here."""
+        self._journal.log = EventLog()
+        self._journal.slice = self._present = self._offset = 0
+        self._kept.clear()
+        self._be_present()
+
+    def _take_on(self, moment: Moment, load: Callable[[], object]) -> None:
+        """Become what a snapshot was, which ``load`` loads; and stand in the log where it was."""
+        journal = self._journal
+        with journal.taking_on(moment):
+            load()
         self._offset = 0
-        self._journal.slice = kept.slice
-        self._journal.cursor = Cursor(self.log, kept.events)
+        journal.slice = moment.slice
+        journal.cursor = Cursor(journal.log, moment.events)
+        self._arrive()
 
     # -- going there ---------------------------------------------------------------------------
 
@@ -381,11 +302,36 @@ class RecordedBoard(Board):
 
     def _rewind(self, target: int) -> None:
         """Go to the last snapshot up to slice ``target``, if the way from here is not shorter."""
-        number = max(0, bisect_right(self._kept, target, key=lambda kept: kept.slice) - 1)
+        number = max(0, bisect_right(self._kept, target, key=lambda kept: kept[0].slice) - 1)
         here = self._journal.slice
-        if self._offset or not self._kept[number].slice <= here <= target:
-            self._take_on(number)
-            self._arrive()
+        moment, snapshot = self._kept[number]
+        if self._offset or not moment.slice <= here <= target:
+            self._take_on(moment, lambda: self._snapshots.loadvm(snapshot.id))
+
+    def relive(self, moment: Moment, load: Callable[[], object]) -> None:
+        """Make where the board is in its past the present; what came after it never was.
+
+        ``load`` makes the board and its disks what they were at ``moment``, which is before. What
+        happened from there to here happens again, to the disks, too. Raises ValueError inside a
+        slice and for a moment that is none; what ``load`` raises; BackendError if a disk does not
+        do again what it has done: the board is still in the past then, and its disks are not.
+        """
+        target, journal = self.position, self._journal
+        if target.offset:
+            raise ValueError("another way can be taken between two slices only")
+        if moment.log is not self.log or moment.slice > target.slice:
+            raise ValueError(f"slice {moment.slice} is not in the past of {target}")
+        if not self.in_past:
+            return
+        self._take_on(moment, load)
+        with journal.carrying_out():
+            while journal.slice < target.slice:
+                self.step()
+        assert journal.cursor is not None
+        self.log.truncate(journal.cursor.index)
+        self._kept = [kept for kept in self._kept if kept[0].slice <= target.slice]
+        self._present = target.slice
+        self._be_present()
 
     def replay_slice(self) -> Stop:
         """Run the CPU's part of a slice of the past, and leave it at its end."""

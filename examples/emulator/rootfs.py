@@ -28,6 +28,7 @@ _PACKAGES = {
     "libcom-err2": (f"{_LIBRARY}/lib*",),
     "libblkid1": (f"{_LIBRARY}/lib*",),
     "libuuid1": (f"{_LIBRARY}/lib*",),
+    "util-linux": ("usr/sbin/blkdiscard",),
     "sqlite3": ("usr/bin/sqlite3",),
     "libsqlite3-0": (f"{_LIBRARY}/lib*",),
     "libreadline8t64": (f"{_LIBRARY}/libreadline*",),

@@ -2,7 +2,8 @@
 
 A processor cannot run backwards. But it can run from an earlier snapshot again, and watch: once
 over whole slices, to find the last one in which something happened, and once over that slice,
-counting instructions, to find the very one.
+counting instructions, to find the very one. What a disk writes to memory, it writes at the end of a
+slice, after all of its instructions.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class _Slice:
     length: int = 0
     visited: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
+    written_by_disk: bool = False
+    """At its end."""
     stop: Stop = Stop.COUNT
 
 
@@ -42,6 +45,8 @@ class Traveller:
 
     def __init__(self, board: RecordedBoard) -> None:
         self.board = board
+        self.eve: Position | None = None
+        """Where what :meth:`forward_to` has found was about to happen."""
 
     # -- single steps --------------------------------------------------------------------------
 
@@ -73,9 +78,10 @@ class Traveller:
     # -- to something --------------------------------------------------------------------------
 
     def back_to(self, points: Points) -> bool:
-        """Go to the last moment before this one at which one of ``points`` was about to happen.
+        """Go to the last moment before this one at which one of ``points`` was about to happen:
+        at which the hart or a disk was about to write, or an instruction to be run.
 
-        False, and at the beginning, if there was none. A disk writes at the end of a slice.
+        False, and at the beginning, if there was none.
         """
         end = self.board.position
         limit = end.slice + (1 if end.offset else 0)
@@ -122,12 +128,16 @@ class Traveller:
         """The first moment of a slice, after ``here``, at which to stop."""
         found = self._trace(here.slice, points)
         moments = sorted(
-            [at - 1 for at in found.visited if at - 1 > here.offset]
-            + [at for at in found.written if at > here.offset]
+            [(at - 1, at - 1) for at in found.visited if at - 1 > here.offset]
+            + [(at, at - 1) for at in found.written if at > here.offset]
         )
-        if not moments:
+        if moments:
+            at, eve = moments[0]
+        elif found.written_by_disk:
+            at = eve = found.length
+        else:
             return None
-        at = moments[0]
+        self.eve = Position(here.slice, eve)
         return Position(here.slice, at) if at < found.length else Position(here.slice + 1)
 
     # -- parts ---------------------------------------------------------------------------------
@@ -151,10 +161,14 @@ class Traveller:
         """Offsets in a slice at which one of ``points`` is about to happen, in their order."""
         found = self._trace(slice_, points)
         yield from sorted({at - 1 for at in (*found.visited, *found.written)})
+        if found.written_by_disk:
+            yield found.length
 
     def _trace(self, slice_: int, points: Points | None = None) -> _Slice:
         """Run a slice of the past again and count its instructions. Leaves the board in it."""
         board, found = self.board, _Slice()
+        if points is not None:
+            found.written_by_disk = self._disk_writes_in(slice_, points)
         board.goto(Position(slice_))
 
         def count(uc: u.Uc, address: int, size: int, _: object) -> None:
@@ -179,6 +193,34 @@ class Traveller:
             uc.ctl_flush_tb()
         return found
 
+    def _disk_writes_in(self, slice_: int, points: Points) -> bool:
+        """Run a slice of the past again: does a disk write where ``points`` says at its end?"""
+        if not points.writes:
+            return False
+        self.board.goto(Position(slice_))
+        happened = False
+
+        def note() -> None:
+            nonlocal happened
+            happened = True
+
+        with self._watching_disks(points, note):
+            self.board.step()
+        return happened
+
+    @contextmanager
+    def _watching_disks(self, points: Points, note: Callable[[], None]) -> Iterator[None]:
+        def wrote(address: int, length: int) -> None:
+            if any(address < where.stop and where.start < address + length for where in wheres):
+                note()
+
+        wheres, before = points.writes, self.board.disk_wrote
+        self.board.disk_wrote = wrote
+        try:
+            yield
+        finally:
+            self.board.disk_wrote = before
+
     @contextmanager
     def _watching(self, points: Points) -> Iterator[Callable[[], bool]]:
         """Within, the function given tells whether something has happened since it was asked."""
@@ -197,7 +239,8 @@ class Traveller:
         hooks = _hooks(uc, points, note, note)
         uc.ctl_flush_tb()
         try:
-            yield ask
+            with self._watching_disks(points, note):
+                yield ask
         finally:
             for hook in hooks:
                 uc.hook_del(hook)

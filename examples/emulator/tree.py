@@ -7,6 +7,7 @@ import hashlib
 from . import layout as at
 from .clock import TICKS_PER_SECOND
 from .fdt import Node, wide
+from .pcie import PcieHost
 
 __all__ = ["describe"]
 
@@ -15,10 +16,13 @@ _CPU_INTC, _PLIC, _TEST = 1, 2, 3
 _M_SOFT, _S_TIMER, _M_TIMER, _S_EXT, _M_EXT = 3, 5, 7, 9, 11
 
 
-def describe(ram: int, arguments: str, initrd: range | None = None) -> Node:
+def describe(
+    ram: int, arguments: str, initrd: range | None = None, pcie: PcieHost | None = None
+) -> Node:
     """The tree for a board with ``ram`` bytes; ``arguments`` is the kernel's command line.
 
-    ``initrd``: the addresses where a first file system lies in memory.
+    ``initrd``: the addresses where a first file system lies in memory. ``pcie``: the PCIe host
+    bridge, if there is one.
     """
     root = Node(compatible="riscv-virtio", model="riscv-virtio,qemu")
     root["#address-cells"], root["#size-cells"] = 2, 2
@@ -36,6 +40,8 @@ def describe(ram: int, arguments: str, initrd: range | None = None) -> Node:
     soc["#address-cells"], soc["#size-cells"] = 2, 2
     _interrupt_controllers(soc)
     _devices(soc)
+    if pcie is not None:
+        pcie.describe(soc, _PLIC)
     _switches(root)
     return root
 

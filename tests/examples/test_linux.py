@@ -36,6 +36,7 @@ class Rig:
     still: pyvirtio.MemoryDisk
     big_blocks: RecordingDisk
     growing: pyvirtio.Disk
+    growing_path: Path
     faulty: BadSectorsDisk
     small_host: pyvirtio.Disk
 
@@ -52,7 +53,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     root = pyvirtio.open_disk(overlay)
     still = pyvirtio.MemoryDisk(bytearray(bytes(range(256)) * 4096), read_only=True)
     big_blocks = RecordingDisk(pyvirtio.create_disk(folder / "big.qcow2", 64 * MIB))
-    growing = pyvirtio.create_disk(folder / "growing.qcow2", 8 * MIB)
+    growing_path = folder / "growing.qcow2"
+    growing = pyvirtio.create_disk(growing_path, 8 * MIB)
     faulty = BadSectorsDisk(pyvirtio.MemoryDisk(16 * MIB))
     host = pyvirtio.MemoryDisk(0, growable=True)
     small_host = pyvirtio.create_disk(CappedDisk(host, 4 * MIB), 32 * MIB)
@@ -66,7 +68,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
             small_host,
         ]
     )
-    yield Rig(guest, overlay, root, still, big_blocks, growing, faulty, small_host)
+    yield Rig(guest, overlay, root, still, big_blocks, growing, growing_path, faulty, small_host)
     for disk in (root, big_blocks, growing):
         disk.close()
 
@@ -149,6 +151,29 @@ def test_discarded_blocks_are_given_back(rig):
     run("blkdiscard -o 1048576 -l 2097152 /dev/vdd")
     assert 2 * MIB <= _data(rig.growing) <= 2 * MIB + 65536
     assert rig.growing.read(MIB, 2 * MIB) == bytes(2 * MIB)
+
+
+@requires("qemu-img")
+def test_what_is_zeroed_or_discarded_holds_no_data_in_the_image(rig):
+    run, path = rig.guest.run, rig.growing_path
+    run("dd if=/dev/urandom of=/dev/vdd bs=1M count=4 conv=fsync 2>/dev/null")
+    # By its path, for busybox has one of its own, which cannot write zeroes.
+    run(f"/usr/sbin/blkdiscard -z -o {MIB} -l {MIB} /dev/vdd")
+    run(f"blkdiscard -o {2 * MIB} -l {MIB} /dev/vdd")
+    rig.growing.flush()
+    extents = qemu_img_json("map", "-U", "-f", "qcow2", path)
+
+    def kinds(start: int, end: int) -> set[tuple[bool, bool]]:
+        return {
+            (extent["data"], extent["zero"])
+            for extent in extents
+            if extent["start"] < end and extent["start"] + extent["length"] > start
+        }
+
+    assert kinds(0, MIB) == kinds(3 * MIB, 4 * MIB) == {(True, False)}
+    assert kinds(MIB, 3 * MIB) == {(False, True)}
+    assert rig.growing.read(MIB, 2 * MIB) == bytes(2 * MIB)
+    run(f"dd if=/dev/vdd bs=1M skip=1 count=2 2>/dev/null | cmp -n {2 * MIB} - /dev/zero")
 
 
 def test_disk_grows_while_the_guest_runs(rig):

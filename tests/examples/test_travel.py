@@ -200,30 +200,37 @@ def test_log_of_the_run_is_kept_in_a_file(tmp_path):
     assert [found[n] for n in range(len(found))] == [board.log[n] for n in range(len(board.log))]
 
 
-def test_disk_is_not_touched_by_what_happens_again():
+@pytest.fixture
+def u_boot():
+    """U-Boot at its prompt on a recorded board, and its disk."""
     from examples.emulator.firmware import find_u_boot
     from examples.emulator.packages import PackageError
     from examples.emulator.script import Session
 
     try:
-        u_boot = find_u_boot()
+        program = find_u_boot()
     except PackageError as error:
         pytest.skip(f"no U-Boot: {error}")
     disk = pyvirtio.MemoryDisk(1 << 20)
-    disk.write(512, b"before")
     session = Session()
     board = RecordedBoard(session.send_out, ram=64 << 20, disks=[disk], every=50)
     session.connect(board)
-    board.start(board.load(u_boot))
+    board.start(board.load(program))
     session.expect("stop autoboot")
     session.send("\r")
     session.expect("\n=> ")
     session.command("virtio scan", "\n=> ")
-    session.command("virtio read 82000000 1 1", "\n=> ")
+    return board, disk, lambda line: session.command(line, "\n=> ")
+
+
+def test_disk_is_not_touched_by_what_happens_again(u_boot):
+    board, disk, command = u_boot
+    disk.write(512, b"before")
+    command("virtio read 82000000 1 1")
     middle = board.position
-    assert "before" in session.command("md.b 82000000 10", "\n=> ")
-    session.command("mw.b 82000000 58 200", "\n=> ")
-    session.command("virtio write 82000000 1 1", "\n=> ")
+    assert "before" in command("md.b 82000000 10")
+    command("mw.b 82000000 58 200")
+    command("virtio write 82000000 1 1")
     assert disk.read(512, 4) == b"XXXX"
     end = fingerprint(board), board.position
     disk.write(512, b"elsewhere")
@@ -232,6 +239,33 @@ def test_disk_is_not_touched_by_what_happens_again():
     board.goto(end[1])
     assert fingerprint(board) == end[0]
     assert disk.read(512, 9) == b"elsewhere"
+
+
+def test_back_and_forward_to_what_a_disk_wrote_to_memory(u_boot):
+    board, disk, command = u_boot
+    disk.write(512, b"diskdisk")
+    command("mw.q 82000000 5858585858585858 1")
+    command("virtio read 82000000 1 1")
+    command("mw.q 82000000 5959595959595959 1")
+    traveller = Traveller(board)
+    points = Points(writes=[range(0x8200_0000, 0x8200_0008)])
+
+    def contents():
+        return board.ram[0x200_0000:0x200_0008]
+
+    assert traveller.back_to(points)
+    assert contents() == b"diskdisk"
+    assert traveller.back_to(points)
+    assert contents() == b"XXXXXXXX"
+    eve = board.position
+    traveller.step()
+    assert contents() == b"diskdisk"
+    assert traveller.back_to(points)
+    assert board.position == eve
+    assert traveller.step_back()
+    assert traveller.forward_to(points, lambda: True)
+    assert contents() == b"diskdisk"
+    assert traveller.eve == eve
 
 
 def test_start_of_linux_is_the_same_each_time():

@@ -14,7 +14,7 @@ _FLAGS = "return not flags & VIRTQ_AVAIL_F_NO_INTERRUPT"
 _MSIX = "return vector if vector < known else at.NO_VECTOR"
 _STATUS = "memory.store_byte(status_byte, status)"
 _NOTIFY = "_NOTIFY, _NOTIFY_STEP * self.device.num_queues, step)"
-_ISR_READ = "at.MMIO_INTERRUPT_STATUS: lambda: self._interrupt_status,"
+_ISR_READ = "at.MMIO_INTERRUPT_STATUS: lambda: self._line.causes,"
 
 DEVICE: list[tuple[str, str, str, str, str]] = [
     # -- basic facilities --
@@ -75,9 +75,9 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     # -- MMIO --
     ("MMIO-01", "mmio", "mmio.py", "lambda: at.MMIO_MAGIC,", "lambda: at.MMIO_MAGIC + 1,"),
     ("MMIO-02", "mmio", "mmio.py", "version = 1 if self.legacy else 2", "version = 1"),
-    ("MMIO-03", "mmio", "mmio.py", _ISR_READ, "at.MMIO_INTERRUPT_STATUS: lambda: (self._interrupt_status, setattr(self, '_interrupt_status', 0))[0],"),
-    ("MMIO-04", "mmio", "mmio.py", "at.MMIO_INTERRUPT_STATUS: lambda: self._interrupt_status,", "at.MMIO_INTERRUPT_STATUS: lambda: self._interrupt_status | 8,"),
-    ("MMIO-05", "mmio", "mmio.py", "            self.device.set_status(0)\n            self._change_status(0, -1)\n", "            self.device.set_status(0)\n"),
+    ("MMIO-03", "mmio", "mmio.py", _ISR_READ, "at.MMIO_INTERRUPT_STATUS: lambda: self._line.remove(-1),"),
+    ("MMIO-04", "mmio", "mmio.py", _ISR_READ, "at.MMIO_INTERRUPT_STATUS: lambda: self._line.causes | 8,"),
+    ("MMIO-05", "mmio", "mmio.py", "            self.device.set_status(0)\n            self._line.remove(-1)\n", "            self.device.set_status(0)\n"),
     ("MMIO-06", "mmio", "device.py", "queue.state = QueueState(max_size, max_size)\n        queue.drop()\n", "queue.state.rewind()\n        queue.drop()\n"),
     ("MMIO-07", "mmio", "device.py", "self.state.config_generation = (self.state.config_generation + 1) & 0xFFFF_FFFF", "pass"),
     ("MMIO-08", "mmio", "device.py", "        queue.drop()\n        queue.state.ready = False", "        queue.state.ready = False"),
@@ -125,10 +125,10 @@ DEVICE: list[tuple[str, str, str, str, str]] = [
     ("PCI-69", "pci_callbacks", "pci.py", _NOTIFY, "_NOTIFY, 4 * self.device.num_queues - 1, step)"),
     ("PCI-70", "pci_callbacks", "pci.py", _NOTIFY, "_NOTIFY, 4 * self.device.num_queues - 1, step)"),
     ("PCI-71", "pci", "pci.py", "(at.VIRTIO_PCI_CAP_ISR_CFG, _ISR", "(10, _ISR"),
-    ("PCI-72", "pci", "pci_interrupts.py", "self.isr |= at.ISR_CONFIG", "self.isr |= 0"),
-    ("PCI-73", "pci", "pci_interrupts.py", "self.isr |= at.ISR_QUEUE", "self.isr |= at.ISR_CONFIG"),
-    ("PCI-74", "pci", "pci_interrupts.py", "return self.isr != 0 and not self.msix_enabled", "return False"),
-    ("PCI-75", "pci", "pci_interrupts.py", "value, self.isr = self.isr, 0", "value = self.isr"),
+    ("PCI-72", "pci", "pci_interrupts.py", "self.line.add(at.ISR_CONFIG)", "self.line.add(0)"),
+    ("PCI-73", "pci", "pci_interrupts.py", "self.line.add(at.ISR_QUEUE)", "self.line.add(at.ISR_CONFIG)"),
+    ("PCI-74", "pci", "pci_interrupts.py", "return self.line.causes != 0 and not self.msix_enabled", "return False"),
+    ("PCI-75", "pci", "pci_interrupts.py", "return self.line.remove(-1)", "return self.line.causes"),
     ("PCI-77", "pci", "pci.py", "_DEVICE, _PART, b\"\")", "_DEVICE + 2, _PART - 2, b\"\")"),
     ("PCI-78", "pci", "pci.py", "(at.VIRTIO_PCI_CAP_DEVICE_CFG, _DEVICE", "(10, _DEVICE"),
     ("PCI-88", "pci", "pci.py", "at.VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, 0", "10, 0, 0, 0, 0"),

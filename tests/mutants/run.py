@@ -22,7 +22,7 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutants"
-PACKAGE = ("__init__.py", "errors.py", "py.typed", "backend", "machine", "qcow2", "virtio")
+PACKAGE = ("__init__.py", "errors.py", "py.typed", "backend", "machine", "qcow2", "tools", "virtio")
 WORKERS = 2
 TIMEOUT = 60
 """Seconds: a fault that makes a test hang is noticed, too."""
@@ -62,7 +62,7 @@ class Copy:
         if Path(found).parent != self.package:
             raise SystemExit(f"{found} is imported, not {self.package}")
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: int = TIMEOUT) -> subprocess.CompletedProcess[str]:
         """Run Python with this copy."""
         return subprocess.run(
             [sys.executable, *arguments],
@@ -71,13 +71,15 @@ class Copy:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=timeout,
             check=False,
         )
 
-    def tests(self, *names: str) -> subprocess.CompletedProcess[str]:
+    def tests(self, *names: str, timeout: int = TIMEOUT) -> subprocess.CompletedProcess[str]:
         """Run tests with this copy."""
-        return self.run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names)
+        return self.run(
+            "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names, timeout=timeout
+        )
 
     def write(self, file: str, text: str) -> None:
         """Change a file; its time is one that no compiled form of it has."""
@@ -147,7 +149,8 @@ def _check_tests_pass(copy: Copy, faults: list[Fault]) -> None:
     """Without a fault all these tests pass; if they did not, they would show nothing."""
     names = sorted({name for fault in faults for name in fault.tests})
     for start in range(0, len(names), 40):
-        done = copy.tests(*names[start : start + 40])
+        part = names[start : start + 40]
+        done = copy.tests(*part, timeout=len(part) * TIMEOUT)
         if done.returncode or " skipped" in done.stdout:
             raise SystemExit(f"without any fault:\n{done.stdout}{done.stderr}")
 

@@ -167,7 +167,7 @@ def test_a_kick_from_inside_the_interrupt_is_served(make_machine: Any) -> None:
             machine.driver.submit(at.VIRTIO_BLK_T_FLUSH)
             machine.driver.kick()
 
-    machine.mmio._interrupt = interrupt
+    machine.mmio._line.callback = interrupt
     machine.driver.submit(at.VIRTIO_BLK_T_FLUSH)
     machine.driver.kick()
     assert machine.disk.calls == [("flush",)] * 4

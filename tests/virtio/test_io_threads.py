@@ -59,7 +59,7 @@ def make(make_machine: Any) -> Iterator[Callable[..., Any]]:
         options.setdefault("io_threads", 3)
         machine = make_machine(**options)
         machine.interrupted = threading.Event()
-        machine.mmio._interrupt = lambda level: machine.interrupted.set()
+        machine.mmio._line.callback = lambda level: machine.interrupted.set()
         machine.gate = Gate(machine.disk)
         machine.done = {}
         machine.driver._wait = lambda: machine.interrupted.wait(PATIENCE)
@@ -274,7 +274,7 @@ def test_a_broken_ring_needs_a_reset(machine: Any) -> None:
 
 def test_several_queues_and_many_requests(make_machine: Any) -> None:
     machine = make_machine(io_threads=3, num_queues=2, queue_size=64)
-    machine.mmio._interrupt = lambda level: woken.set()
+    machine.mmio._line.callback = lambda level: woken.set()
     woken = threading.Event()
     second = BlockDriver(
         machine.registers,

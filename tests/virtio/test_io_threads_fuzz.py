@@ -25,7 +25,7 @@ def test_any_ring_is_survived(make_machine: Any, packed: bool) -> None:
     chance = random.Random(7)
     machine = make_machine(io_threads=3, packed=packed, queue_size=8)
     done = threading.Event()
-    machine.mmio._interrupt = lambda level: done.set()
+    machine.mmio._line.callback = lambda level: done.set()
     device, driver = machine.device, machine.driver
     driver._wait = lambda: done.wait(30)
     for _ in range(60):

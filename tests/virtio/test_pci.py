@@ -330,6 +330,13 @@ def test_intx_and_isr_pci_73_pci_74_pci_75(board: Board) -> None:
     assert board.registers.take_interrupt() == 2
 
 
+def test_where_notifications_are(make_board: Any) -> None:
+    card = make_board(legacy=True, num_queues=2).pci
+    assert [card.notifies(*at) for at in ((4, 0x3000), (4, 0x3004), (0, 16))] == [True] * 3
+    assert [card.notifies(*at) for at in ((4, 0x2FFC), (1, 0x3000), (0, 18))] == [False] * 3
+    assert not make_board().pci.notifies(0, 16)
+
+
 def test_intx_can_be_disabled(board: Board) -> None:
     board.driver.start()
     board.function.enable(pci.PCI_COMMAND_INTX_DISABLE)
