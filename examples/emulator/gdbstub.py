@@ -220,17 +220,8 @@ class GdbServer:
         if kind == "g":
             words = [*state.words[:32], state.pc]
             return b"".join(word.to_bytes(8, "little") for word in words).hex()
-        if self._board.in_past and kind in "GM":
-            return "E01"  # the past cannot be changed
         if kind == "G":
-            data = bytes.fromhex(rest)
-            for index in range(min(len(data) // 8, _PC + 1)):
-                value = int.from_bytes(data[8 * index : 8 * index + 8], "little")
-                if index == _PC:
-                    state.pc = value
-                else:
-                    state.words[index] = value
-            state.store()
+            self._board.set_registers(bytes.fromhex(rest))
             return "OK"
         place, _, content = rest.partition(":")
         address, length = (int(part, 16) for part in place.split(","))
@@ -242,9 +233,14 @@ class GdbServer:
         offsets = [where - RAM_BASE for where in wheres if where is not None]
         if kind == "m":
             return bytes(self._board.ram[offset] for offset in offsets).hex()
-        for offset, byte in zip(offsets, bytes.fromhex(content), strict=True):
-            self._board.ram[offset] = byte
-        self._board.cpu.forget_everything()
+        data = bytes.fromhex(content)
+        if len(data) != length:
+            raise ValueError("another length than it says")
+        if offsets == list(range(offsets[0], offsets[0] + length)):
+            self._board.poke(offsets[0], data)
+        else:
+            for offset, byte in zip(offsets, data, strict=True):
+                self._board.poke(offset, bytes((byte,)))
         return "OK"
 
     def _physical(self, address: int) -> int | None:

@@ -31,6 +31,10 @@ class Kind(IntEnum):
     TIME = 4
     RESIZED = 5
     """The number of a disk (1 byte), and how many bytes it has now (8)."""
+    POKED = 6
+    """An offset in memory (8 bytes), and what was put there from outside."""
+    SET = 7
+    """What x0, x1, … and then pc were set to from outside, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)

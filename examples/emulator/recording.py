@@ -1,11 +1,11 @@
 """A board that remembers: what came in from outside, and what it was like now and then.
 
 Between two slices the board is a function of what it was at the start and of what has come in
-since: bytes typed, how long it slept, what the disks answered, how large they became and, with a
-clock that is not made of instructions, the time. All that goes into one log (:mod:`.journal`).
-Every so many slices the board keeps a machine snapshot of itself, in an image in memory: of which
-only pages that have changed take room. To go to a position, it takes on the nearest snapshot
-before, and runs again from the log; no disk is touched, nothing is sent.
+since: bytes typed, how long it slept, what the disks answered, how large they became, what a
+debugger changed and, with a clock that is not made of instructions, the time. All that goes into
+one log (:mod:`.journal`). Every so many slices the board keeps a machine snapshot of itself, in an
+image in memory: of which only pages that have changed take room. To go to a position, it takes on
+the nearest snapshot before, and runs again from the log; no disk is touched, nothing is sent.
 
 Changed pages are found by comparing with a copy. Having the engine report stores would cost far
 more, all the time, and not every host's kernel keeps track of dirty pages for a process.
@@ -160,6 +160,35 @@ class RecordedBoard(Board):
         self._journal.note(Kind.TYPED, data)
         super().receive(data)
 
+    def poke(self, offset: int, data: bytes) -> None:
+        """Put ``data`` at an offset of the memory, as a debugger does. ValueError in the past."""
+        self._live()
+        event = offset.to_bytes(8, "little") + data
+        self._journal.note(Kind.POKED, event)
+        self._poke(event)
+
+    def _poke(self, event: bytes) -> None:
+        offset = int.from_bytes(event[:8], "little")
+        self.ram[offset : offset + len(event) - 8] = event[8:]
+        self.cpu.forget_everything()
+
+    def set_registers(self, values: bytes) -> None:
+        """Set x0, x1, … and then pc, each 8 bytes (little-endian). ValueError in the past."""
+        self._live()
+        self._journal.note(Kind.SET, values)
+        self._set(values)
+
+    def _set(self, values: bytes) -> None:
+        state = self.cpu.state
+        state.load()
+        for index in range(min(len(values) // 8, 33)):
+            value = int.from_bytes(values[8 * index : 8 * index + 8], "little")
+            if index == 32:
+                state.pc = value
+            elif index:
+                state.words[index] = value
+        state.store()
+
     def sleep(self, until: int | None = None) -> None:
         """As in Board. In the past, sleep comes by itself."""
         if not self.in_past:
@@ -188,7 +217,7 @@ class RecordedBoard(Board):
     def _arrive(self) -> None:
         """What came in between the slice before and this one, comes in again."""
         journal = self._journal
-        between = (Kind.TYPED, Kind.SLEPT, Kind.RESIZED)
+        between = (Kind.TYPED, Kind.SLEPT, Kind.RESIZED, Kind.POKED, Kind.SET)
         while journal.cursor is not None and (event := journal.cursor.peek()) is not None:
             if event.position != journal.slice or event.kind not in between:
                 break
@@ -197,6 +226,10 @@ class RecordedBoard(Board):
                 super().receive(event.data)
             elif event.kind == Kind.RESIZED:
                 self._recorded[event.data[0]].become(int.from_bytes(event.data[1:], "little"))
+            elif event.kind == Kind.POKED:
+                self._poke(event.data)
+            elif event.kind == Kind.SET:
+                self._set(event.data)
             else:
                 tick = int.from_bytes(event.data, "little")
                 with journal.running():

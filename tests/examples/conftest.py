@@ -6,10 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
+import pyvirtio
+
 pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
 from examples.emulator.board import Board
+from examples.emulator.firmware import find_u_boot
 from examples.emulator.layout import RAM_BASE
+from examples.emulator.packages import PackageError
+from examples.emulator.recording import RecordedBoard
+from examples.emulator.script import Session
 from support.riscv import assemble
 
 RESULTS = RAM_BASE + 0x10_0000
@@ -61,3 +67,40 @@ class Guest:
 @pytest.fixture
 def guest() -> type[Guest]:
     return Guest
+
+
+class RecordedUBoot:
+    """U-Boot at its prompt on a recorded board, and its disk."""
+
+    def __init__(self, disk: pyvirtio.Disk) -> None:
+        try:
+            program = find_u_boot()
+        except PackageError as error:
+            pytest.skip(f"no U-Boot: {error}")
+        self.disk = disk
+        self.session = Session()
+        self.board = RecordedBoard(self.session.send_out, ram=64 << 20, disks=[disk], every=40)
+        self.session.connect(self.board)
+        self.board.start(self.board.load(program))
+        self.session.expect("stop autoboot")
+        self.session.send("\r")
+        self.session.expect("\n=> ")
+        self.command("virtio scan")
+
+    def command(self, line: str) -> str:
+        return self.session.command(line, "\n=> ")
+
+    def write(self, letter: str, sector: int) -> None:
+        """Fill a sector of the disk."""
+        self.command(f"mw.b 82000000 {ord(letter):x} 200")
+        self.command(f"virtio write 82000000 {sector:x} 1")
+
+    def read(self, sector: int) -> str:
+        """The first letter of a sector."""
+        self.command(f"virtio read 83000000 {sector:x} 1")
+        return chr(self.board.ram[0x300_0000])
+
+
+@pytest.fixture
+def u_boot() -> type[RecordedUBoot]:
+    return RecordedUBoot

@@ -13,18 +13,14 @@ from pyvirtio.errors import BackendError
 pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
 from examples.emulator.branching import Branches
-from examples.emulator.firmware import find_u_boot
 from examples.emulator.layout import RAM_BASE
-from examples.emulator.packages import PackageError
 from examples.emulator.recording import Position, RecordedBoard
 from examples.emulator.saving import SavedHart, machine_of
-from examples.emulator.script import Session
 from support.peers import find_program
 from support.qemu import qemu_check
 from support.riscv import assemble
 
 MIB = 1 << 20
-PROMPT = "\n=> "
 SEEN = RAM_BASE + 0x10_0000
 CAPACITY = f"""
     li s1, 0x10001000
@@ -41,34 +37,8 @@ def fingerprint(board):
     return hashlib.sha256(board.ram).digest(), bytes(stream), board.clock.now()
 
 
-class UBoot:
-    """U-Boot on a recorded board, with a qcow2 disk that it writes to."""
-
-    def __init__(self, disk):
-        self.session = Session()
-        self.board = RecordedBoard(self.session.send_out, ram=64 << 20, disks=[disk], every=40)
-        self.session.connect(self.board)
-        self.board.start(self.board.load(find_u_boot()))
-        self.session.expect("stop autoboot")
-        self.session.send("\r")
-        self.session.expect(PROMPT)
-        self.session.command("virtio scan", PROMPT)
-
-    def write(self, letter, sector):
-        self.session.command(f"mw.b 82000000 {ord(letter):x} 200", PROMPT)
-        self.session.command(f"virtio write 82000000 {sector:x} 1", PROMPT)
-
-    def read(self, sector):
-        self.session.command(f"virtio read 83000000 {sector:x} 1", PROMPT)
-        return self.board.ram[0x300_0000:0x300_0001].decode()
-
-
 @pytest.fixture
 def image(tmp_path):
-    try:
-        find_u_boot()
-    except PackageError as error:
-        pytest.skip(f"no U-Boot: {error}")
     path = tmp_path / "disk.qcow2"
     with pyvirtio.create_disk(path, MIB) as disk:
         yield disk
@@ -76,8 +46,8 @@ def image(tmp_path):
         qemu_check(path)
 
 
-def test_run_takes_another_way_with_its_disk(image):
-    guest = UBoot(image)
+def test_run_takes_another_way_with_its_disk(image, u_boot):
+    guest = u_boot(image)
     board, branches = guest.board, Branches(guest.board, [image])
     guest.write("a", 1)
     branches.savevm("start")
@@ -105,8 +75,8 @@ def test_run_takes_another_way_with_its_disk(image):
     assert fingerprint(board) == end[0]
 
 
-def test_only_a_past_with_a_snapshot_of_the_disks_can_be_gone_on_from(image):
-    guest = UBoot(image)
+def test_only_a_past_with_a_snapshot_of_the_disks_can_be_gone_on_from(image, u_boot):
+    guest = u_boot(image)
     board, branches = guest.board, Branches(guest.board, [image])
     early = board.position
     guest.write("a", 1)
@@ -122,8 +92,8 @@ def test_only_a_past_with_a_snapshot_of_the_disks_can_be_gone_on_from(image):
     assert image.read(512, 1) == b"b"
 
 
-def test_no_machine_snapshot_is_taken_in_the_past(image):
-    guest = UBoot(image)
+def test_no_machine_snapshot_is_taken_in_the_past(image, u_boot):
+    guest = u_boot(image)
     branches = Branches(guest.board, [image])
     guest.board.goto(Position(3))
     with pytest.raises(ValueError, match="past"):
@@ -133,8 +103,8 @@ def test_no_machine_snapshot_is_taken_in_the_past(image):
     assert not list(image.snapshots)
 
 
-def test_machine_snapshot_that_is_loaded_starts_a_new_run(image):
-    guest = UBoot(image)
+def test_machine_snapshot_that_is_loaded_starts_a_new_run(image, u_boot):
+    guest = u_boot(image)
     board, branches = guest.board, Branches(guest.board, [image])
     guest.write("a", 1)
     branches.savevm("kept")
@@ -152,8 +122,8 @@ def test_machine_snapshot_that_is_loaded_starts_a_new_run(image):
         branches.branch()
 
 
-def test_disk_that_fails_to_do_it_again_is_an_error(image, monkeypatch):
-    guest = UBoot(image)
+def test_disk_that_fails_to_do_it_again_is_an_error(image, u_boot, monkeypatch):
+    guest = u_boot(image)
     board, branches = guest.board, Branches(guest.board, [image])
     branches.savevm("start")
     guest.write("a", 1)
@@ -180,8 +150,10 @@ def capacity(board):
     return int.from_bytes(board.ram[at : at + 8], "little") * 512
 
 
-def recorded_capacity(disk):
-    board = RecordedBoard(lambda _: None, ram=4 * MIB, disks=[disk], every=4, slice_length=600)
+def recorded_capacity(disk, **options):
+    board = RecordedBoard(
+        lambda _: None, ram=4 * MIB, disks=[disk], every=4, slice_length=600, **options
+    )
     code = assemble(CAPACITY)
     board.ram[: len(code)] = code
     board.start(RAM_BASE)
@@ -243,6 +215,19 @@ def test_snapshots_in_memory_share_what_has_not_changed():
     assert figures is not None
     assert not figures.whole
     assert figures.pages == 1
+
+
+def test_snapshots_of_a_run_can_be_kept_in_a_file(tmp_path):
+    path = tmp_path / "kept.qcow2"
+    with pyvirtio.create_disk(path, 512, cluster_size=4096) as image:
+        board = recorded_capacity(pyvirtio.MemoryDisk(MIB), keep=image)
+        end = fingerprint(board), board.position
+        board.goto(Position(0))
+        board.goto(end[1])
+        assert fingerprint(board) == end[0]
+        assert [snapshot.name for snapshot in image.snapshots] == ["0", "4"]
+    if find_program("qemu-img"):
+        qemu_check(path)
 
 
 def test_board_in_the_past_is_not_saved():

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+import pyvirtio
+
 pytest.importorskip("unicorn", reason="the example emulator needs unicorn")
 
 from examples.emulator.gdbstub import GdbServer
@@ -44,6 +46,10 @@ def board():
 
 @pytest.fixture
 def server(board):
+    yield from serve(board)
+
+
+def serve(board):
     server = GdbServer(board)
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
@@ -143,6 +149,40 @@ def test_step_back_and_step(peer):
     assert before != here
     assert peer.ask("s") == "S05"
     assert peer.ask("g") == here
+
+
+def test_what_is_changed_in_the_present_is_there_when_it_comes_again(peer):
+    assert peer.ask(f"M{COUNTER + 8:x},2:5aa5") == "OK"
+    registers = bytearray.fromhex(peer.ask("g"))
+    registers[8 * 18] ^= 0x40
+    assert peer.ask("G" + registers.hex()) == "OK"
+    assert peer.ask("bs") == "S05"
+    assert peer.word(COUNTER + 8) == 0
+    assert peer.ask("g") != registers.hex()
+    assert peer.ask("s") == "S05"
+    assert peer.word(COUNTER + 8) == 0xA55A
+    assert peer.ask("g") == registers.hex()
+
+
+def test_watchpoint_sees_what_a_disk_writes(u_boot):
+    guest = u_boot(pyvirtio.MemoryDisk(bytearray(b"diskdisk" * 64)))
+    guest.command("mw.q 82000000 5858585858585858 1")
+    guest.command("virtio read 82000000 0 1")
+    where, ours, disks = 0x8200_0000, 0x58585858_58585858, int.from_bytes(b"diskdisk", "little")
+    for server in serve(guest.board):
+        peer = Peer(server.port)
+        assert peer.word(where) == disks
+        assert peer.ask(f"Z2,{where:x},8") == "OK"
+        # gdb makes the step over the write by itself, in its own direction.
+        assert peer.ask("bc") == f"T05watch:{where:x};"
+        assert peer.word(where) == disks
+        peer.ask("bs")
+        assert peer.word(where) == ours
+        assert peer.ask("c") == f"T05watch:{where:x};"
+        assert peer.word(where) == ours
+        peer.ask("s")
+        assert peer.word(where) == disks
+        peer.close()
 
 
 def test_past_cannot_be_written(peer):

@@ -200,31 +200,9 @@ def test_log_of_the_run_is_kept_in_a_file(tmp_path):
     assert [found[n] for n in range(len(found))] == [board.log[n] for n in range(len(board.log))]
 
 
-@pytest.fixture
-def u_boot():
-    """U-Boot at its prompt on a recorded board, and its disk."""
-    from examples.emulator.firmware import find_u_boot
-    from examples.emulator.packages import PackageError
-    from examples.emulator.script import Session
-
-    try:
-        program = find_u_boot()
-    except PackageError as error:
-        pytest.skip(f"no U-Boot: {error}")
-    disk = pyvirtio.MemoryDisk(1 << 20)
-    session = Session()
-    board = RecordedBoard(session.send_out, ram=64 << 20, disks=[disk], every=50)
-    session.connect(board)
-    board.start(board.load(program))
-    session.expect("stop autoboot")
-    session.send("\r")
-    session.expect("\n=> ")
-    session.command("virtio scan", "\n=> ")
-    return board, disk, lambda line: session.command(line, "\n=> ")
-
-
 def test_disk_is_not_touched_by_what_happens_again(u_boot):
-    board, disk, command = u_boot
+    guest = u_boot(pyvirtio.MemoryDisk(1 << 20))
+    board, disk, command = guest.board, guest.disk, guest.command
     disk.write(512, b"before")
     command("virtio read 82000000 1 1")
     middle = board.position
@@ -242,7 +220,8 @@ def test_disk_is_not_touched_by_what_happens_again(u_boot):
 
 
 def test_back_and_forward_to_what_a_disk_wrote_to_memory(u_boot):
-    board, disk, command = u_boot
+    guest = u_boot(pyvirtio.MemoryDisk(1 << 20))
+    board, disk, command = guest.board, guest.disk, guest.command
     disk.write(512, b"diskdisk")
     command("mw.q 82000000 5858585858585858 1")
     command("virtio read 82000000 1 1")
