@@ -74,8 +74,9 @@ def _grow(
         partial = min(size, metadata.geometry.clusters(old) << metadata.cluster_bits) - old
         stored = _stored_runs(metadata, old, old + partial)
     # What the cluster with the old end holds behind it, and what the backing file has there.
+    reserve = preallocation in ("falloc", "full")  # which the cluster's end may lack
     for at, length in stored:
-        hide_stored(at, length)
+        (hide if reserve else hide_stored)(at, length)
     hidden = min(size, backing_size) - old
     if preallocation != "off" and backing_size > old & -metadata.cluster_size:
         hidden = max(hidden, partial)  # and mapped, together with what the backing file has before

@@ -466,8 +466,11 @@ def test_what_every_image_has_is_never_handed_out(what: str) -> None:
     poke(file, block + 2 * (offset // 512), 0, 2)
     with reopen(file) as found:
         clusters = (found.write(i * CLUSTER, b"x" * CLUSTER) for i in range(40))
-        with pytest.raises(ImageError, match=rf"overlaps with {what}|L2 table at offset 0"):
+        with pytest.raises(
+            ImageError, match=rf"overlaps with {what}|L2 table at offset 0"
+        ) as error:
             list(clusters)
+        assert error.value.field == "refcount"  # before anything was handed out
         with pytest.raises(BackendError, match="not written any more"):
             found.write(0, b"x")
 

@@ -276,3 +276,18 @@ def test_preallocated_growth_maps_the_cluster_with_the_old_end(below: int) -> No
         disk.write(old, b"x" * (size - old))
         assert file.size == length
         assert clean(disk)
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_growth_reserves_the_rest_of_a_preallocated_cluster(tmp_path: Path, mode: str) -> None:
+    old, size = 100_352, 131_072
+    path = tmp_path / "a.qcow2"
+    with pyvirtio.create_disk(path, old, preallocation="metadata") as disk:
+        disk.write(0, b"x" * old)
+        disk.truncate(size, preallocation=mode)
+        disk.flush()
+        before = path.stat().st_blocks
+        disk.write(old, b"y" * (size - old))
+        disk.flush()
+        assert path.stat().st_blocks - before < 32  # some for the tree of extents
+        assert clean(disk)
