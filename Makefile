@@ -1,5 +1,5 @@
 # make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | interop-vhost |
-# fuzz | fuzz-img | fuzz-vhost | mutants:
+# fuzz | fuzz-img | fuzz-rings | fuzz-vhost | mutants:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-vhost fuzz-img \
+.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-rings fuzz-vhost fuzz-img \
 	mutants mutants-device conformance lint bench clean
 
 # Compiled at once, as pip does for what it installs itself: programs that are started thousands of
@@ -49,6 +49,12 @@ interop-vhost: venv
 # Random messages of a hostile vhost-user front-end: ten minutes.
 fuzz-vhost: venv
 	PYVIRTIO_VHOST_FUZZ=10000 $(BIN)/python -m pytest tests/virtio/test_vhost_user_messages.py
+
+# atheris looks for ways into the device, over rings, registers and guest memory: ten minutes.
+# FUZZ="-max_total_time=60" is libFuzzer's.
+fuzz-rings: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m support.ring_fuzz $(FUZZ)
 
 # Twin images, ours and QEMU's, through random operations until interrupted; prints which features
 # met. FUZZ="--seed 1 --sequences 5" runs certain ones.
