@@ -23,7 +23,7 @@ BACKEND: list[tuple[str, ...]] = [
     ("backend/buffers.py", "a buffer with holes is taken", "        elif not view.c_contiguous:\n", "        elif False:\n", BUFFERS + "a_buffer_with_holes_is_refused"),
     # -- disk --
     ("backend/disk.py", "reads past the end are not refused", "if self.closed or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length)\n            views, length", "if self.closed or offset < 0 or offset > self.size:\n            self._refuse(offset, length)\n            views, length", DISK + "requests_outside_the_disk_are_refused"),
-    ("backend/disk.py", "read-only disks are written", "if self.closed or self.read_only or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if length:\n            self._writev", "if self.closed or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if length:\n            self._writev", DISK + "writing_to_a_read_only_disk_is_eperm"),
+    ("backend/disk.py", "read-only disks are written", "if self.closed or self.read_only or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if self.detect_zeroes", "if self.closed or offset < 0 or offset + length > self.size:\n            self._refuse(offset, length, writing=True)\n        if self.detect_zeroes", DISK + "writing_to_a_read_only_disk_is_eperm"),
     ("backend/disk.py", "what lies before the aligned part is not zeroed", "            self._write_zeroes_in_part(offset, head - offset, unmap)\n", "            pass\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
     ("backend/disk.py", "what lies behind the aligned part is not zeroed", "            self._write_zeroes_in_part(tail, stop - tail, unmap)\n", "            pass\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
     ("backend/disk.py", "a part inside one unit reaches past its end", "        head = min(start, stop)\n", "        head = start\n", BUFFERS + "zeroes_cover_exactly_what_was_asked"),
@@ -66,7 +66,7 @@ BACKEND: list[tuple[str, ...]] = [
     # -- locks --
     ("backend/locks.py", "QEMU's locks are on other bytes", "_UNSHARED_BASE = 200", "_UNSHARED_BASE = 300", LOCKS + "qemus_bytes_are_the_ones_locked"),
     ("backend/locks.py", "writers do not lock for writing", "        used |= Permission.WRITE | Permission.RESIZE\n", "        used |= Permission.RESIZE\n", LOCKS + "qemus_bytes_are_the_ones_locked"),
-    ("backend/locks.py", "others may write meanwhile", "return used, Permission.WRITE | Permission.RESIZE", "return used, Permission(0)", LOCKS + "two_opens_in_one_process"),
+    ("backend/locks.py", "others may write meanwhile", "return used, Permission(0) if force_share else Permission.WRITE | Permission.RESIZE", "return used, Permission(0)", LOCKS + "two_opens_in_one_process"),
     ("backend/locks.py", "a refused change keeps what it took", "        except OSError:\n            self._hold(before)\n            raise\n", "        except OSError:\n            raise\n", LOCKS + "a_refused_change_gives_back_what_it_took"),
     ("backend/locks.py", "nobody is asked", "            self._check(used, unshared)\n", "", LOCKS + "two_opens_in_one_process"),
     ("backend/locks.py", "where locks are not supported nothing opens", "                return False\n            raise\n        return True\n", "                raise\n            raise\n        return True\n", LOCKS + "where_nothing_can_be_locked_nothing_is"),

@@ -87,7 +87,7 @@ QUIET: list[tuple[str, ...]] = [
     ("backend/file.py", "an exclusive creation takes what is there", "            if exclusive:\n", "            if False:\n", FILE + "create_exclusive_needs_a_new_name"),
     ("backend/raw.py", "a window before the file is taken", "    if offset < 0 or (size is not None and size < 0):\n", "    if size is not None and size < 0:\n", RAW + "windows_before_the_file_are_refused"),
     ("backend/raw.py", "a fixed window is resized", "        if self._fixed_size:\n", "        if False:\n", RAW + "a_fixed_window_cannot_be_resized"),
-    ("backend/open.py", "a file stays open where its image cannot be", "            file.close()\n            raise\n\n    def open_file", "            raise\n\n    def open_file", OPEN + "the_file_of_a_failed_image_is_closed_at_once"),
+    ("backend/blockdev.py", "a file stays open where its image cannot be", "        node.abandon()\n", "", OPEN + "the_file_of_a_failed_image_is_closed_at_once"),
     ("backend/direct.py", "addresses need not be aligned", " and address_of(view) % self.memory_alignment == 0\n", "\n", DIRECT + "buffers_that_lie_unaligned_go_by_the_bounce_buffer"),
     # -- overlap, vm state, header --
     ("qcow2/overlap.py", "the header is nobody's", "            yield 0, 0\n", "            yield from ()\n", OVERLAP + "the_header_is_a_structure"),
