@@ -19,6 +19,7 @@ __all__ = [
     "parse_keyval",
     "parse_size",
     "subset",
+    "take_value",
 ]
 
 _SIZE = re.compile(r"\s*\+?(?:(0[xX][0-9a-fA-F]+)|([0-9]+)(\.[0-9]*)?)([bkmgtpeBKMGTPE]?)")
@@ -52,9 +53,9 @@ def parse_keyval(
         name = match[0] if match else ""
         end = at + len(name)
         if text[end : end + 1] == "=":
-            value, at = _value(text, end + 1)
+            value, at = take_value(text, end + 1)
         elif first and implied is not None:
-            value, at = _value(text, at)
+            value, at = take_value(text, at)
             name = implied
         else:
             name, value, at = _switch(name, warn), "on", end
@@ -70,8 +71,8 @@ def parse_keyval(
     return options
 
 
-def _value(text: str, at: int) -> tuple[str, int]:
-    """The value that begins at ``at``, and where it ends."""
+def take_value(text: str, at: int) -> tuple[str, int]:
+    """The value that begins at ``at`` (two commas are one in it), and where it ends."""
     parts = []
     while True:
         comma = text.find(",", at)

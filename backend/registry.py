@@ -28,7 +28,6 @@ __all__ = [
     "Driver",
     "Format",
     "Measurement",
-    "driver_names",
     "find_driver",
     "find_format",
     "find_protocol",
@@ -114,12 +113,6 @@ def format_names() -> list[str]:
     """The names of all formats, sorted."""
     _register_entry_points()
     return sorted(_loaders)
-
-
-def driver_names() -> list[str]:
-    """The names of all drivers, formats included, sorted."""
-    _register_entry_points()
-    return sorted({*_loaders, *_drivers})
 
 
 def find_format(name: str) -> Format:

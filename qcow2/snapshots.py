@@ -79,11 +79,6 @@ class Snapshots:
         self._replace_list(snapshots)
         self._metadata.settle()
 
-    @property
-    def table_length(self) -> int:
-        """Bytes of the snapshot table."""
-        return self._table_length
-
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(list(self._list))
 

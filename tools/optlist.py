@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..backend.options import take_value
 from .messages import Failure
 from .sizes import parse_size
 
@@ -132,10 +133,10 @@ def split(text: str, implied: str | None = None) -> Iterator[tuple[str, str]]:
             end += 1
         name = text[at:end]
         if text[end : end + 1] == "=":
-            value, at = _value(text, end + 1)
+            value, at = take_value(text, end + 1)
         elif first and implied is not None:
             name = implied
-            value, at = _value(text, at)
+            value, at = take_value(text, at)
         elif name.startswith("no"):
             name, value, at = name[2:], "off", end
         else:
@@ -143,20 +144,6 @@ def split(text: str, implied: str | None = None) -> Iterator[tuple[str, str]]:
         yield name, value
         first = False
         at += 1
-
-
-def _value(text: str, at: int) -> tuple[str, int]:
-    parts = []
-    while True:
-        comma = text.find(",", at)
-        if comma < 0:
-            parts.append(text[at:])
-            return "".join(parts), len(text)
-        if text[comma + 1 : comma + 2] != ",":
-            parts.append(text[at:comma])
-            return "".join(parts), comma
-        parts.append(text[at : comma + 1])
-        at = comma + 2
 
 
 def accumulate(before: str | None, more: str) -> str:
@@ -171,7 +158,7 @@ def wants_help(text: str) -> bool:
     """Whether a list asks for help."""
     at = 0
     while at < len(text):
-        value, at = _value(text, at)
+        value, at = take_value(text, at)
         if value in ("help", "?"):
             return True
         at += 1
