@@ -192,6 +192,8 @@ def _upgrade(metadata: Metadata, snapshots: Snapshots) -> None:
 
 def _downgrade(metadata: Metadata, snapshots: Snapshots, progress: Progress) -> None:
     header = metadata.header
+    metadata.make_accurate()  # version 2 has no bit that says that refcounts may be wrong
+    metadata.lazy = False
     update_header(metadata, compatible_features=0, autoclear_features=0)
     l1_tables = [metadata.tables.l1, *(snapshots.l1_table(snapshot) for snapshot in snapshots)]
     backed = header.backing_file is not None

@@ -509,7 +509,7 @@ class Qcow2Disk(Disk):
             self.bitmaps.reload()
         if not read_only:
             self._repair_if_dirty()
-            metadata.lazy = self._options.lazy_refcounts
+            metadata.lazy = self._options.lazy_refcounts and self._header.version >= 3
         self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def invalidate(self) -> None:
