@@ -43,6 +43,10 @@ from .snapshot_view import SnapshotDisk
 __all__ = ["Snapshot", "Snapshots"]
 
 
+_ID_DIGITS = 19
+"""Longer ids, which only an image made for it has, do not count for the next one."""
+
+
 class Snapshots:
     """The internal snapshots of one image, in the order of its table. Iterable, with a length."""
 
@@ -114,7 +118,6 @@ class Snapshots:
         As long as it is open the snapshot cannot be deleted; closing the image closes it.
         ``closed()`` is called when it has been closed.
         """
-        found = self._resolve(snapshot)
 
         def release(view: SnapshotDisk) -> None:
             self._views.remove(view)
@@ -122,8 +125,9 @@ class Snapshots:
 
         alone = nullcontext() if self._metadata.read_only else self._metadata.gate.exclusive()
         with alone:  # nobody may free the tables while they are looked at
+            found = self._resolve(snapshot)
             view = SnapshotDisk(self._metadata, found, self._make_reader, release)
-        self._views.append(view)
+            self._views.append(view)
         return view
 
     def close_views(self) -> None:
@@ -140,13 +144,15 @@ class Snapshots:
         """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
         based on it."""
         for view in self._views:
-            if snapshot is None or view.snapshot is snapshot:
+            if snapshot is None or _is_same(view.snapshot, snapshot):
                 raise BackendError(
                     errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
                 )
 
         for draft in self._drafts:
-            if draft.base is not None and not draft.closed and snapshot in (None, draft.base):
+            if draft.base is None or draft.closed:
+                continue
+            if snapshot is None or _is_same(draft.base, snapshot):
                 raise BackendError(
                     errno.EBUSY, f"a draft is based on the snapshot {draft.base.name!r}"
                 )
@@ -165,13 +171,18 @@ class Snapshots:
         self._replace_list(list(self._list))
 
     def rename(self, snapshot: str | Snapshot, name: str) -> None:
-        """Give a snapshot another name."""
+        """Give a snapshot another name.
+
+        Raises BackendError (EBUSY) while a view of it is open, or a draft is based on it.
+        """
         self._check_writable(
             f"Could not rename snapshot '{snapshot}': -95 (Operation not supported)"
         )
-        found = self._resolve(snapshot)
-        renamed = replace(found, name=name)
+        _check_name(name)
         with self._metadata.exclusive():
+            found = self._resolve(snapshot)
+            self.refuse_views(found)
+            renamed = replace(found, name=name)
             self._replace_list([renamed if other is found else other for other in self._list])
 
     def _resolve(self, snapshot: str | Snapshot) -> Snapshot:
@@ -202,22 +213,28 @@ class Snapshots:
         self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
         nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
-        snapshot = Snapshot(
-            id=self._new_id(),
-            name=name,
-            l1_table_offset=0,
-            l1_size=0,
-            disk_size=metadata.header.size,
-            vm_state_size=vm_state_size,
-            date_sec=nanoseconds // 1_000_000_000 & 0xFFFF_FFFF,
-            date_nsec=nanoseconds % 1_000_000_000,
-            vm_clock_nsec=vm_clock,
-            icount=icount,
-        )
-        if len(name.encode(errors="surrogateescape")) > 0xFFFF:
-            raise ValueError("the name of a snapshot may be 65535 bytes long")
+        _check_name(name)
+        for what, number in (
+            ("vm_clock", vm_clock),
+            ("vm_state_size", vm_state_size),
+            ("icount", icount or 0),
+        ):
+            if not 0 <= number < 1 << 64:
+                raise ValueError(f"the {what} of a snapshot cannot be {number}")
         kept = None
         with metadata.exclusive(settled=False), ExitStack() as undo:
+            snapshot = Snapshot(
+                id=self._new_id(),
+                name=name,
+                l1_table_offset=0,
+                l1_size=0,
+                disk_size=metadata.header.size,
+                vm_state_size=vm_state_size,
+                date_sec=nanoseconds // 1_000_000_000 & 0xFFFF_FFFF,
+                date_nsec=nanoseconds % 1_000_000_000,
+                vm_clock_nsec=vm_clock,
+                icount=icount,
+            )
             check_size(len(self._list) + 1, self._table_length + 8 + len(snapshot.pack()))
             used = metadata.geometry.l1_entries(metadata.header.size)
             with metadata.lock:
@@ -251,26 +268,33 @@ class Snapshots:
         it is spread too far over the file.
         """
         self._check_writable("Could not begin a snapshot: -95 (Operation not supported)")
-        metadata, geometry = self._metadata, self._metadata.geometry
-        known = self._base
-        if known is not None and known.references.refcounts is not metadata.refcounts:
-            known = None  # counted for another layout
-        if base is not None and (known is None or known.snapshot is not base):
-            l1 = self.l1_table(self._resolve(base))
-            first = geometry.l1_entries(base.disk_size)
-            with metadata.gate.exclusive(), metadata.lock:
-                known = Base.read(metadata, base, l1[first:])
-        if base is not None:
-            self._resolve(base)
-            if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):
-                raise UnsupportedError(
-                    "The VM state of a disk of another size cannot be shared",
-                    feature="shared VM state",
-                )
-        draft = Draft(metadata, known if base is not None else None)
-        self._drafts = [other for other in self._drafts if not other.closed]
-        self._drafts.append(draft)
+        metadata = self._metadata
+        with metadata.gate.exclusive():  # nobody deletes the base before the draft is known
+            known = None if base is None else self._known_base(base)
+            draft = Draft(metadata, known)
+            self._drafts = [other for other in self._drafts if not other.closed]
+            self._drafts.append(draft)
         return draft
+
+    def _known_base(self, base: Snapshot) -> Base:
+        """What is known of a snapshot that VM state is to be shared with (exclusively)."""
+        metadata, geometry = self._metadata, self._metadata.geometry
+        self._resolve(base)
+        if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):
+            raise UnsupportedError(
+                "The VM state of a disk of another size cannot be shared",
+                feature="shared VM state",
+            )
+        known = self._base
+        if (
+            known is None
+            or known.snapshot is not base
+            or known.references.refcounts is not metadata.refcounts  # counted for another layout
+        ):
+            l1 = self.l1_table(base)
+            with metadata.lock:
+                known = Base.read(metadata, base, l1[geometry.l1_entries(base.disk_size) :])
+        return known
 
     def apply(self, snapshot: str | Snapshot, *, vm_state: bool = True) -> None:
         """Make the disk what it was when the snapshot was taken, its size included.
@@ -284,8 +308,8 @@ class Snapshots:
         metadata = self._metadata
         if self._has_bitmaps():
             raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
-        snapshot = self._resolve(snapshot)
         with metadata.exclusive(settled=False):
+            snapshot = self._resolve(snapshot)
             target = self.l1_table(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
             if 8 * needed > layout.MAX_L1_SIZE:
@@ -337,9 +361,9 @@ class Snapshots:
             f"Could not delete snapshot '{snapshot}': -95 (Operation not supported)"
         )
         metadata = self._metadata
-        snapshot = self._resolve(snapshot)
-        self.refuse_views(snapshot)
         with metadata.exclusive():
+            snapshot = self._resolve(snapshot)  # nobody else has deleted it, or opens it now
+            self.refuse_views(snapshot)
             l1 = self.l1_table(snapshot)
             self._replace_list([other for other in self._list if other is not snapshot])
             with metadata.lock, metadata.health.step("Deleting a snapshot"):
@@ -355,8 +379,12 @@ class Snapshots:
         refuse_with_data_file(self._metadata, refusal)
 
     def _new_id(self) -> str:
-        numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]
-        return str(max(numbers, default=0) + 1)
+        ids = {snapshot.id for snapshot in self._list}
+        numbers = [int(i) for i in ids if i.isascii() and i.isdigit() and len(i) <= _ID_DIGITS]
+        number = max(numbers, default=0) + 1
+        while str(number) in ids:
+            number += 1
+        return str(number)
 
     def l1_table(self, snapshot: Snapshot) -> array[int]:
         """The L1 table of a snapshot, without the COPIED flags, which mean nothing there."""
@@ -430,3 +458,13 @@ class Snapshots:
             clusters = metadata.geometry.clusters(old_length)
             if clusters:
                 metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
+
+
+def _is_same(one: Snapshot, other: Snapshot) -> bool:
+    """True for two objects that stand for one entry of the table, however often it was read."""
+    return one is other or (one.id, one.l1_table_offset) == (other.id, other.l1_table_offset)
+
+
+def _check_name(name: str) -> None:
+    if len(name.encode(errors="surrogateescape")) > 0xFFFF:
+        raise ValueError("the name of a snapshot may be 65535 bytes long")
