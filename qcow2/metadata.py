@@ -149,9 +149,12 @@ class Metadata:
         """Have an L2 table of our own for guest cluster ``cluster``, its slice pinned.
 
         Returns the position of the entry in the slab; :meth:`Tables.set_entries` on this slice
-        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull.
+        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull, or BackendError (EIO) if the
+        disk has become so small, since the request was let through, that nothing maps the cluster.
         """
         l1_index = cluster >> self.geometry.l2_bits
+        if l1_index >= len(self.tables.l1):
+            raise BackendError(errno.EIO, "The request is not inside the disk any more")
         if self.tables.l1[l1_index] & layout.COPIED == 0 or not self.tables.l2_offset(l1_index):
             self._own_l2_table(l1_index)
         position = self.tables.locate(cluster)
@@ -307,7 +310,8 @@ class Metadata:
 
     def check_writable(self, *, repair: bool = False) -> None:
         """Raise BackendError if the image is open read-only, or for a ``repair`` only and this is
-        none, or must not be written any more."""
+        none, or must not be written any more; ValueError if it is closed."""
+        self.gate.check_open()
         if self.repair_only and not repair:
             raise BackendError(errno.EPERM, "the image is open for a check", self.file.filename)
         if self.read_only:
