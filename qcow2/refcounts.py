@@ -281,6 +281,8 @@ class Refcounts:
         self._refuse_invalid(first, end - first)
         if extend is not None:
             extend(end << self._geometry.cluster_bits)
+        if missing:
+            self.fresh = max(self.fresh, end)  # should it fail, what is written now is there
         for i, block in enumerate(missing):
             start, stop = max(first, block << bits), min(end, block + 1 << bits)
             self._write_block(first + count + i, stop - start, start - (block << bits))
