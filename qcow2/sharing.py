@@ -89,8 +89,9 @@ def walk_references(
 
     tally = Tally(metadata.geometry, in_slices)
     for offset, times in Counter(offset for _, offset in l2_tables(metadata, l1)).items():
+        table = read_plain(metadata, offset)  # before its own cluster may be given back
         tally.add_run(offset >> metadata.cluster_bits, 1, times)
-        tally.add_table(read_plain(metadata, offset), times)
+        tally.add_table(table, times)
     tally.finish()
 
 
