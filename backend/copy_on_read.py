@@ -71,6 +71,10 @@ class CopyOnReadDisk(FilterDisk):
         with self._lock.shared():
             super()._writev(offset, views, length)
 
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        with self._lock.shared():
+            super()._write_compressed(offset, views, length)
+
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         with self._lock.shared():
             super()._write_zeroes(offset, length, unmap)
