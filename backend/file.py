@@ -330,6 +330,9 @@ class FileDisk(Disk):
         if self._cache_lost is not None:
             lost = self._cache_lost
             raise BackendError(lost.errno, lost.strerror, self._path) from lost
+        self._sync()
+
+    def _sync(self) -> None:
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -378,7 +381,7 @@ class FileDisk(Disk):
             else:
                 os.ftruncate(self._fd, size)
                 self._space.fill(old, size - old)
-                os.fsync(self._fd)
+                self._sync()
         except (OSError, UnsupportedError):
             os.ftruncate(self._fd, old)
             raise

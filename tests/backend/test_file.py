@@ -345,6 +345,23 @@ def test_failed_preallocation_leaves_the_old_size(disk, monkeypatch):
     assert disk.size == os.path.getsize(disk.filename) == 1 << 20
 
 
+def test_a_flush_that_fails_while_space_is_filled_is_remembered(disk, monkeypatch):
+    """What was written before may be lost with it."""
+
+    def broken(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk.write(0, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        patch.setattr(os, "fdatasync", broken)
+        with pytest.raises(BackendError):
+            disk.truncate(disk.size + 4096, preallocation="full")
+    with pytest.raises(BackendError, match="Could not flush"):
+        disk.flush()
+    disk.reopen(read_only=True)
+
+
 def test_create_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(UnsupportedError):
         FileDisk.create(tmp_path / "disk", 4096, preallocation="metadata")
