@@ -1,7 +1,8 @@
 """The one interface that everything speaks: formats, filters and protocols are all Disks.
 
 A Disk is an array of ``size`` bytes. Requests are synchronous and may come from any number of
-threads at once; each is either done whole or raises. What a class of disks has to provide are the
+threads at once; each is either done whole or raises. They come from one process: after a fork only
+one of the two may go on with a disk, closing it included. What a class of disks has to provide are the
 methods with a leading underscore; the public ones check the request and call them.
 """
 
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
 from .buffers import as_views, clear, is_zero, split
@@ -334,6 +335,9 @@ class Disk(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; open it again")
 
     def __repr__(self) -> str:
         name = f" {self.filename!r}" if self.filename else ""
