@@ -2,8 +2,8 @@
 
 A Disk is an array of ``size`` bytes. Requests are synchronous and may come from any number of
 threads at once; each is either done whole or raises. They come from one process: after a fork only
-one of the two may go on with a disk, closing it included. What a class of disks has to provide are the
-methods with a leading underscore; the public ones check the request and call them.
+one of the two may go on with a disk, closing it included. What a class of disks has to provide are
+the methods with a leading underscore; the public ones check the request and call them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
@@ -286,6 +287,7 @@ class Disk(ABC):
         """
         if self.closed or self.read_only:
             self._refuse(0, 0, writing=True)
+        size = index(size)
         if size < 0:
             raise ValueError(f"{self.format_name}: a disk cannot have {size} bytes")
         if size < self.size and not shrink:

@@ -219,6 +219,8 @@ class FileDisk(Disk):
             done = read_some(self._fd, offset, views, length)
         except OSError as error:
             raise self._failed(error, f"Could not read {length} bytes at {offset}") from error
+        except BufferError as error:
+            raise TypeError("the buffers of a read must be writable") from error
         if done < length:  # the file is shorter than it was: QEMU reads zeroes there, too
             clear(split(views, done, length - done))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import index
+from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.file import FileDisk
@@ -56,8 +58,18 @@ class CreateOptions(EncryptionOptions):
     data_file_raw: bool = False
     """The data file shall be usable as a raw disk."""
 
+    @classmethod
+    def of(cls, **options: Any) -> CreateOptions:
+        """From keyword arguments. Raises ValueError for names that are none."""
+        known = {option.name for option in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"Invalid parameter '{name}'")
+        return cls(**options)
+
     def header(self, size: int) -> Header:
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
+        index(self.cluster_size), index(self.refcount_bits)  # or TypeError
         version = _VERSIONS.get(self.compat)
         if version is None:
             raise ValueError(f"Parameter 'version' does not accept value '{self.compat}'")
@@ -115,6 +127,8 @@ class CreateOptions(EncryptionOptions):
         name = None if self.backing_file is None else os.fspath(self.backing_file)
         if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME:
             raise ValueError("Backing file name too long")
+        if name is not None and "\0" in name:
+            raise ValueError("Invalid backing file name")
         if self.backing_fmt and len(self.backing_fmt) > layout.MAX_BACKING_FORMAT_NAME:
             raise ValueError("Backing format name too long")
         data_file = self._data_file(version)

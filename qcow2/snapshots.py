@@ -12,6 +12,7 @@ delete  table without it stable | header | its refcounts down and stable | COPIE
 from __future__ import annotations
 
 import errno
+import operator
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -188,6 +189,8 @@ class Snapshots:
     def _resolve(self, snapshot: str | Snapshot) -> Snapshot:
         if isinstance(snapshot, str):
             return self.find(snapshot)
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"a snapshot is named by a string, not {snapshot!r}")
         for other in self._list:
             if other is snapshot:
                 return other
@@ -212,14 +215,14 @@ class Snapshots:
         """
         self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
-        nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
+        nanoseconds = time.time_ns() if date is None else int(date * 1.0 * 1_000_000_000)
         _check_name(name)
         for what, number in (
             ("vm_clock", vm_clock),
             ("vm_state_size", vm_state_size),
             ("icount", icount or 0),
         ):
-            if not 0 <= number < 1 << 64:
+            if not 0 <= operator.index(number) < 1 << 64:
                 raise ValueError(f"the {what} of a snapshot cannot be {number}")
         kept = None
         with metadata.exclusive(settled=False), ExitStack() as undo:
@@ -466,5 +469,9 @@ def _is_same(one: Snapshot, other: Snapshot) -> bool:
 
 
 def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a snapshot's name is a string, not {name!r}")
+    if "\0" in name:
+        raise ValueError("the name of a snapshot cannot contain NUL")
     if len(name.encode(errors="surrogateescape")) > 0xFFFF:
         raise ValueError("the name of a snapshot may be 65535 bytes long")
