@@ -211,10 +211,11 @@ class Metadata:
         self.file.debug_event("l1_update")
         self.file.write(place, pack_table(entries))
 
-    def write_l2_table(self, offset: int, contents: bytes, *, active: bool = True) -> None:
+    def write_l2_table(self, offset: int, contents: bytes, *, active: bool | None = True) -> None:
         """Replace a whole L2 table at once, in the file and in the cache.
 
-        For changes that are right at any moment, in an exclusive operation.
+        For changes that are right at any moment, in an exclusive operation. ``active`` is for
+        :meth:`Overlap.check_l2`.
         """
         cache = self.tables.cache
         self.overlap.check_l2(offset, self.cluster_size, active=active)

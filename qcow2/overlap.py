@@ -129,9 +129,12 @@ class Overlap:
         """:meth:`check` before a write to the active L1 table."""
         self.check(offset, length, Section.ACTIVE_L1)
 
-    def check_l2(self, offset: int, length: int, *, active: bool = True) -> None:
-        """:meth:`check` before a write to an L2 table."""
-        self.check(offset, length, Section.ACTIVE_L2 if active else Section.INACTIVE_L2)
+    def check_l2(self, offset: int, length: int, *, active: bool | None = True) -> None:
+        """:meth:`check` before a write to an L2 table; ``active`` None: to one of either kind."""
+        ignored = Section.ACTIVE_L2 if active else Section.INACTIVE_L2
+        if active is None:
+            ignored |= Section.ACTIVE_L2
+        self.check(offset, length, ignored)
 
     def check_l2_slice(self, offset: int, length: int) -> None:
         """:meth:`check` before the cache writes a slice of an active L2 table."""

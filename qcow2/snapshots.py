@@ -458,6 +458,7 @@ class Snapshots:
             metadata.file.flush()
             header.nb_snapshots, header.snapshots_offset = len(snapshots), offset
             self._list, self._table_length = snapshots, len(table)
+            metadata.overlap.forget()  # tables are not a deleted snapshot's any more
             clusters = metadata.geometry.clusters(old_length)
             if clusters:
                 metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)

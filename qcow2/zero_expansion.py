@@ -60,7 +60,7 @@ def expand_zero_clusters(
         metadata.settle()
         with metadata.lock:
             for change in changes:
-                metadata.write_l2_table(change.offset, change.contents)
+                metadata.write_l2_table(change.offset, change.contents, active=None)
             metadata.file.flush()
             with metadata.health.step("Expanding zero clusters"):
                 for change in changes:

@@ -244,3 +244,20 @@ def test_a_snapshot_whose_tables_cannot_be_asked_refuses_writes(
     assert disk.unflushed == ("refcount block",)
     with pytest.raises(BackendError):
         disk.close()
+
+
+def test_a_table_that_a_deleted_snapshot_had_may_be_written(path: Path) -> None:
+    with pyvirtio.open_disk(path, overlap_check="all") as disk:
+        disk.snapshots.create("two")
+        disk.snapshots.delete("two")
+        disk.write(0, b"c" * CLUSTER)
+        assert disk.check().clean
+
+
+def test_zero_clusters_of_a_snapshot_are_expanded_under_all_checks(path: Path) -> None:
+    with pyvirtio.open_disk(path, overlap_check="all") as disk:
+        disk.write_zeroes(0, CLUSTER)
+        disk.snapshots.create("zero")
+        disk.write(0, b"c" * CLUSTER)
+        disk.amend(compat="0.10")
+        assert disk.check().clean
