@@ -273,8 +273,7 @@ class Refcounts:
                 if len(needed) == len(missing):
                     break
                 missing = needed
-            if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
-                raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+            self._check_end(end)
             if blocks[-1] < len(self.table):
                 break
             self._grow_table(blocks[-1] + 1)
@@ -306,14 +305,17 @@ class Refcounts:
 
     def _take(self, first: int, count: int, what: str | None = None) -> tuple[int, int, bool]:
         end = first + count
-        if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
-            raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+        self._check_end(end)
         self._refuse_invalid(first, count, what)
         self.add(first, count, 1)
         fresh = first >= self.fresh
         self.fresh = max(self.fresh, end)
         self._hint = end
         return first, count, fresh
+
+    def _check_end(self, end: int) -> None:
+        if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
+            raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
 
     def _refuse_invalid(self, first: int, count: int, what: str | None = None) -> None:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
@@ -342,9 +344,10 @@ class Refcounts:
 
     def _find_free(self, start: int, want: int) -> tuple[int, int]:
         """The first free cluster from ``start`` on, and how many up to ``want`` are free there
-        in one slice."""
+        in one slice. Raises BackendError (EFBIG) if there is none that an entry can name."""
         cluster = start
         while True:
+            self._check_end(cluster)
             slot, index, left = self._locate(cluster)
             if slot < 0:
                 return cluster, min(want, left)
