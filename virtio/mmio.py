@@ -76,6 +76,7 @@ class VirtioMmio:
             order=order,
             defer=notify == "deferred",
             features=1 << at.VIRTIO_F_RING_RESET
+            | 1 << at.VIRTIO_F_SUSPEND
             | notification_data << at.VIRTIO_F_NOTIFICATION_DATA,
         )
 

@@ -105,6 +105,7 @@ class VirtioPci:
             order=order,
             defer=notify == "deferred",
             features=1 << layout.VIRTIO_F_RING_RESET
+            | 1 << layout.VIRTIO_F_SUSPEND
             | notification_data << layout.VIRTIO_F_NOTIFICATION_DATA,
         )
 
@@ -342,7 +343,7 @@ class VirtioPci:
             self._legacy.reset()
             self.device.set_status(0)
             self.interrupts.reset()
-        elif value & layout.STATUS_DRIVER_OK and not self._bus_master:
+        elif value & ~self.device.status & layout.STATUS_DRIVER_OK and not self._bus_master:
             self._held_status = value
         else:
             self.device.set_status(value)

@@ -125,7 +125,8 @@ def test_features_by_word_mmio_25(make_machine: Any) -> None:
         registers.store(at.MMIO_DEVICE_FEATURES_SEL, select)
         words.append(registers.load(at.MMIO_DEVICE_FEATURES))
     assert words[0] >> 28 & 3 == 3
-    assert words[1:] == [1 | 1 << at.VIRTIO_F_RING_RESET - 32, 0, 0, 0, 0]
+    second = 1 | 1 << at.VIRTIO_F_RING_RESET - 32 | 1 << at.VIRTIO_F_SUSPEND - 32
+    assert words[1:] == [second, 0, 0, 0, 0]
 
 
 def test_only_known_features_are_offered_bf_20_mmio_54(make_machine: Any) -> None:

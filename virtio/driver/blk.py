@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 from .. import layout as at
 from ..fence import make_fence
@@ -29,6 +30,7 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_IN_ORDER,
         at.VIRTIO_F_ACCESS_PLATFORM,
         at.VIRTIO_F_RING_RESET,
+        at.VIRTIO_F_SUSPEND,
         at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
         at.VIRTIO_BLK_F_SEG_MAX,
@@ -166,6 +168,32 @@ class BlockDriver:
             order=self.order,
             align=self.page_size if self.legacy else None,
         )
+
+    def suspend(self, timeout: float = 10) -> None:
+        """Have the device stand still (SUSPEND negotiated): what it had taken comes back first.
+
+        Nothing may be added to the ring until :meth:`resume`. Raises DriverError if it does not
+        within ``timeout`` seconds, or needs a reset.
+        """
+        self.registers.status |= at.STATUS_SUSPEND
+        self._await_status(at.STATUS_SUSPEND, timeout)
+
+    def resume(self, timeout: float = 10) -> None:
+        """Have a suspended device go on; the same of errors."""
+        self.registers.status |= at.STATUS_DRIVER_OK
+        self._await_status(at.STATUS_DRIVER_OK, timeout)
+
+    def _await_status(self, wanted: int, timeout: float) -> None:
+        """Wait until of DRIVER_OK and SUSPEND this one alone is set (BF-58, BF-62)."""
+        both = at.STATUS_DRIVER_OK | at.STATUS_SUSPEND
+        deadline = monotonic() + timeout
+        while (status := self.registers.status) & (both | at.STATUS_NEEDS_RESET) != wanted:
+            if status & at.STATUS_NEEDS_RESET:
+                raise DriverError("the device needs a reset")
+            if monotonic() > deadline:
+                raise DriverError(f"the device's status stays {status:#x}")
+            if self._wait is None or not self._wait():
+                sleep(0.001)
 
     @property
     def capacity(self) -> int:
