@@ -30,12 +30,12 @@ from .layout import (
     STATUS_FAILED,
     STATUS_FEATURES_OK,
     STATUS_NEEDS_RESET,
-    STATUS_SUSPEND,
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_NOTIFY_ON_EMPTY,
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
@@ -61,6 +61,7 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
+_LEGACY_FEATURES = 1 << VIRTIO_F_ANY_LAYOUT | 1 << VIRTIO_F_NOTIFY_ON_EMPTY
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
 
@@ -203,7 +204,7 @@ class VirtioDevice(Guarded, ABC):
         """What the device offers, as a bit mask; a legacy driver sees 32 bits."""
         features = self._type_features | self._transport_features
         if self.legacy:
-            return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
+            return (features | _LEGACY_FEATURES) & 0xFFFF_FFFF
         return features | 1 << VIRTIO_F_VERSION_1
 
     @property
@@ -243,8 +244,7 @@ class VirtioDevice(Guarded, ABC):
     @property
     def status(self) -> int:
         """The device status field (§2.1)."""
-        status = self.state.status
-        return status & ~STATUS_SUSPEND if suspension.is_suspending(status) else status
+        return suspension.shown(self.state.status)
 
     @property
     def suspended(self) -> bool:
@@ -316,8 +316,7 @@ class VirtioDevice(Guarded, ABC):
         """An error was met that only a reset can mend: let go of the queues, and say so."""
         state = self.state
         state.broken = True
-        if suspension.is_suspending(state.status):
-            state.status &= ~STATUS_SUSPEND  # this is how it ends (BF-70)
+        state.status = suspension.shown(state.status)  # it is not to be suspended any more (BF-70)
         for queue in self.queues:
             queue.drop()
         if not self.legacy and not state.status & STATUS_NEEDS_RESET:
@@ -380,6 +379,7 @@ class VirtioDevice(Guarded, ABC):
         """
         if self.accepted(VIRTIO_F_RING_RESET):
             self.queues[index].drop()
+            self.queues[index].state.ready = False  # from here on it goes on: :meth:`resetting`
             self.service.drain(self.queues[index])
             self._forget(self.queues[index])
             self.state.queues[index] = self.queues[index].state

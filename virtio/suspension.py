@@ -19,7 +19,7 @@ from .layout import STATUS_DRIVER_OK, STATUS_SUSPEND, VIRTIO_F_SUSPEND
 if TYPE_CHECKING:
     from .device import VirtioDevice
 
-__all__ = ["asked_for", "finish", "is_suspended", "is_suspending"]
+__all__ = ["asked_for", "finish", "is_suspended", "is_suspending", "shown"]
 
 _BOTH: Final = STATUS_SUSPEND | STATUS_DRIVER_OK
 
@@ -27,6 +27,11 @@ _BOTH: Final = STATUS_SUSPEND | STATUS_DRIVER_OK
 def is_suspending(status: int) -> bool:
     """A device with this status (as it is kept, not as it is shown) is to stand still soon."""
     return status & _BOTH == _BOTH
+
+
+def shown(status: int) -> int:
+    """What the driver sees of a status."""
+    return status & ~STATUS_SUSPEND if is_suspending(status) else status
 
 
 def is_suspended(status: int) -> bool:
