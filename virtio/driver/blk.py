@@ -16,7 +16,10 @@ from .transport import DriverError, DriverTransport
 
 __all__ = ["BlockDriver", "Completion", "DriverError"]
 
+_PATIENCE = 10.0
+"""Seconds that a reset may take."""
 _UNLIMITED = 1 << 20
+"""Bytes, or segments, where the device has no limit."""
 _UNTOUCHED = 0xFF
 """What a status byte is before the device writes it."""
 
@@ -124,8 +127,11 @@ class BlockDriver:
         registers = self.registers
         registers.identify(at.VIRTIO_ID_BLOCK)
         registers.status = 0
-        if registers.status:
-            raise DriverError("the device does not reset")
+        deadline = monotonic() + _PATIENCE
+        while registers.status:  # BF-30
+            if monotonic() > deadline:
+                raise DriverError("the device does not reset")
+            sleep(0.001)
         registers.status = at.STATUS_ACKNOWLEDGE
         registers.status |= at.STATUS_DRIVER
 
@@ -191,7 +197,7 @@ class BlockDriver:
             align=self.page_size if self.legacy else None,
         )
 
-    def suspend(self, timeout: float = 10) -> None:
+    def suspend(self, timeout: float = _PATIENCE) -> None:
         """Have the device stand still (SUSPEND negotiated): what it had taken comes back first.
 
         Nothing may be added to the ring until :meth:`resume`. Raises DriverError if it does not
@@ -200,7 +206,7 @@ class BlockDriver:
         self.registers.status |= at.STATUS_SUSPEND
         self._await_status(at.STATUS_SUSPEND, timeout)
 
-    def resume(self, timeout: float = 10) -> None:
+    def resume(self, timeout: float = _PATIENCE) -> None:
         """Have a suspended device go on; the same of errors."""
         self.registers.status |= at.STATUS_DRIVER_OK
         self._await_status(at.STATUS_DRIVER_OK, timeout)
