@@ -301,7 +301,6 @@ class VirtioDevice(Guarded, ABC):
     def _forget(self, queue: Queue) -> None:
         max_size = queue.state.max_size
         queue.state = QueueState(max_size, max_size)
-        queue.drop()
 
     @locked
     def guest_error(self, error: GuestError) -> None:

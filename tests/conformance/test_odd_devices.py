@@ -19,7 +19,7 @@ CHOSEN = {
     "leisurely": "test_pci or reset",
     "always_read_only": "test_block or kicks or status_reads",
 }
-"""Of those that are waited for by the clock, the tests that are about it; the rest takes minutes."""
+"""Of those that are waited for by the clock, the tests that are about it: all take minutes."""
 ADMIN = """
 from pyvirtio.virtio.conformance.ours import pci
 

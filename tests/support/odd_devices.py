@@ -248,7 +248,9 @@ ODD = (
     "one_vector",
 )
 SHOULDS = {
-    **dict.fromkeys(("tiny_and_plain", "plain", "plain_legacy"), {"BLK-11"}),
+    "tiny_and_plain": {"BLK-11"},
+    "plain": {"BLK-11"},
+    "plain_legacy": {"BLK-11"},
     "one_vector": {"PCI-108"},
 }
 """What some should do and do not: the suite may say so."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any
 
 import pytest
@@ -357,3 +359,21 @@ def test_legacy_features_bf_101(make_machine: Any) -> None:
 def test_only_a_legacy_device_has_another_byte_order(make_machine: Any) -> None:
     with pytest.raises(ValueError, match="legacy"):
         make_machine(order="big")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_register_has_the_device_remember_more_and_more(make_machine: Any, legacy: bool) -> None:
+    machine = make_machine(legacy=legacy)
+    registers = machine.registers
+
+    def writes(start: int) -> int:
+        for number in range(start, start + 2000):
+            registers.store(at.MMIO_QUEUE_SEL, number)
+            for offset in range(0, 0x100, 4):
+                if offset not in (at.MMIO_QUEUE_SEL, at.MMIO_STATUS):
+                    registers.store(offset, number)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = writes(0)
+    assert writes(1 << 20) - before < 500

@@ -122,18 +122,18 @@ class Backed:
         # One that works inside of register accesses would have these wait, too.
         options.setdefault("io_threads", 2 if stalls else 0)
         self.asynchronous = options["io_threads"] > 0
+        usual: dict[str, Any] = {
+            "serial": "conformance",
+            "secure_erase": True,
+            "size_max": 1 << 20,
+            "packed": True,
+            "num_queues": 2,
+        }
         self.blk = (_OffersZones if zoned == "none" else kind)(
             self.disk,
-            **{
-                "serial": "conformance",
-                "read_only": read_only,
-                "lifetime": (lambda: Lifetime(1, 2, 3)) if lifetime else None,
-                "secure_erase": True,
-                "size_max": 1 << 20,
-                "packed": True,
-                "num_queues": 2,
-            }
-            | options,
+            read_only=read_only,
+            lifetime=(lambda: Lifetime(1, 2, 3)) if lifetime else None,
+            **usual | options,
         )
 
     def resize(self, sectors: int) -> None:

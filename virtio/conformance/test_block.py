@@ -174,7 +174,7 @@ def test_zeroes_are_zeroes(bench: Bench, unmap: int) -> None:
     block, unit = bench.unit // 512, bench.unit
     driver.write(0, b"z" * 64 * unit)
     most = bench.registers.config(48, 4) // block
-    zeroed = set()
+    zeroed: set[int] = set()
     for first, count in ((3, 1), (8, 16), (33, 30)):
         for start in range(first, first + count, min(most, count)):
             length = min(most, first + count - start)
