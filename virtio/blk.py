@@ -155,7 +155,7 @@ class VirtioBlk(VirtioDevice):
 
     def _refresh_config(self) -> None:
         """Have the configuration that goes with what was negotiated, if that is settled."""
-        settled = self.status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK)
+        settled = self.status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK | at.STATUS_SUSPEND)
         self._config = self._make_config(zoned=not settled or self.accepted(at.VIRTIO_BLK_F_ZONED))
 
     def read_config(self, offset: int, length: int) -> bytes:
@@ -168,7 +168,7 @@ class VirtioBlk(VirtioDevice):
         """See :class:`VirtioDevice`. ``writeback`` alone can be written (BLK-47)."""
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
-        if 0 <= where < len(data) and allowed:
+        if 0 <= where < len(data) and allowed and not self.suspended:  # BF-64
             with self.lock:
                 self.writeback = bool(data[where])
                 self._refresh_config()
@@ -202,9 +202,16 @@ class VirtioBlk(VirtioDevice):
 
     def _resized(self, size: int) -> None:
         with self.holding():
+            if self.suspended:  # BF-67: later
+                return
             self.capacity = size // SECTOR_SIZE
             self._refresh_config()
             self.config_changed()
+
+    def woken(self) -> None:
+        """See :class:`VirtioDevice`: the disk may have been resized (BF-69)."""
+        if self.disk.size // SECTOR_SIZE != self.capacity:
+            self._resized(self.disk.size)
 
     def save_own(self, stream: StateWriter) -> None:
         """See :class:`VirtioDevice`."""
@@ -213,7 +220,8 @@ class VirtioBlk(VirtioDevice):
         stream.flag(self.writeback)
 
     def load_own(self, stream: StateReader) -> Callable[[], object]:
-        """See :class:`VirtioDevice`. The disk may have another size: the driver is told then."""
+        """See :class:`VirtioDevice`. The disk may have another size: the driver is told then, or
+        when it wakes a device that is suspended."""
         block_size, capacity, writeback = stream.u32(), stream.u64(), stream.flag()
         if block_size != self.logical_block_size:
             raise stream.malformed(
@@ -222,7 +230,7 @@ class VirtioBlk(VirtioDevice):
 
         def adopt() -> None:
             self.writeback = writeback
-            self.capacity = self.disk.size // SECTOR_SIZE
+            self.capacity = capacity if self.suspended else self.disk.size // SECTOR_SIZE
             self._refresh_config()
             if self.capacity != capacity:
                 self.config_changed()

@@ -45,7 +45,7 @@ def make_express(
     """A function that serves ``queue`` as :class:`.service.Service` does; None where none can."""
     plain = memory.plain_region()
     places = None if plain is None else _places(ring, *plain[:2])
-    if plain is None or places is None:
+    if plain is None or places is None or ring.notify_on_empty:
         return None
     base, _, buffer = plain
     available, heads, used_event, used, avail_event, elements = places

@@ -37,6 +37,7 @@ VIRTIO_F_IN_ORDER: Final = 35
 VIRTIO_F_ORDER_PLATFORM: Final = 36
 VIRTIO_F_NOTIFICATION_DATA: Final = 38
 VIRTIO_F_RING_RESET: Final = 40
+VIRTIO_F_SUSPEND: Final = 43
 
 # -- §2.7 split virtqueues ---------------------------------------------------------------------
 

@@ -76,6 +76,7 @@ class VirtioMmio:
             order=order,
             defer=notify == "deferred",
             features=1 << at.VIRTIO_F_RING_RESET
+            | 1 << at.VIRTIO_F_SUSPEND
             | notification_data << at.VIRTIO_F_NOTIFICATION_DATA,
         )
 
@@ -313,7 +314,8 @@ class VirtioMmio:
         self._page_size = value
 
     def _write_queue_align(self, value: int) -> None:
-        self._queue_align[self._queue_sel] = value
+        if self._selected() is not None:
+            self._queue_align[self._queue_sel] = value
 
     def _read_queue_pfn(self) -> int:
         return self._queue_pfn.get(self._queue_sel, 0)

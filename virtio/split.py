@@ -58,6 +58,7 @@ class SplitRing(Ring):
         indirect: bool = False,
         event_idx: bool = False,
         in_order: bool = False,
+        notify_on_empty: bool = False,
         structs: Structs = LITTLE,
     ) -> None:
         size = state.size
@@ -74,6 +75,8 @@ class SplitRing(Ring):
         self.indirect = indirect
         self.event_idx = event_idx
         self.in_order = in_order
+        self.notify_on_empty = notify_on_empty
+        """Legacy: interrupt when all that was available is taken, wanted or not (BF-100)."""
         self.structs = structs
         self._memory = memory
         self._mask = size - 1
@@ -234,6 +237,8 @@ class SplitRing(Ring):
         self.fence()
         if new == old:
             return False
+        if self.notify_on_empty and self.read_avail(self.avail_origin + 2)[0] == state.next_avail:
+            return True
         if self.event_idx:
             (event,) = self.read_avail(self.avail_origin + 6 + 2 * self._mask)
             return bool((new - event - 1) & 0xFFFF < (new - old) & 0xFFFF)

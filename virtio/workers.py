@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .queue import Queue
 from .ring import Chain, Ring
 from .service import HELD, Service
+from .suspension import is_suspending
 
 if TYPE_CHECKING:
     from .device import VirtioDevice
@@ -43,6 +44,8 @@ class WorkerService(Service):
         """Queues that may have something available; each at most once (``pending``)."""
         self._inside: dict[int, Queue] = {}
         """Requests under way: the thread, and the queue that its request is from."""
+        self._busy: set[int] = set()
+        """Threads that have a request under way, or an interrupt for one."""
         self._threads: list[threading.Thread] = []
         self._closing = False
 
@@ -67,9 +70,11 @@ class WorkerService(Service):
 
     def resume(self) -> None:
         with self._lock:
+            super().resume()
+
+    def look(self) -> None:
+        with self._lock:
             for queue in self._queues:
-                if queue.ring is not None:
-                    queue.ring.suppressed = True
                 self._note(queue)
 
     def drain(self, queue: Queue | None = None) -> None:
@@ -86,6 +91,9 @@ class WorkerService(Service):
 
     def idle(self) -> bool:
         return not self._inside
+
+    def quiet(self) -> bool:
+        return not self._busy
 
     def inside(self) -> bool:
         return threading.get_ident() in self._inside
@@ -125,6 +133,7 @@ class WorkerService(Service):
                 self._work.wait_for(lambda: self._kicked or self._closing)
                 if self._closing:
                     return
+                self._busy.add(me)
                 queue = self._kicked.popleft()
                 ring, chain = queue.ring, self._take(queue)
                 if chain is not None:
@@ -135,6 +144,8 @@ class WorkerService(Service):
             self._tell(queue, interrupt)
             if ring is not None and chain is not None:
                 self._do(queue, ring, chain)
+            self._busy.discard(me)
+            self._device.told()
 
     def _take(self, queue: Queue) -> Chain | None:
         """The next chain of a queue that was kicked, which is looked at again if it may have more.
@@ -148,6 +159,8 @@ class WorkerService(Service):
         try:
             if queue.held:
                 chain = queue.held.pop(0)
+            elif is_suspending(self._device.state.status):
+                return None
             else:
                 if not queue.available:
                     if ring.suppressed:

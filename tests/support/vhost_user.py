@@ -67,6 +67,12 @@ class Rig:
         driver.start()
         return driver
 
+    def forget(self, front: VhostUserFrontEnd, ram: SharedRam) -> None:
+        """These are not needed any more; the front-end has hung up."""
+        self._fronts.remove(front)
+        self._rams.remove(ram)
+        ram.close()
+
     def link(self) -> Link:
         """A bare connection, with a short patience."""
         connection = socket.socket(socket.AF_UNIX)
