@@ -41,7 +41,13 @@ _MESSAGES_AT_ONCE = 16
 
 
 class Loop(Protocol):
-    """What a session needs of the loop that it lives in."""
+    """What a session needs of the server that it lives in."""
+
+    def on_start(self) -> object:
+        """A first ring is about to be served. An OSError or PyvirtioError refuses it."""
+
+    def on_stop(self) -> object:
+        """The last ring was stopped."""
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call ``callback`` when there is something to read. Raises OSError."""
@@ -66,7 +72,7 @@ class Session:
         self._channel = channel
         self._loop = loop
         self._table = MemoryTable()
-        self._vrings = Vrings(device, self._table)
+        self._vrings = Vrings(device, self._table, loop.on_start, loop.on_stop)
         self._backend: Channel | None = None
         self._features_given = 0
         self._protocol = 0
@@ -254,6 +260,7 @@ class Session:
         self._vrings.stop_all()
         self._vrings.forget_inflight()
         self._reset_driver()
+        self._vrings.rest()
 
     def _reset_device(self, message: Message) -> None:
         self._stop_driver()
@@ -371,6 +378,7 @@ class Session:
             vring.tracker.forget()  # nothing is under way: what comes next says where it begins
         self._replace(vring, "kick", -1)
         vring.replace("call", -1)
+        self._vrings.rest()
         return _Reply(vu.VRING_STATE.pack(index, vring.base))
 
     def _set_vring_enable(self, message: Message) -> None:
