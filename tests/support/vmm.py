@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import selectors
@@ -11,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from support.qmp import qmp
 
 if TYPE_CHECKING:
     from support.x86_guest import Guest
@@ -62,15 +64,7 @@ class Server:
 
     def command(self, execute: str, **arguments: Any) -> Any:
         """A command to its monitor; what that returned."""
-        with socket.socket(socket.AF_UNIX) as client, client.makefile("rw") as stream:
-            client.connect(str(self.monitor))
-            stream.readline()
-            stream.write(json.dumps({"execute": execute, "arguments": arguments}) + "\n")
-            stream.flush()
-            answer = json.loads(stream.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"]["desc"])
-        return answer["return"]
+        return qmp(self.monitor, execute, **arguments)
 
     def end(self) -> int:
         """SIGTERM it; its exit status."""
@@ -90,12 +84,32 @@ class Server:
             self._process.wait()
 
 
+_RAM = f"{256 << 10 | 8}K"
+"""256 MiB, and a little more. QEMU 7.2 without KVM loses what a guest writes to its memory while
+it migrates (it forgets to watch pages again that were written), but for memory whose size is no
+multiple of 256 KiB, which it goes through page by page."""
+
+_ARGUMENTS = "console=ttyS0 quiet tsc=unstable mitigations=off init_on_alloc=0"
+"""Memory is not cleared before it is used: what the disk puts there then is all that changes it."""
+
+
 class Vmm:
-    """QEMU, without KVM, and a shell in its guest on the serial line."""
+    """QEMU, without KVM, and a shell in its guest on the serial line.
+
+    With ``incoming``, a path, its guest comes there from another QEMU: see :meth:`migrate`.
+    """
 
     def __init__(
-        self, guest: Guest, server: Server, *, packed: bool = False, cpus: int = 1
+        self,
+        guest: Guest,
+        server: Server,
+        *,
+        packed: bool = False,
+        cpus: int = 1,
+        incoming: Path | None = None,
     ) -> None:
+        self.incoming = incoming
+        self._monitor = server.socket.with_name("qemu.sock")
         device = (
             "vhost-user-blk-pci,chardev=disk,addr=4"
             f",packed={'on' if packed else 'off'},num-queues={cpus}"
@@ -103,14 +117,21 @@ class Vmm:
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
-                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "256"),
-                *("-smp", str(cpus), "-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
+                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", _RAM),
+                *(
+                    "-smp",
+                    str(cpus),
+                    "-object",
+                    f"memory-backend-memfd,id=ram,share=on,size={_RAM}",
+                ),
                 *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
-                *("-append", "console=ttyS0 quiet tsc=unstable mitigations=off"),
+                *("-append", _ARGUMENTS),
                 *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1"),
                 *("-device", device),
                 *("-drive", f"if=none,id=tools,file={guest.tools},format=raw,readonly=on"),
                 *("-device", "virtio-blk-pci,drive=tools,serial=tools,addr=5"),
+                *("-qmp", f"unix:{self._monitor},server=on,wait=off"),
+                *(() if incoming is None else ("-incoming", f"unix:{incoming}")),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -123,7 +144,8 @@ class Vmm:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._output, selectors.EVENT_READ)
         self._said = b""
-        self._commands = 0
+        self.commands = 0
+        """How many the shell was given; a guest that moves takes its shell along."""
 
     def wait_for(self, pattern: str, timeout: float = 120) -> re.Match[str]:
         """Wait until the guest has said that; what is before is dropped. Raises TimeoutError."""
@@ -143,8 +165,8 @@ class Vmm:
 
     def start(self, command: str) -> int:
         """Have the guest's shell run a command; what :meth:`result` takes."""
-        self._commands += 1
-        number = self._commands
+        self.commands += 1
+        number = self.commands
         self._input.write(f'{command}\necho "done {number} $?"\n'.encode())
         self._input.flush()
         return number
@@ -174,6 +196,49 @@ class Vmm:
         """End the guest, and QEMU."""
         self.start("poweroff -f")
         self._process.wait(60)
+
+    def kill(self) -> None:
+        """End QEMU."""
+        self._process.kill()
+        self._process.wait()
+
+    def wait_for_monitor(self) -> None:
+        """Wait until QEMU runs; then it listens for a guest to come, too."""
+        deadline = time.monotonic() + 60
+        while not self._monitor.exists():
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise RuntimeError("QEMU does not start")
+            time.sleep(0.05)
+        self.command("query-status")
+
+    def command(self, execute: str, **arguments: Any) -> Any:
+        """A command to QEMU's monitor; what that returned."""
+        return qmp(self._monitor, execute, **arguments)
+
+    def start_migration(self, there: Vmm) -> None:
+        """Have the guest's memory copied to that QEMU, again and again, and come back when all of
+        it was copied once. The guest runs on."""
+        there.wait_for_monitor()
+        # It goes when what is left takes no more than this many milliseconds: with a guest that
+        # does anything, and then a line this slow, never.
+        self.command("migrate-set-parameters", downtime_limit=1, max_bandwidth=32 << 20)
+        self.command("migrate", uri=f"unix:{there.incoming}")
+        self._wait_for_migration(lambda found: found["ram"]["dirty-sync-count"] > 1)
+        self.command("migrate-set-parameters", max_bandwidth=64 << 10)
+
+    def finish_migration(self) -> None:
+        """Have the guest stop here and go on there."""
+        self.command("migrate-set-parameters", downtime_limit=60_000, max_bandwidth=1 << 30)
+        self._wait_for_migration(lambda found: found["status"] == "completed")
+
+    def _wait_for_migration(self, reached: Callable[[Any], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not ("ram" in (found := self.command("query-migrate")) and reached(found)):
+            if found["status"] not in ("setup", "active", "device"):
+                raise RuntimeError(f"the migration has ended: {found}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the guest does not go: {found}")
+            time.sleep(0.1)
 
     def __enter__(self) -> Self:
         return self

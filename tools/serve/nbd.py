@@ -16,6 +16,7 @@ import threading
 from contextlib import ExitStack, suppress
 from typing import Any
 
+from ...backend.listener import UnixListener
 from ...backend.nbd_protocol import DEFAULT_PORT
 from ...backend.open import open_disk
 from ...errors import PyvirtioError, UnsupportedError, message_of
@@ -157,19 +158,11 @@ def _listener(options: argparse.Namespace, stack: ExitStack) -> socket.socket:
             raise UnsupportedError("one socket is served, no more", feature="passed sockets")
         return socket.socket(fileno=_FIRST_PASSED_FD)
     if options.socket is not None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(options.socket)
-        stack.callback(_unlink, options.socket)
-    else:
-        port = DEFAULT_PORT if options.port is None else options.port
-        listener = socket.create_server((options.bind, port))
-    listener.listen(64)
-    return listener
-
-
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
+        owned = UnixListener(options.socket, backlog=64)
+        stack.callback(owned.close)
+        return owned.socket
+    port = DEFAULT_PORT if options.port is None else options.port
+    return socket.create_server((options.bind, port), backlog=64)
 
 
 def tls_context(folder: str | None) -> ssl.SSLContext | None:

@@ -16,8 +16,9 @@ import socket
 import sys
 from contextlib import ExitStack
 
-from ... import UnsupportedError, VhostUserServer, VirtioBlk, open_disk
+from ... import Disk, UnsupportedError, VhostUserServer, VirtioBlk, open_disk
 from ...errors import PyvirtioError
+from .handover import HandoverDisk
 from .monitor import Monitor
 
 __all__ = ["run"]
@@ -51,10 +52,7 @@ def run(program: str, arguments: list[str]) -> int:
 
 def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
     with ExitStack() as stack:
-        image = options.image or options.blk_file
-        disk = stack.enter_context(
-            open_disk(image, format=options.format, read_only=options.read_only)
-        )
+        disk = stack.enter_context(_open(options))
         device = VirtioBlk(
             disk,
             serial=options.serial,
@@ -65,8 +63,13 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             io_threads=options.io_threads,
         )
         connection = None if options.fd is None else socket.socket(fileno=options.fd)
+        uses = {}
+        if isinstance(disk, HandoverDisk):
+            uses = {"on_start": disk.hold, "on_stop": disk.let_go}
         server = stack.enter_context(
-            VhostUserServer(device, options.socket, listener=listener, connection=connection)
+            VhostUserServer(
+                device, options.socket, listener=listener, connection=connection, **uses
+            )
         )
         if options.monitor is not None:
             stack.enter_context(Monitor(options.monitor, server, disk))
@@ -77,6 +80,18 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
         server.close()
         if not disk.read_only:
             disk.flush()
+
+
+def _open(options: argparse.Namespace) -> Disk:
+    """The image's disk."""
+
+    def image(read_only: bool, locking: bool) -> Disk:
+        name = options.image or options.blk_file
+        return open_disk(name, format=options.format, read_only=read_only, locking=locking)
+
+    if options.migration:
+        return HandoverDisk(image, read_only=options.read_only)
+    return image(options.read_only, True)
 
 
 def _passed_socket() -> socket.socket | None:
@@ -108,6 +123,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     add("--io-threads", type=int, default=0, metavar="N", help="threads for requests (default: 0)")
     add("--monitor", metavar="PATH", help="take commands (as QMP's block_resize) at this socket")
+    add(
+        "--migration",
+        action="store_true",
+        help="hold the image only while the guest's queues are in use, for live migration",
+    )
     add("--print-capabilities", action="store_true", help="print them as JSON, and end")
     add("--verbose", action="store_true", help="tell of front-ends that come and go")
     return parser
