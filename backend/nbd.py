@@ -16,8 +16,9 @@ from ..errors import BackendError, UnsupportedError
 from . import nbd_protocol as nbd
 from .buffers import clear, gather, split
 from .disk import Disk, Extent, Limits
-from .node import Node
+from .node import Graph, Node
 from .registry import Driver
+from .tls import TlsCredentials
 
 __all__ = ["DRIVER", "NbdDisk"]
 
@@ -436,15 +437,30 @@ def _open(node: Node) -> Disk:
     else:
         raise ValueError(f"Invalid parameter '{kind}'")
     options.number("open-timeout")
-    tls = options.text("tls-creds")
-    if tls is not None:
-        raise UnsupportedError("TLS credentials are not taken from objects", feature="tls-creds")
+    tls = _credentials(node.context.graph, options.text("tls-creds"))
+    hostname = options.text("tls-hostname") or (address[0] if isinstance(address, tuple) else None)
     return NbdDisk(
         address,
         options.text("export") or "",
         read_only=node.context.read_only,
         reconnect_delay=options.number("reconnect-delay"),
+        tls=tls,
+        tls_hostname=hostname,
     )
+
+
+def _credentials(graph: Graph, name: str | None) -> ssl.SSLContext | None:
+    """What the object ``name`` says of TLS."""
+    if name is None:
+        return None
+    found = graph.objects.get(name)
+    if found is None and name not in graph.secrets:
+        raise ValueError(f"No TLS credentials with id '{name}'")
+    if not isinstance(found, TlsCredentials):
+        raise ValueError(f"Object with id '{name}' is not TLS credentials")
+    if found.server:
+        raise ValueError("Expected TLS credentials for a client endpoint")
+    return found.context()
 
 
 DRIVER = Driver("nbd", _open, protocol=True, parse_filename=_parse_filename)

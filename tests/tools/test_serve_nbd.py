@@ -8,7 +8,6 @@ import socket
 import ssl
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,33 +21,12 @@ import pyvirtio
 from pyvirtio import BackendError, Disk, MemoryDisk
 from pyvirtio.backend import nbd_protocol as nbd
 from pyvirtio.backend.nbd import NbdDisk
-from pyvirtio.tools.serve.nbd import Server, tls_context
-from pyvirtio.tools.serve.nbd_session import Export
+from pyvirtio.backend.tls import TlsCredentials
+from pyvirtio.tools.serve.nbd_export import Export
+from support.nbd import Running
 from support.peers import requires
 
 SIZE = 1 << 20
-
-
-class Running:
-    """A server at a socket, in a thread."""
-
-    def __init__(self, path: Path, *exports: Export, tls: ssl.SSLContext | None = None) -> None:
-        self.path = str(path)
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen()
-        self.server = Server(self.listener, list(exports), tls=tls)
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-
-    def url(self, export: str = "") -> str:
-        return f"nbd+unix:///{export}?socket={self.path}"
-
-    def stop(self) -> None:
-        self.server.stop()
-        self.thread.join(60)
-        self.listener.close()
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture
@@ -112,7 +90,7 @@ def test_an_error_of_the_disk_reaches_the_client_with_its_number(
 
     with NbdDisk(running.path) as disk:
         with monkeypatch.context() as patch:
-            patch.setattr(image, "write", fail)
+            patch.setattr(image, "writev", fail)
             with pytest.raises(BackendError) as caught:
                 disk.write(0, b"x")
         assert caught.value.errno == 28
@@ -172,7 +150,7 @@ def running_with_tls(folder: Path, image: Disk) -> Iterator[Running]:
     server = Running(
         folder / f"socket{os.urandom(4).hex()}",
         Export("", image, read_only=False),
-        tls=tls_context(str(folder)),
+        tls=TlsCredentials(str(folder), server=True, verify_peer=False).context(),
     )
     try:
         yield server

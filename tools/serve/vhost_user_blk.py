@@ -10,21 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import signal
 import socket
 import sys
 from contextlib import ExitStack
 
-from ... import UnsupportedError, VhostUserServer, VirtioBlk, open_disk
-from ...errors import PyvirtioError
+from ... import VhostUserServer, VirtioBlk, open_disk
+from ...errors import PyvirtioError, message_of
 from .monitor import Monitor
+from .sockets import passed_sockets
 
 __all__ = ["run"]
 
 _CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
-_FIRST_PASSED_FD = 3
-"""Where the sockets begin that a service manager passes (sd_listen_fds)."""
 
 
 def run(program: str, arguments: list[str]) -> int:
@@ -36,15 +34,15 @@ def run(program: str, arguments: list[str]) -> int:
         return 0
     if (options.image is None) == (options.blk_file is None):
         parser.error("one image is needed")
-    listener = _passed_socket()
-    if sum(each is not None for each in (options.socket, options.fd, listener)) != 1:
-        parser.error("one of --socket, --fd and a passed socket is needed")
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format=f"{program}: %(message)s")
     try:
-        _serve(options, listener)
+        passed = passed_sockets()
+        if (options.socket is not None) + (options.fd is not None) + len(passed) != 1:
+            parser.error("one of --socket, --fd and a passed socket is needed")
+        _serve(options, passed[0] if passed else None)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,15 +75,6 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
         server.close()
         if not disk.read_only:
             disk.flush()
-
-
-def _passed_socket() -> socket.socket | None:
-    """The socket that a service manager listens at for us, if there is one."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise UnsupportedError("one socket is served, no more", feature="several passed sockets")
-    return socket.socket(fileno=_FIRST_PASSED_FD)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

@@ -6,17 +6,16 @@ unless the device has workers of its own, requests are done there.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import selectors
 import socket
-import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from ...backend.sockets import listen_at
 from ..device import VirtioDevice
 from ..layout import VIRTIO_F_RING_RESET
 from ..memory import GuestMemory
@@ -67,7 +66,7 @@ class VhostUserServer:
             features = 1 << VIRTIO_F_RING_RESET  # which is GET_VRING_BASE and a new start
             device.connect(GuestMemory.from_buffer(b""), self, features=features)
             if path is not None:
-                self._listener = _listen(str(path))
+                self._listener = listen_at(str(path))
                 self.path = str(path)
         except BaseException:
             self.close()
@@ -195,36 +194,3 @@ class VhostUserServer:
         session = self._session
         if session is not None:
             session.config_interrupt()
-
-
-def _listen(path: str) -> socket.socket:
-    """A socket that listens at ``path``."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_left_over(path):
-                raise
-            os.unlink(path)
-            listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, error.strerror, path) from error
-    return listener
-
-
-def _is_left_over(path: str) -> bool:
-    """Whether there is a socket that nobody listens at."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
