@@ -116,7 +116,7 @@ class NbdDisk(Disk):
         connection.sendall(_U32.pack(flags & (nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)))
         if self._tls is not None:
             self._simple_option(nbd.Option.STARTTLS, required=True)
-            self._socket = self._tls.wrap_socket(connection, server_hostname=self._tls_hostname)
+            self._start_tls(connection, self._tls)
         self._structured = self._simple_option(nbd.Option.STRUCTURED_REPLY)
         name = self._export.encode()
         if self._structured:
@@ -145,6 +145,18 @@ class NbdDisk(Disk):
         if size >= 1 << 63 or smallest & (smallest - 1) or smallest > 1 << 16:
             raise BackendError(errno.EINVAL, "server sent invalid export information")
         return size, flags, smallest
+
+    def _start_tls(self, connection: socket.socket, tls: ssl.SSLContext) -> None:
+        try:
+            self._socket = tls.wrap_socket(connection, server_hostname=self._tls_hostname)
+        except ssl.SSLCertVerificationError as error:
+            message = f"The server's certificate is no good: {error.verify_message}"
+            raise BackendError(errno.EACCES, message) from error
+        except ssl.SSLError as error:
+            reason = error.reason or str(error)
+            raise BackendError(errno.EIO, f"TLS with the server failed: {reason}") from error
+        except ValueError as error:  # a name is wanted
+            raise BackendError(errno.EINVAL, str(error)) from error
 
     def _old_style(self) -> tuple[int, int, int]:
         """A server that offers its one export without a question."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,7 +17,7 @@ from pyvirtio.backend import nbd_protocol as nbd
 from pyvirtio.tools.serve.nbd_export import Export
 from pyvirtio.tools.serve.nbd_server import Server
 
-__all__ = ["Client", "Reply", "Running"]
+__all__ = ["Client", "Program", "Reply", "Running"]
 
 
 class Running:
@@ -38,6 +42,40 @@ class Running:
         self.thread.join(60)
         self.listener.close()
         assert not self.thread.is_alive()
+
+
+class Program:
+    """``pyvirtio-serve nbd`` as a process, listening at a UNIX socket in ``folder``."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.path = str(folder / "program.sock")
+        command = (sys.executable, "-m", "pyvirtio.tools.serve", "nbd", "--socket", self.path)
+        self.process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX) as probe:
+                if not probe.connect_ex(self.path):
+                    return
+            time.sleep(0.02)
+        raise RuntimeError(f"the server does not start: {self.end()}")
+
+    def url(self, export: str = "") -> str:
+        return f"nbd+unix:///{export}?socket={self.path}"
+
+    def end(self, signals: int = 1) -> tuple[int, str]:
+        """SIGTERM it; its exit status, and what it has said."""
+        for _ in range(signals):
+            self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
 
 
 class Reply(NamedTuple):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
-import ssl
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import pyvirtio
 from pyvirtio import BackendError, Disk, MemoryDisk
 from pyvirtio.backend import nbd_protocol as nbd
 from pyvirtio.backend.nbd import NbdDisk
-from pyvirtio.backend.tls import TlsCredentials
 from pyvirtio.tools.serve.nbd_export import Export
 from support.nbd import Running
 from support.peers import requires
@@ -129,56 +123,6 @@ def test_a_client_that_talks_nonsense_harms_nobody(running: Running, garbage: by
                 pass
     with NbdDisk(running.path) as disk:
         assert disk.read(0, 1) == b"a"
-
-
-def test_tls_is_required_where_it_is_configured(tmp_path: Path, image: Disk) -> None:
-    certificate(tmp_path)
-    with (
-        running_with_tls(tmp_path, image) as server,
-        pytest.raises(BackendError, match="TLS is required"),
-    ):
-        NbdDisk(server.path)
-    with running_with_tls(tmp_path, image) as server:
-        context = ssl.create_default_context(cafile=str(tmp_path / "server-cert.pem"))
-        with NbdDisk(server.path, tls=context, tls_hostname="localhost") as disk:
-            assert disk.read(0, 4) == b"aaaa"
-            disk.write(100, b"x")
-
-
-@contextmanager
-def running_with_tls(folder: Path, image: Disk) -> Iterator[Running]:
-    server = Running(
-        folder / f"socket{os.urandom(4).hex()}",
-        Export("", image, read_only=False),
-        tls=TlsCredentials(str(folder), server=True, verify_peer=False).context(),
-    )
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def certificate(folder: Path) -> None:
-    """A self-signed one for ``localhost``."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    (folder / "server-cert.pem").write_bytes(made.public_bytes(encoding))
-    (folder / "server-key.pem").write_bytes(
-        key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
 
 
 @requires("nbdinfo", "nbdcopy")

@@ -63,6 +63,8 @@ class Server:
         self._ended: deque[Session] = deque()
         self._stops = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.RLock()
+        """The descriptor is not closed meanwhile; a signal may come in between."""
 
     def serve(self) -> None:
         """Serve until :meth:`stop`; returns once every client is done with."""
@@ -72,8 +74,9 @@ class Server:
                 session.stop()
             self._drain()
         finally:
-            wake, self._wake = self._wake, -1
-            os.close(wake)
+            with self._waking:
+                wake, self._wake = self._wake, -1
+                os.close(wake)
 
     def stop(self) -> None:
         """Take no more connections and requests, finish those under way, and return from
@@ -83,8 +86,8 @@ class Server:
         self._notify()
 
     def _notify(self) -> None:
-        if self._wake >= 0:
-            with suppress(BlockingIOError):
+        with self._waking, suppress(BlockingIOError):
+            if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
 
     def _take_connections(self) -> None:

@@ -30,6 +30,9 @@ class Stream:
         self._tls: ssl.SSLSocket | None = None
         self._tls_lock = threading.Lock()
         """OpenSSL has no two calls for one connection at the same time."""
+        self._stopped = -1
+        """With TLS: an eventfd that is set when nothing more is to be received. OpenSSL takes an
+        end of the stream for an attack, and sends nothing after it either."""
         self._send_lock = threading.Lock()
 
     @property
@@ -43,7 +46,9 @@ class Stream:
         self._socket = tls  # the one from before is empty now
         tls.do_handshake()
         tls.setblocking(False)
-        self._tls = tls
+        with self._tls_lock:
+            self._stopped = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._tls = tls
 
     def receive(self, length: int) -> bytearray:
         """Exactly ``length`` bytes. Raises BackendError (ECONNRESET) at the end of the stream."""
@@ -88,7 +93,8 @@ class Stream:
                 event = select.POLLIN
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
-            self._wait(event)
+            if self._stopped in self._wait(event, stoppable=True):
+                return 0
 
     def _send_by_tls(self, tls: ssl.SSLSocket, view: memoryview) -> None:
         while view:
@@ -103,13 +109,19 @@ class Stream:
                 event = select.POLLOUT
             self._wait(event)
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, event: int, *, stoppable: bool = False) -> list[int]:
         poller = select.poll()
         poller.register(self._socket, event)
-        poller.poll()
+        if stoppable:
+            poller.register(self._stopped, select.POLLIN)
+        return [number for number, _ in poller.poll()]
 
     def stop_receiving(self) -> None:
         """Nothing more is received; what is sent still arrives."""
+        with self._tls_lock:
+            if self._stopped >= 0:
+                os.eventfd_write(self._stopped, 1)
+                return
         self._shut_down(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -123,7 +135,11 @@ class Stream:
 
     def close(self) -> None:
         """Say good-bye where TLS does, and close."""
-        if self._tls is not None:
-            with suppress(OSError, ValueError), self._tls_lock:
-                self._tls.unwrap()
+        with self._tls_lock:
+            if self._tls is not None:
+                with suppress(OSError, ValueError):
+                    self._tls.unwrap()
+            if self._stopped >= 0:
+                os.close(self._stopped)
+                self._stopped = -1
         self._socket.close()
