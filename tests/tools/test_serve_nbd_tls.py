@@ -116,9 +116,7 @@ def test_the_last_answers_are_encrypted_when_the_server_ends(tmp_path: Path, fol
     credentials = TlsCredentials(str(folder), server=True, verify_peer=False)
     answer = []
     with serving(tmp_path, credentials, Slow(SIZE)) as server:
-        disk = NbdDisk(
-            server.path, read_only=True, tls=client(folder), tls_hostname="localhost"
-        )
+        disk = NbdDisk(server.path, read_only=True, tls=client(folder), tls_hostname="localhost")
         asking = threading.Thread(target=lambda: answer.append(disk.read(0, 100_000)))
         asking.start()
         assert reading.wait(30)

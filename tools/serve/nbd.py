@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import sys
 from contextlib import ExitStack, suppress
@@ -21,6 +20,7 @@ from ...backend.sockets import listen_at
 from ...errors import PyvirtioError, message_of
 from .nbd_export import Export
 from .nbd_server import MAX_CONNECTIONS, Server
+from .signals import on_signals
 from .sockets import passed_sockets
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
         tls=_tls(options),
         max_connections=options.max_connections,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: server.stop())
+    on_signals(server.stop)
     server.serve()
     for export in exports:
         if not options.read_only:

@@ -63,8 +63,8 @@ class Server:
         self._ended: deque[Session] = deque()
         self._stops = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._waking = threading.RLock()
-        """The descriptor is not closed meanwhile; a signal may come in between."""
+        self._waking = threading.Lock()
+        """The descriptor is not closed meanwhile."""
 
     def serve(self) -> None:
         """Serve until :meth:`stop`; returns once every client is done with."""
@@ -81,7 +81,7 @@ class Server:
     def stop(self) -> None:
         """Take no more connections and requests, finish those under way, and return from
         :meth:`serve`. Called again: do not wait for clients to take their answers. May be called
-        from any thread and from signal handlers."""
+        from any thread."""
         self._stops += 1
         self._notify()
 

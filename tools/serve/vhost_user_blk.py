@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import socket
 import sys
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from contextlib import ExitStack
 from ... import VhostUserServer, VirtioBlk, open_disk
 from ...errors import PyvirtioError, message_of
 from .monitor import Monitor
+from .signals import on_signals
 from .sockets import passed_sockets
 
 __all__ = ["run"]
@@ -68,8 +68,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
         )
         if options.monitor is not None:
             stack.enter_context(Monitor(options.monitor, server, disk))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: server.stop())
+        on_signals(server.stop)
         stack.callback(device.detach)
         server.serve()
         server.close()
