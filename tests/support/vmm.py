@@ -1,4 +1,4 @@
-"""QEMU with our guest and a vhost-user disk, and our server as a process: started, told, killed."""
+"""QEMU with our guest and a disk of ours, and our server as a process: started, told, killed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from support.x86_guest import Guest
 
-__all__ = ["Server", "Vmm"]
+__all__ = ["Server", "Vmm", "vhost_user_disk"]
 
 
 class Server:
@@ -90,16 +91,20 @@ class Server:
             self._process.wait()
 
 
-class Vmm:
-    """QEMU, without KVM, and a shell in its guest on the serial line."""
+def vhost_user_disk(server: Server, *, packed: bool = False, queues: int = 1) -> list[str]:
+    """QEMU's options for a disk of that server."""
+    ring = "on" if packed else "off"
+    return [
+        *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1", "-device"),
+        f"vhost-user-blk-pci,chardev=disk,addr=4,packed={ring},num-queues={queues}",
+    ]
 
-    def __init__(
-        self, guest: Guest, server: Server, *, packed: bool = False, cpus: int = 1
-    ) -> None:
-        device = (
-            "vhost-user-blk-pci,chardev=disk,addr=4"
-            f",packed={'on' if packed else 'off'},num-queues={cpus}"
-        )
+
+class Vmm:
+    """QEMU, without KVM, with a disk by the options ``disk``, and a shell in its guest on the
+    serial line."""
+
+    def __init__(self, guest: Guest, disk: Sequence[str], *, cpus: int = 1) -> None:
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
@@ -107,8 +112,7 @@ class Vmm:
                 *("-smp", str(cpus), "-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
                 *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
                 *("-append", "console=ttyS0 quiet tsc=unstable mitigations=off"),
-                *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1"),
-                *("-device", device),
+                *disk,
                 *("-drive", f"if=none,id=tools,file={guest.tools},format=raw,readonly=on"),
                 *("-device", "virtio-blk-pci,drive=tools,serial=tools,addr=5"),
             ],
