@@ -16,7 +16,7 @@ import pytest
 import pyvirtio
 from support.peers import requires
 from support.qemu import qemu_img, qemu_img_json
-from support.vmm import Server, Vmm
+from support.vmm import Server, Vmm, vhost_user_disk
 from support.x86_guest import TOOLS as T
 from support.x86_guest import Guest, fio
 
@@ -46,7 +46,10 @@ def test_a_file_system_lives_on_our_disk_through_a_crash_of_the_server(
     guest: Guest, overlay: Path, tmp_path: Path
 ) -> None:
     options = ("--packed",)
-    with Server(overlay, tmp_path, *options) as server, Vmm(guest, server, packed=True) as vmm:
+    with (
+        Server(overlay, tmp_path, *options) as server,
+        Vmm(guest, vhost_user_disk(server, packed=True)) as vmm,
+    ):
         vmm.boot()
         vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
         vmm.run("dd if=/dev/urandom of=/mnt/kept bs=64k count=16 && sync")
@@ -74,7 +77,7 @@ if LONG:
         options = ("--packed", "--queues", str(cpus))
         with (
             Server(overlay, tmp_path, *options) as server,
-            Vmm(guest, server, packed=packed, cpus=cpus) as vmm,
+            Vmm(guest, vhost_user_disk(server, packed=packed, queues=cpus), cpus=cpus) as vmm,
         ):
             vmm.boot()
             vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
@@ -103,7 +106,7 @@ if LONG:
     ) -> None:
         with (
             Server(overlay, tmp_path, "--packed", "--queues", "2") as server,
-            Vmm(guest, server, packed=packed, cpus=2) as vmm,
+            Vmm(guest, vhost_user_disk(server, packed=packed, queues=2), cpus=2) as vmm,
         ):
             vmm.boot()
             vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")

@@ -19,7 +19,7 @@ import pyvirtio
 from pyvirtio.errors import InUseError
 from support.peers import requires
 from support.qemu import qemu_img
-from support.vmm import Server, Vmm
+from support.vmm import Server, Vmm, vhost_user_disk
 from support.x86_guest import TOOLS as T
 from support.x86_guest import Guest, fio
 
@@ -58,7 +58,13 @@ class Hosts:
         self._count += 1
         options = ("--migration", "--packed", "--queues", str(self._cpus))
         server = self._stack.enter_context(Server(self._image, folder, *options))
-        vmm = Vmm(self._guest, server, packed=self._packed, cpus=self._cpus, incoming=incoming)
+        vmm = Vmm(
+            self._guest,
+            vhost_user_disk(server, packed=self._packed, queues=self._cpus),
+            cpus=self._cpus,
+            monitor=folder / "qemu.sock",
+            incoming=incoming,
+        )
         return server, self._stack.enter_context(vmm)
 
     def move(self, meanwhile: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""QEMU with our guest and a vhost-user disk, and our server as a process: started, told, killed."""
+"""QEMU with our guest and a disk of ours, and our server as a process: started, told, killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +19,7 @@ from support.qmp import qmp
 if TYPE_CHECKING:
     from support.x86_guest import Guest
 
-__all__ = ["Server", "Vmm"]
+__all__ = ["Server", "Vmm", "vhost_user_disk"]
 
 
 class Server:
@@ -93,27 +93,34 @@ _ARGUMENTS = "console=ttyS0 quiet tsc=unstable mitigations=off init_on_alloc=0"
 """Memory is not cleared before it is used: what the disk puts there then is all that changes it."""
 
 
-class Vmm:
-    """QEMU, without KVM, and a shell in its guest on the serial line.
+def vhost_user_disk(server: Server, *, packed: bool = False, queues: int = 1) -> list[str]:
+    """QEMU's options for a disk of that server."""
+    ring = "on" if packed else "off"
+    return [
+        *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1", "-device"),
+        f"vhost-user-blk-pci,chardev=disk,addr=4,packed={ring},num-queues={queues}",
+    ]
 
-    With ``incoming``, a path, its guest comes there from another QEMU: see :meth:`migrate`.
+
+class Vmm:
+    """QEMU, without KVM, with a disk by the options ``disk``, and a shell in its guest on the
+    serial line.
+
+    ``monitor``: where it takes commands. With ``incoming``, a path, its guest comes there from
+    another QEMU: see :meth:`start_migration`; both have monitors then.
     """
 
     def __init__(
         self,
         guest: Guest,
-        server: Server,
+        disk: Sequence[str],
         *,
-        packed: bool = False,
         cpus: int = 1,
+        monitor: Path | None = None,
         incoming: Path | None = None,
     ) -> None:
         self.incoming = incoming
-        self._monitor = server.socket.with_name("qemu.sock")
-        device = (
-            "vhost-user-blk-pci,chardev=disk,addr=4"
-            f",packed={'on' if packed else 'off'},num-queues={cpus}"
-        )
+        self._monitor = monitor
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
@@ -126,11 +133,10 @@ class Vmm:
                 ),
                 *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
                 *("-append", _ARGUMENTS),
-                *("-chardev", f"socket,id=disk,path={server.socket},reconnect=1"),
-                *("-device", device),
+                *disk,
                 *("-drive", f"if=none,id=tools,file={guest.tools},format=raw,readonly=on"),
                 *("-device", "virtio-blk-pci,drive=tools,serial=tools,addr=5"),
-                *("-qmp", f"unix:{self._monitor},server=on,wait=off"),
+                *(() if monitor is None else ("-qmp", f"unix:{monitor},server=on,wait=off")),
                 *(() if incoming is None else ("-incoming", f"unix:{incoming}")),
             ],
             stdin=subprocess.PIPE,
@@ -204,6 +210,8 @@ class Vmm:
 
     def wait_for_monitor(self) -> None:
         """Wait until QEMU runs; then it listens for a guest to come, too."""
+        if self._monitor is None:
+            raise ValueError("this one has no monitor")
         deadline = time.monotonic() + 60
         while not self._monitor.exists():
             if time.monotonic() > deadline or self._process.poll() is not None:
@@ -213,6 +221,8 @@ class Vmm:
 
     def command(self, execute: str, **arguments: Any) -> Any:
         """A command to QEMU's monitor; what that returned."""
+        if self._monitor is None:
+            raise ValueError("this one has no monitor")
         return qmp(self._monitor, execute, **arguments)
 
     def start_migration(self, there: Vmm) -> None:

@@ -192,13 +192,7 @@ class Session:
         graph = Graph(warn=self.warn)
         if self.objects is not None:
             graph.secrets = self.objects.secrets
-            if self.objects.throttle_groups:
-                from ...backend.throttle import ThrottleGroup, ThrottleLimits
-
-                graph.objects = {
-                    name: ThrottleGroup(ThrottleLimits.of(options))
-                    for name, options in self.objects.throttle_groups.items()
-                }
+            graph.objects = self.objects.named
         return graph
 
     def _listen(self, disk: Disk) -> None:

@@ -10,22 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
 import socket
 import sys
 from contextlib import ExitStack
 
-from ... import Disk, UnsupportedError, VhostUserServer, VirtioBlk, open_disk
-from ...errors import PyvirtioError
+from ... import Disk, VhostUserServer, VirtioBlk, open_disk
+from ...errors import PyvirtioError, message_of
 from .handover import HandoverDisk
 from .monitor import Monitor
+from .signals import on_signals
+from .sockets import passed_sockets
 
 __all__ = ["run"]
 
 _CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
-_FIRST_PASSED_FD = 3
-"""Where the sockets begin that a service manager passes (sd_listen_fds)."""
 
 
 def run(program: str, arguments: list[str]) -> int:
@@ -37,15 +35,15 @@ def run(program: str, arguments: list[str]) -> int:
         return 0
     if (options.image is None) == (options.blk_file is None):
         parser.error("one image is needed")
-    listener = _passed_socket()
-    if sum(each is not None for each in (options.socket, options.fd, listener)) != 1:
-        parser.error("one of --socket, --fd and a passed socket is needed")
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format=f"{program}: %(message)s")
     try:
-        _serve(options, listener)
+        passed = passed_sockets()
+        if (options.socket is not None) + (options.fd is not None) + len(passed) != 1:
+            parser.error("one of --socket, --fd and a passed socket is needed")
+        _serve(options, passed[0] if passed else None)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -73,8 +71,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
         )
         if options.monitor is not None:
             stack.enter_context(Monitor(options.monitor, server, disk))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: server.stop())
+        on_signals(server.stop)
         stack.callback(device.detach)
         server.serve()
         server.close()
@@ -92,15 +89,6 @@ def _open(options: argparse.Namespace) -> Disk:
     if options.migration:
         return HandoverDisk(image, read_only=options.read_only)
     return image(options.read_only, True)
-
-
-def _passed_socket() -> socket.socket | None:
-    """The socket that a service manager listens at for us, if there is one."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise UnsupportedError("one socket is served, no more", feature="several passed sockets")
-    return socket.socket(fileno=_FIRST_PASSED_FD)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

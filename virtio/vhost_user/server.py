@@ -10,6 +10,7 @@ import logging
 import os
 import selectors
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,8 @@ class VhostUserServer:
         self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.RLock()
+        """The descriptor is not closed meanwhile; a signal's handler may come in between."""
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
         self._listener = listener
         try:
@@ -110,7 +113,7 @@ class VhostUserServer:
     def stop(self) -> None:
         """Have :meth:`serve` return soon; may be called from any thread or signal handler."""
         self._stopping = True
-        with suppress(OSError):
+        with self._waking, suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -121,10 +124,11 @@ class VhostUserServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._wake >= 0:
-            self._selector.close()
-            os.close(self._wake)
-            self._wake = -1
+        with self._waking:
+            if self._wake >= 0:
+                self._selector.close()
+                os.close(self._wake)
+                self._wake = -1
 
     # -- connections ---------------------------------------------------------------------------
 
