@@ -378,7 +378,7 @@ class Qcow2Disk(Disk):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
             cluster_size=self._metadata.cluster_size,
             specific={
                 **info.specific_facts(header),
