@@ -230,6 +230,8 @@ def _open_format(kind: Format | None, node: Node, arguments: dict[str, Any]) -> 
     disk = kind.open(file, read_only=read_only, policy=opened, **options, **arguments)
     disk.strong_options = strong
     node.options.left = {}
+    if context.graph.tell_repairs is not None:
+        context.graph.tell_repairs(getattr(disk, "repairs", ()))
     try:
         _settle_backing(disk, context, opened)
     except BaseException:
@@ -323,17 +325,14 @@ class _Named:
         policy = self._node.context.graph.policy
         options: dict[str, Any] = {}
         filename = None
-        try:
-            if policy is None:
-                filename = default_name(reference)
-            else:
-                decision = policy(reference)
-                if decision is None or isinstance(decision, Disk):
-                    return decision
-                options = {"driver": "file", "filename": os.fsdecode(decision)}
-            return self._node.open(self._node.inherited(Role.FILE), filename, options)
-        except PyvirtioError as error:
-            raise prefixed("Could not open data-file: ", error) from error
+        if policy is None:
+            filename = default_name(reference)
+        else:
+            decision = policy(reference)
+            if decision is None or isinstance(decision, Disk):
+                return decision
+            options = {"driver": "file", "filename": os.fsdecode(decision)}
+        return self._node.open(self._node.inherited(Role.FILE), filename, options)
 
 
 def _must_be_known(format: str) -> None:

@@ -477,7 +477,7 @@ def file_identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_device(mode: int) -> bool:
-    """True for a device that a disk can be in: QEMU takes character devices (``/dev/null``), too."""
+    """True for a device that a disk can be in: for QEMU that is a character device, too."""
     return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
 

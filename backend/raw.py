@@ -282,6 +282,4 @@ def _measure(size: int, source: Disk | None, *, preallocation: str = "off") -> M
     return Measurement(size, size)
 
 
-FORMAT = Format(
-    "raw", _probe, _open, _create, _measure, strong_options=("offset", "size")
-)
+FORMAT = Format("raw", _probe, _open, _create, _measure, strong_options=("offset", "size"))

@@ -192,7 +192,10 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     file.truncate(0, shrink=True)
     if options.nocow and isinstance(file, FileDisk):
         file.set_nocow()
-    file.truncate(used << geometry.cluster_bits)
+    end = used << geometry.cluster_bits
+    if l1_clusters and not luks and options.preallocation == "off":
+        end = header.l1_table_offset + 8 * header.l1_size  # QEMU's files end with the last entry
+    file.truncate(end)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
     table = pack_table(entries).ljust(table_clusters << geometry.cluster_bits, b"\0")

@@ -7,7 +7,7 @@ import binascii
 import re
 
 from ..backend.node import Graph
-from .messages import Failure, say_more, warn
+from .messages import Failure, say_findings, say_more, warn
 from .optlist import split
 
 __all__ = ["Objects"]
@@ -34,7 +34,7 @@ class Objects:
         self.secrets: dict[str, bytes] = {}
         self.throttle_groups: dict[str, dict[str, str]] = {}
         """The properties of each."""
-        self.graph = Graph(secrets=self.secrets, warn=_warn)
+        self.graph = Graph(secrets=self.secrets, warn=_warn, tell_repairs=say_findings)
         """For every image opened in this run."""
         self._known: set[str] = set()
 
