@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import index
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
@@ -261,6 +261,9 @@ class Disk(ABC):
         """The backing file, if there is one."""
         return self.children.get("backing")
 
+    strong_options: Mapping[str, Any] = MappingProxyType({})
+    """Options it was opened with that decide what it holds: its file's name does not say all."""
+
     @property
     def filename(self) -> str | None:
         """The path or URL this disk was opened by, if there is one."""
@@ -274,7 +277,7 @@ class Disk(ABC):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=None if file is None else file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
         )
 
     # -- life --------------------------------------------------------------------------------

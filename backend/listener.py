@@ -33,7 +33,8 @@ class UnixListener:
             self.socket.listen(backlog)
         except OSError as error:
             self.socket.close()
-            raise OSError(error.errno, error.strerror, path) from error
+            number, text = error.errno or errno.EINVAL, error.strerror or str(error)
+            raise OSError(number, text, path) from error
 
     def close(self) -> None:
         """Listen no more; the socket is taken away, if it still is this one."""

@@ -46,4 +46,5 @@ FORMAT = Format(
     shared_options=("passphrase",),
     secret_options={"encrypt.key-secret": "passphrase"},
     renamed_options={"encrypt.format": "encrypt_format"},
+    strong_options=("encrypt.",),
 )

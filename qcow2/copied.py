@@ -78,7 +78,7 @@ class _Copied:
             data = read_padded(self.metadata.file, offset, size)
         except BackendError as error:
             self.result.unreadable(f"Could not read L2 table: {error.strerror}")
-            raise CheckFailed from error
+            raise CheckFailed(error.errno) from error
         entries = unpack(data)
         wrong = self.wrong_entries(entries[:: self.step] if self.step > 1 else entries)
         for i, refcount in wrong:

@@ -25,7 +25,7 @@ from .layout import (
 from .metadata import CacheSizes, Metadata
 from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
-from .refcounts import pack_table
+from .refcounts import pack_table, structure_size
 
 __all__ = ["CreateOptions", "create"]
 
@@ -187,7 +187,7 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     # Header, refcount table, refcount blocks, L1 table, LUKS area: in this order from cluster 0.
     l1_clusters = geometry.clusters(8 * header.l1_size)
     luks_clusters = geometry.clusters(len(luks))
-    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)
+    blocks, table_clusters = structure_size(geometry, 1 + l1_clusters + luks_clusters)
     header.refcount_table_offset = geometry.cluster_size
     header.refcount_table_clusters = table_clusters
     blocks_at = 1 + table_clusters
@@ -206,7 +206,10 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     file.truncate(0, shrink=True)
     if options.nocow and isinstance(file, FileDisk):
         file.set_nocow()
-    file.truncate(used << geometry.cluster_bits)
+    end = used << geometry.cluster_bits
+    if l1_clusters and not luks and options.preallocation == "off":
+        end = header.l1_table_offset + 8 * header.l1_size  # QEMU's files end with the last entry
+    file.truncate(end)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
     table = pack_table(entries).ljust(table_clusters << geometry.cluster_bits, b"\0")
@@ -254,18 +257,6 @@ def _luks_area(header: Header, options: CreateOptions) -> bytes:
     from .encryption import new_luks_area  # cryptography takes long to load
 
     return new_luks_area(options)
-
-
-def _refcount_clusters(geometry: Geometry, others: int) -> tuple[int, int]:
-    """Refcount blocks and refcount table clusters needed to count themselves and ``others``."""
-    blocks = table_clusters = 1
-    while True:
-        used = others + blocks + table_clusters
-        need_blocks = -(-used >> geometry.refcount_block_bits)
-        need_table = geometry.clusters(8 * need_blocks)
-        if need_blocks <= blocks and need_table <= table_clusters:
-            return blocks, table_clusters
-        blocks, table_clusters = max(blocks, need_blocks), max(table_clusters, need_table)
 
 
 def _write_refcounts(file: Disk, geometry: Geometry, at: int, blocks: int, used: int) -> None:

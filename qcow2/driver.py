@@ -73,6 +73,8 @@ class Qcow2Disk(Disk):
         self._file = file
         self._header = header
         self._metadata = metadata
+        self.repairs: tuple[str, ...] = ()
+        """What was found when the image, left dirty, was repaired as it was opened."""
         self._options = options
         self._closing, self._resizing = Lock(), Lock()
         metadata.repair_only = for_check
@@ -186,9 +188,11 @@ class Qcow2Disk(Disk):
         if not is_dirty(self._header):
             return
         result = self.check(fix="all")
-        if result.check_errors:
+        self.repairs = tuple(result.messages)
+        if result.check_errors or result.failure:
             raise BackendError(
-                errno.EIO, f"Could not repair dirty image: {'; '.join(result.messages[-3:])}"
+                result.failure or errno.EIO,
+                f"Could not repair dirty image: {'; '.join(result.messages[-3:])}",
             )
 
     # -- requests ------------------------------------------------------------------------------
@@ -363,7 +367,7 @@ class Qcow2Disk(Disk):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
             cluster_size=self._metadata.cluster_size,
             specific={
                 **info.specific_facts(header),
@@ -411,6 +415,7 @@ class Qcow2Disk(Disk):
             raise ValueError("what is fixed is 'leaks' or 'all'")
         if fix is not None:
             metadata.check_writable(repair=True)
+            self._clear_unknown_autoclear()
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()

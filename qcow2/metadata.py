@@ -174,6 +174,8 @@ class Metadata:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
             self.overlap.add(new, Section.ACTIVE_L2)
             self.file.write(new << self.cluster_bits, contents)
+            if self.lazy:
+                self.refcounts.cache.write_dirty()  # tables are counted even so, as in QEMU
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
