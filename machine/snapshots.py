@@ -296,7 +296,9 @@ class MachineSnapshots:
 
 
 def _find(disk: Qcow2Disk, name: str) -> Snapshot | None:
-    return next((snapshot for snapshot in disk.snapshots if snapshot.name == name), None)
+    with suppress(KeyError):
+        return disk.snapshots.find_by(name=name)
+    return None
 
 
 def _delete(disk: Qcow2Disk, name: str) -> None:
