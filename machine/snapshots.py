@@ -236,8 +236,9 @@ class MachineSnapshots:
         """Make the machine and its disks what they were; the id is the state disk's.
 
         The whole stream is read, checked, and taken by the components before anything changes;
-        if a disk fails then, the others are what they were. Only if RAM cannot be read a second
-        time, the machine is left in pieces (its disks are those of the snapshot then).
+        if a disk fails then, the others are what they were. Only an interrupt in the last step
+        (KeyboardInterrupt), or RAM of more than 256 MiB that cannot be read a second time, leave
+        the machine in pieces: its disks are those of the snapshot then, and it is to be loaded again.
         Raises KeyError where a disk has no such snapshot, UnsupportedError for one without a state,
         and the errors of :meth:`Machine.prepare`.
         """
