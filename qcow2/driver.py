@@ -357,6 +357,11 @@ class Qcow2Disk(Disk):
             emptying.make_empty(self._metadata)
 
     @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self._metadata.cluster_size
+
+    @property
     def encryption(self) -> Encryption | None:
         """How the image is encrypted, and the passphrases that open it; None if it is not."""
         return self._metadata.encryption

@@ -331,15 +331,18 @@ class Metadata:
 
         ``size`` is the disk's size with it. One write into the header's first sector.
         """
-        header = self.header
+        header, overlap = self.header, self.overlap
         self.file.write(
             layout.SIZE_OFFSET,
             layout.SIZE_AND_L1.pack(size, header.crypt_method, len(l1), offset),
         )
         self.file.flush()
+        overlap.drop(Section.ACTIVE_L1, header.l1_table_offset, 8 * header.l1_size)
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
-        self.overlap.forget()
+        overlap.put(Section.ACTIVE_L1, offset, 8 * len(l1))
+        for entry in filter(None, l1):
+            overlap.add((entry & layout.OFFSET_MASK) >> self.cluster_bits, Section.ACTIVE_L2)
 
     def make_accurate(self) -> None:
         """Bring postponed refcounts to the file, which is clean then (in an exclusive
@@ -422,12 +425,14 @@ class Metadata:
             self.flush_alone()
 
     @contextmanager
-    def exclusive(self, *, settled: bool = True) -> Iterator[None]:
+    def exclusive(self, *, settled: bool = True, told: bool = False) -> Iterator[None]:
         """Be alone with an image whose metadata is settled, and leave it so.
 
         With ``settled`` False refcounts that differ from the file may stay so, as between any two
-        flushes, and what was written may not be stable yet.
+        flushes, and what was written may not be stable yet. ``told``: the overlap check hears of
+        each structure that comes or goes (those that snapshots refer to excepted).
         """
+        done = False
         try:
             with self.gate.exclusive():
                 if settled:
@@ -439,8 +444,10 @@ class Metadata:
                 yield
                 if settled:
                     self.settle()
+            done = True
         finally:
-            self.overlap.forget()
+            if not (told and done) or self.overlap.sections & Section.INACTIVE_L2:
+                self.overlap.forget()
             self.corruption.deliver()
 
 

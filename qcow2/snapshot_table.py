@@ -9,7 +9,7 @@ from ..errors import ImageError
 from . import layout
 from .header import Header
 
-__all__ = ["Snapshot", "TableRepair", "check_l1", "check_size", "pack_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "TableRepair", "check_l1", "check_size", "read_snapshots"]
 
 
 _INT_MAX = (1 << 31) - 1
@@ -65,13 +65,6 @@ class Snapshot:
         )
         entry += extra + identity + name
         return entry + bytes(-len(entry) % 8)
-
-
-def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
-    """The whole table. Raises ImageError where it exceeds what QEMU reads."""
-    table = b"".join(snapshot.pack() for snapshot in snapshots)
-    check_size(len(snapshots), len(table))
-    return table
 
 
 def check_size(count: int, length: int) -> None:

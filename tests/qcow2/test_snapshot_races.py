@@ -104,7 +104,7 @@ def test_a_view_protects_its_snapshot_when_the_table_was_written_anew() -> None:
     with disk.snapshots.open("one"):
         disk.snapshots.rewrite(
             [type(s)(**{n: getattr(s, n) for n in s.__slots__}) for s in disk.snapshots],
-            disk.snapshots._table_length,
+            disk.snapshots._list.length,
         )
         with pytest.raises(BackendError) as caught:
             disk.snapshots.delete("one")

@@ -11,7 +11,7 @@ from pyvirtio import BackendError, ImageError, MemoryDisk
 from pyvirtio.backend.filter import FilterDisk
 from pyvirtio.qcow2 import reference_vector, sharing, tally
 from pyvirtio.qcow2.header import read_header
-from pyvirtio.qcow2.snapshot_table import Snapshot, check_l1, pack_snapshots, read_snapshots
+from pyvirtio.qcow2.snapshot_table import Snapshot, check_l1, read_snapshots
 from support.images import (
     as_qcow2,
     assert_clean,
@@ -426,12 +426,6 @@ def test_too_much_extra_data_is_refused() -> None:
     file, header = table_of(snapshot(unknown_extra_data=bytes(1001)).pack())
     with pytest.raises(ImageError, match="Too much extra metadata"):
         read_snapshots(file, header)  # type: ignore[arg-type]
-
-
-def test_more_snapshots_than_qemu_reads_are_refused() -> None:
-    one = snapshot()
-    with pytest.raises(ImageError, match="Too many snapshots"):
-        pack_snapshots([one] * 65537)
 
 
 @pytest.mark.parametrize("place", [100, (1 << 63) - 512])
