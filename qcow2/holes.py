@@ -23,12 +23,12 @@ class HostHoles:
     def look(self, host: int, length: int) -> tuple[bool, int]:
         """Whether host bytes of a data cluster are known to be zeroes, and how far that is so."""
         if self._worth_asking is None:
+            self._worth_asking = False  # where nobody knows; the data can be had all the same
             try:
                 self._worth_asking = self._detect()
             except BackendError:
-                self._worth_asking = True  # nobody knows; the data can be had all the same
+                pass
             except CorruptionError as error:
-                self._worth_asking = True
                 error.report()
         if not self._worth_asking:
             return False, length
