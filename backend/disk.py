@@ -9,6 +9,7 @@ the methods with a leading underscore; the public ones check the request and cal
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -106,6 +107,10 @@ class Disk(ABC):
     """True for a file below a format: a write past the end makes it longer, and what a read finds
     past the end is zeroes, so that a format may use any offset. Whoever opens the file for a format
     asks for it; disks that guests see never grow by themselves."""
+
+    bounded: bool = False
+    """True for a file below a format that cannot grow (a block device). Formats set it: what a read
+    finds past the end is zeroes, too, and a write there finds no space (ENOSPC)."""
 
     def __init__(self, size: int, *, read_only: bool = False, limits: Limits | None = None) -> None:
         self.size = size
@@ -433,12 +438,16 @@ class Disk(ABC):
             length -= part
 
     def _refuse(self, offset: int, length: int, *, writing: bool = False) -> None:
-        """Raise for a request that failed a check; returns if it only passes a growable's end."""
+        """Raise for a request that failed a check; returns if it only passes a growable's end, or
+        reads past that of a bounded one."""
         if self.closed:
             raise ValueError(f"{self.format_name}: the disk is closed")
         if writing and self.read_only:
             raise BackendError(errno.EPERM, "the disk is read-only", self.filename)
-        if self.growable and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
+        may_pass = self.growable or self.bounded
+        if may_pass and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
+            if writing and not self.growable:
+                raise BackendError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.filename)
             return
         raise ValueError(
             f"{self.format_name}: {length} bytes at {offset} are not inside the disk "

@@ -148,6 +148,7 @@ def open_data_file(
             value=size,
             limit=header.size,
         )
+    disk.bounded = not disk.growable
     return disk
 
 

@@ -122,6 +122,7 @@ class Qcow2Disk(Disk):
         is missing, PassphraseError if the passphrase is missing or wrong, or ValueError for an
         option.
         """
+        file.bounded = not file.growable
         header = read_header(file, for_check=for_check)
         runtime = opening.runtime_options(file, header, options)
         if not read_only and not for_check:

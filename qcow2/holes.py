@@ -6,6 +6,8 @@ with many more clusters in use than the host has space for: their metadata were 
 
 from __future__ import annotations
 
+from ..errors import BackendError
+from .corruption import CorruptionError
 from .metadata import Metadata
 
 __all__ = ["HostHoles"]
@@ -21,7 +23,13 @@ class HostHoles:
     def look(self, host: int, length: int) -> tuple[bool, int]:
         """Whether host bytes of a data cluster are known to be zeroes, and how far that is so."""
         if self._worth_asking is None:
-            self._worth_asking = self._detect()
+            self._worth_asking = False  # where nobody knows; the data can be had all the same
+            try:
+                self._worth_asking = self._detect()
+            except BackendError:
+                pass
+            except CorruptionError as error:
+                error.report()
         if not self._worth_asking:
             return False, length
         file = self._metadata.file

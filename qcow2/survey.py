@@ -179,7 +179,7 @@ class Survey:
             if not offset:
                 continue
             try:
-                if offset % metadata.cluster_size:
+                if offset % metadata.cluster_size or offset > layout.INT64_MAX:
                     raise BackendError(5, "Input/output error")
                 data = read_padded(metadata.file, offset, metadata.cluster_size)
             except BackendError as error:

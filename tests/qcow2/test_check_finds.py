@@ -102,6 +102,13 @@ def test_reserved_bits_of_the_refcount_table() -> None:
     assert checked(file).corruptions == 1
 
 
+def test_a_refcount_block_where_no_file_reaches_cannot_be_read() -> None:
+    file = image()
+    poke(file, number_at(file, 48), 1 << 63)
+    found = checked(file)
+    assert found.check_errors == -(-file.size // CLUSTER)
+
+
 def test_two_owners_of_a_cluster() -> None:
     file = image()
     poke(file, l2_entry_at(file, 1), number_at(file, l2_entry_at(file, 0)))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import pyvirtio
 import pyvirtio.qcow2
+from pyvirtio import MemoryDisk
 from pyvirtio.qcow2 import layout
 from support.filters import CappedDisk
 from support.images import new_image
@@ -428,3 +429,42 @@ def test_a_free_cluster_is_not_looked_for_where_no_entry_can_name_it(
         disk.write(0, b"x")
     assert caught.value.errno == errno.EFBIG
     assert max(looked) * 512 <= limit
+
+
+def on_a_device(size: int, **options: Any) -> Any:
+    """An image with some data in something of a fixed size."""
+    file, disk = new_image(1 << 30, cluster_size=65536, **options)
+    disk.write(0, b"x" * 100_000)
+    disk.close()
+    device = bytearray(file.getvalue().ljust(size, b"\0"))
+    return pyvirtio.open_disk(MemoryDisk(device), format="qcow2")
+
+
+def test_a_device_that_is_full_is_told_by_its_errno() -> None:
+    with on_a_device(1 << 20) as disk:
+        for request in (
+            lambda: disk.write(1 << 20, b"y" * (1 << 20)),
+            lambda: disk.truncate(1 << 46),
+            lambda: disk.vmstate.write(0, b"s" * (1 << 20)),
+        ):
+            with pytest.raises(pyvirtio.BackendError) as caught:
+                request()
+            assert caught.value.errno in (errno.ENOSPC, errno.EINVAL)
+        assert disk.read(0, 100_000) == b"x" * 100_000
+        disk.discard(0, 1 << 20)
+        disk.flush()
+        disk.write(0, b"z" * 65536)  # there is room again
+        assert not disk.check().corruptions
+
+
+def test_what_an_entry_names_past_a_devices_end_reads_as_zeroes() -> None:
+    with on_a_device(1 << 20) as disk:
+        metadata = disk._metadata
+        with metadata.lock:
+            position = metadata.prepare(3)
+            metadata.tables.set_entries(position, [1 << 40 | layout.COPIED])
+            metadata.unpin(position)
+        assert not any(disk.read(3 << 16, 65536))
+        with pytest.raises(pyvirtio.BackendError) as caught:
+            disk.write(3 << 16, b"w" * 512)
+        assert caught.value.errno == errno.ENOSPC

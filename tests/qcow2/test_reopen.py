@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import pyvirtio
+import pyvirtio.qcow2
 from pyvirtio import BackendError, ImageError, MemoryDisk
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_img, qemu_img_json
@@ -156,3 +157,30 @@ def test_an_image_whose_data_file_was_not_opened_can_be_reopened(tmp_path: Path)
     with pyvirtio.open_disk(path, backing=lambda reference: None) as disk:
         disk.reopen(read_only=True)
         disk.reopen(read_only=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 4096},
+        {"extended_l2": True},
+        {"data_file": "data"},
+        {"encryption": True, "passphrase": "x"},
+    ],
+)
+def test_an_image_that_became_one_of_another_kind_is_not_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = MemoryDisk(growable=True)
+    pyvirtio.qcow2.FORMAT.create(other, SIZE, **options)  # type: ignore[misc]
+    file = MemoryDisk(growable=True)
+    with pyvirtio.create_disk(file, SIZE) as disk:
+        disk.write(0, b"a" * 100)
+        disk.flush()
+        header = file.read(0, CLUSTER)
+        file.write(0, other.read(0, CLUSTER))
+        with pytest.raises(ImageError, match="another layout"):
+            disk.invalidate()
+        file.write(0, header)
+        assert disk.read(0, 100) == b"a" * 100

@@ -10,6 +10,7 @@ import pyvirtio
 from pyvirtio import ImageError, MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk
 from support.chains import Chain, words
+from support.images import new_image, number_at, poke, reopen
 
 FIELDS = ("data", "zero", "allocated", "compressed", "depth", "host_offset", "file")
 
@@ -130,6 +131,22 @@ def test_a_sparse_file_of_any_length_is_not_gone_over_for_holes(tmp_path):
         disk.children["file"].size = 1 << 62
         assert next(disk.extents()).data
         assert asked
+
+
+def test_what_refcounts_cannot_be_had_for_is_mapped_and_copied_all_the_same():
+    file, disk = new_image(cluster_size=4096)
+    disk.write(0, b"\x11" * 512)
+    disk.close()
+    poke(file, number_at(file, 48), 0x2200)  # the only refcount block
+    target = MemoryDisk(disk.size)
+    with reopen(file, read_only=True) as disk:
+        heard = []
+        disk.on_corruption(heard.append)
+        assert next(disk.extents()).data
+        assert len(heard) == 1
+    with reopen(file, read_only=True) as disk:
+        pyvirtio.convert(disk, target)
+    assert target.read(0, 513) == b"\x11" * 512 + b"\0"
 
 
 def test_a_run_is_one_in_its_middle_too():
