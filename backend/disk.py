@@ -94,6 +94,10 @@ class DiskInfo:
     """Of each internal snapshot, facts under QEMU's names (``SnapshotInfo``)."""
 
 
+class OutsideError(ValueError):
+    """A request leaves the disk: a caller's mistake, unless the disk has become smaller."""
+
+
 class Disk(ABC):
     """A guest's disk, or a layer of one."""
 
@@ -431,7 +435,7 @@ class Disk(ABC):
             raise BackendError(errno.EPERM, "the disk is read-only", self.filename)
         if self.growable and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
             return
-        raise ValueError(
+        raise OutsideError(
             f"{self.format_name}: {length} bytes at {offset} are not inside the disk "
             f"of {self.size} bytes"
         )

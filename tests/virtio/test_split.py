@@ -331,13 +331,18 @@ def test_data_outside_ram_is_ioerr(make_started: Any, memory: str, kind: int, ad
     assert machine.registers.status == 15
 
 
-def test_a_chain_longer_than_4_gib_is_ioerr_vq_s_16(make_started: Any) -> None:
-    """Of a disk that is large enough, into RAM over and over."""
-    machine = make_started(disk=pyvirtio.NullDisk(1 << 40), queue_size=4096)
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+@pytest.mark.parametrize("parts", [1024, 1025])
+def test_a_chain_longer_than_4_gib_is_ioerr_vq_s_16(
+    make_started: Any, parts: int, memory: str
+) -> None:
+    """Of a disk that is large enough, into RAM over and over; header and status count, too."""
+    disk = pyvirtio.NullDisk(1 << 40)
+    machine = make_started(disk=disk, queue_size=4096, memory=memory)
     header = machine.arena.take(64)
     machine.memory.write(header, at.LITTLE.blk_request.pack(0, 0, 0))
     whole = Buffer(machine.base, len(machine.ram), True)
-    chain = [Buffer(header, 16), *[whole] * 1025, Buffer(header + 16, 1, True)]
+    chain = [Buffer(header, 16), *[whole] * parts, Buffer(header + 16, 1, True)]
     head = machine.driver.ring.add(chain)
     machine.driver.ring.publish()
     before = bytes(machine.ram[: machine.driver.ring.used - machine.base])
