@@ -118,7 +118,10 @@ class Session:
         if not self._vrings.all[index].signal("call"):
             self._tell(BackendRequest.VRING_CALL, vu.VRING_STATE.pack(index, 0))
         if self._log is not None and self._log_fd >= 0:
-            os.eventfd_write(self._log_fd, 1)
+            try:
+                os.eventfd_write(self._log_fd, 1)
+            except OSError as error:  # it is the front-end's, and may be anything
+                _log.warning("the descriptor for the log fails: %s", error)
 
     def config_interrupt(self) -> None:
         """See :class:`..transport.Transport`."""
