@@ -400,3 +400,25 @@ def test_a_device_made_to_feed_itself_stops(make_started: Any, memory: str) -> N
     assert seen[0] == 1024
     assert machine.mmio.poll()  # what is left is not lost
     assert seen[0] == 2048
+
+
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("negotiated", [False, True])
+def test_notify_on_empty_bf_100(
+    make_machine: Any, memory: str, event_idx: bool, negotiated: bool
+) -> None:
+    """Interrupts that are not wanted come all the same when nothing is left to be done."""
+    machine = make_machine(legacy=True, memory=memory)
+    driver = machine.driver
+    driver.features |= negotiated << at.VIRTIO_F_NOTIFY_ON_EMPTY
+    if not event_idx:
+        driver.features &= ~(1 << at.VIRTIO_F_EVENT_IDX)
+    driver.start()
+    driver.ring.want_interrupts(False)
+    if event_idx:
+        driver.ring.used_event = 9
+    driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=512)
+    driver.ring.publish()
+    machine.registers.notify(0)
+    assert machine.registers.take_interrupt() == int(negotiated)
