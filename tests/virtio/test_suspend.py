@@ -570,3 +570,19 @@ def test_a_reset_while_it_waits(make_threaded: Any) -> None:
     machine.registers.status = 0
     machine.driver.start()
     assert machine.registers.status == 15
+
+
+def test_a_kick_from_the_last_interrupt_takes_nothing_bf_72(make_machine: Any) -> None:
+    """The interrupt for what was kept, in whose callback the guest goes on at once."""
+    machine = make_machine(errors=ErrorPolicy(writes="stop"))
+    machine.driver.start()
+    machine.disk.error = OSError(errno.EIO, "no")
+    available_write(machine, 0, b"1")
+    machine.registers.status |= at.STATUS_SUSPEND
+    machine.driver.submit(at.VIRTIO_BLK_T_OUT, 1, b"2" * 512)
+    machine.driver.ring.publish()
+    machine.mmio._line.callback = lambda level: machine.registers.notify(0)
+    machine.disk.error = None
+    machine.device.resume()
+    assert machine.registers.status == SUSPENDED
+    assert machine.disk.content[512] == 0
