@@ -20,6 +20,7 @@ ZONES = "virtio/test_zone_requests.py::test_"
 ZONED = "backend/test_zoned.py::test_"
 OBSERVE = "virtio/test_observing.py::test_"
 RECORD = "virtio/test_recording.py::test_"
+PCI = "virtio/test_pci.py::test_"
 SUSPEND = "virtio/test_suspend.py::test_"
 MESSAGES = "virtio/test_vhost_user_messages.py::test_"
 EXPRESS = "virtio/test_express.py::test_"
@@ -133,6 +134,8 @@ VIRTIO: list[tuple[str, ...]] = [
     ("backend/zoned.py", "reset all resets what has failed (BLK-89)", "                ZoneState.READ_ONLY,\n                ZoneState.OFFLINE,\n            ):", "            ):", ZONED + "reset_all_leaves_nothing_but_what_failed"),
     ("backend/zoned.py", "appends overtake one another (BLK-93)", "        with self._writer(zone):\n            place = zone.pointer\n", "        place = zone.pointer\n        with self._writer(zone):\n", ZONED + "an_append_has_its_place_when_the_one_before_is_done"),
     ("backend/zoned.py", "another disk's store is taken", "or self._store.read(0, _HEADER.size) != self._header", "", ZONED + "a_store_of_other_zones_is_refused"),
+    ("virtio/split.py", "a queue runs empty without a word (BF-100)", "if self.notify_on_empty and", "if False and", SPLIT + "notify_on_empty_bf_100"),
+    ("virtio/pci.py", "vendor data is cut (PCI-84)", "data += bytes(-(at.CAP_VENDOR.size + len(data)) % 4)  # PCI-84", "data = data[: -(at.CAP_VENDOR.size + len(data)) % 4]", PCI + "vendor_data_pci_83_to_85"),
     # -- suspension --
     ("virtio/suspension.py", "SUSPEND shows while a request is under way (BF-73)", "            and device.service.quiet()\n", "", SUSPEND + "worker_threads_finish_first_bf_72_to_bf_74", SUSPEND + "from_inside_a_request_it_waits_for_that_one_bf_73_bf_74"),
     ("virtio/suspension.py", "SUSPEND shows while a request is kept (BF-73)", "            and not any(queue.held for queue in device.queues)\n", "", SUSPEND + "a_request_that_an_error_has_stopped_is_done_first_bf_73"),
