@@ -41,10 +41,11 @@ crash: venv
 crash-linux: venv
 	PYVIRTIO_LINUX_CUTS=50 $(BIN)/python -m pytest tests/examples/test_linux_crash.py
 
-# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed.
-# Ten minutes.
+# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed,
+# live migration. Ten minutes.
 interop-vhost: venv
-	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py
+	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py \
+		tests/interop/test_vhost_user_migration.py
 
 # What follows one after the other, MINUTES (ten) each: hostile rings, hostile messages, images, command
 # lines. Each prints what it finds, with what runs it again, and fails; FUZZ="…" are its own options.

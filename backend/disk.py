@@ -1,8 +1,9 @@
 """The one interface that everything speaks: formats, filters and protocols are all Disks.
 
 A Disk is an array of ``size`` bytes. Requests are synchronous and may come from any number of
-threads at once; each is either done whole or raises. What a class of disks has to provide are the
-methods with a leading underscore; the public ones check the request and call them.
+threads at once; each is either done whole or raises. They come from one process: after a fork only
+one of the two may go on with a disk, closing it included. What a class of disks has to provide are
+the methods with a leading underscore; the public ones check the request and call them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from operator import index
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
 from .buffers import as_views, clear, is_zero, split
@@ -263,6 +265,9 @@ class Disk(ABC):
         """The backing file, if there is one."""
         return self.children.get("backing")
 
+    strong_options: Mapping[str, Any] = MappingProxyType({})
+    """Options it was opened with that decide what it holds: its file's name does not say all."""
+
     @property
     def filename(self) -> str | None:
         """The path or URL this disk was opened by, if there is one."""
@@ -276,7 +281,7 @@ class Disk(ABC):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=None if file is None else file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
         )
 
     # -- life --------------------------------------------------------------------------------
@@ -289,6 +294,7 @@ class Disk(ABC):
         """
         if self.closed or self.read_only:
             self._refuse(0, 0, writing=True)
+        size = index(size)
         if size < 0:
             raise ValueError(f"{self.format_name}: a disk cannot have {size} bytes")
         if size < self.size and not shrink:
@@ -338,6 +344,9 @@ class Disk(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; open it again")
 
     def __repr__(self) -> str:
         name = f" {self.filename!r}" if self.filename else ""

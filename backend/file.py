@@ -1,4 +1,4 @@
-"""A file or block device of the host as a Disk (QEMU's ``file`` and ``host_device``)."""
+"""A file or device of the host as a Disk (QEMU's ``file`` and ``host_device``)."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _FIRST_BLOCK = 4096
 
 
 class FileDisk(Disk):
-    """A regular file or a block device.
+    """A regular file, a block device or, as QEMU has it, a character device.
 
     ``size`` is the exact length in bytes. ``growable`` is for a file below a format, see
-    :attr:`Disk.growable`; a block device never grows. ``locking`` takes the locks that QEMU takes
+    :attr:`Disk.growable`; a device never grows. ``locking`` takes the locks that QEMU takes
     for such a use of an image: writing excludes everybody else, reading excludes writers, unless
     with ``force_share``, which bears everything.
 
@@ -164,7 +164,7 @@ class FileDisk(Disk):
                     disk.truncate(0, shrink=True)
                     disk.truncate(size, preallocation=preallocation)
                 elif disk.size < size:
-                    raise BackendError(errno.ENOSPC, "The device is too small", name)
+                    raise BackendError(errno.EINVAL, "Cannot grow device files", name)
             except BaseException:
                 disk.close()
                 raise
@@ -219,6 +219,8 @@ class FileDisk(Disk):
             done = read_some(self._fd, offset, views, length)
         except OSError as error:
             raise self._failed(error, f"Could not read {length} bytes at {offset}") from error
+        except BufferError as error:
+            raise TypeError("the buffers of a read must be writable") from error
         if done < length:  # the file is shorter than it was: QEMU reads zeroes there, too
             clear(split(views, done, length - done))
 
@@ -282,7 +284,7 @@ class FileDisk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        """True for a file; a new block device may hold anything."""
+        """True for a file; a new device may hold anything."""
         return not self._is_device
 
     @property
@@ -307,7 +309,7 @@ class FileDisk(Disk):
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
-            actual_size=None if self._is_device else blocks * 512,
+            actual_size=blocks * 512,
             filename=self._path,
         )
 
@@ -330,6 +332,9 @@ class FileDisk(Disk):
         if self._cache_lost is not None:
             lost = self._cache_lost
             raise BackendError(lost.errno, lost.strerror, self._path) from lost
+        self._sync()
+
+    def _sync(self) -> None:
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -378,7 +383,7 @@ class FileDisk(Disk):
             else:
                 os.ftruncate(self._fd, size)
                 self._space.fill(old, size - old)
-                os.fsync(self._fd)
+                self._sync()
         except (OSError, UnsupportedError):
             os.ftruncate(self._fd, old)
             raise
@@ -476,6 +481,11 @@ def file_identity(status: os.stat_result) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
+def is_device(mode: int) -> bool:
+    """True for a device that a disk can be in: for QEMU that is a character device, too."""
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+
 def _check_modes(cache: str, discard: str) -> None:
     if cache not in ("writeback", "none", "unsafe"):
         raise ValueError(f"Invalid cache option: {cache}")
@@ -491,10 +501,10 @@ def _check_preallocation(mode: str) -> None:
 
 
 def _kind_checked(status: os.stat_result, path: str) -> bool:
-    """True for a block device, False for a regular file; anything else raises BackendError."""
+    """True for a device, False for a regular file; anything else raises BackendError."""
     if stat.S_ISREG(status.st_mode):
         return False
-    if stat.S_ISBLK(status.st_mode):
+    if is_device(status.st_mode):
         return True
     number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
     raise BackendError(number, f"'file' driver requires '{path}' to be a regular file", path)
@@ -512,8 +522,8 @@ def _open(path: str, read_only: bool, cache: str) -> int:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode) and not read_only:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        is_device = _kind_checked(status, path)
-        return os.open(path, _flags(read_only, cache) | (0 if is_device else os.O_NONBLOCK))
+        blocking = _kind_checked(status, path) and stat.S_ISBLK(status.st_mode)
+        return os.open(path, _flags(read_only, cache) | (0 if blocking else os.O_NONBLOCK))
     except BackendError:
         raise
     except OSError as error:

@@ -16,8 +16,9 @@ from ..errors import BackendError, UnsupportedError
 from . import nbd_protocol as nbd
 from .buffers import clear, gather, split
 from .disk import Disk, Extent, Limits
-from .node import Node
+from .node import Graph, Node
 from .registry import Driver
+from .tls import TlsCredentials
 
 __all__ = ["DRIVER", "NbdDisk"]
 
@@ -115,7 +116,7 @@ class NbdDisk(Disk):
         connection.sendall(_U32.pack(flags & (nbd.FIXED_NEWSTYLE | nbd.NO_ZEROES)))
         if self._tls is not None:
             self._simple_option(nbd.Option.STARTTLS, required=True)
-            self._socket = self._tls.wrap_socket(connection, server_hostname=self._tls_hostname)
+            self._start_tls(connection, self._tls)
         self._structured = self._simple_option(nbd.Option.STRUCTURED_REPLY)
         name = self._export.encode()
         if self._structured:
@@ -144,6 +145,18 @@ class NbdDisk(Disk):
         if size >= 1 << 63 or smallest & (smallest - 1) or smallest > 1 << 16:
             raise BackendError(errno.EINVAL, "server sent invalid export information")
         return size, flags, smallest
+
+    def _start_tls(self, connection: socket.socket, tls: ssl.SSLContext) -> None:
+        try:
+            self._socket = tls.wrap_socket(connection, server_hostname=self._tls_hostname)
+        except ssl.SSLCertVerificationError as error:
+            message = f"The server's certificate is no good: {error.verify_message}"
+            raise BackendError(errno.EACCES, message) from error
+        except ssl.SSLError as error:
+            reason = error.reason or str(error)
+            raise BackendError(errno.EIO, f"TLS with the server failed: {reason}") from error
+        except ValueError as error:  # a name is wanted
+            raise BackendError(errno.EINVAL, str(error)) from error
 
     def _old_style(self) -> tuple[int, int, int]:
         """A server that offers its one export without a question."""
@@ -436,15 +449,30 @@ def _open(node: Node) -> Disk:
     else:
         raise ValueError(f"Invalid parameter '{kind}'")
     options.number("open-timeout")
-    tls = options.text("tls-creds")
-    if tls is not None:
-        raise UnsupportedError("TLS credentials are not taken from objects", feature="tls-creds")
+    tls = _credentials(node.context.graph, options.text("tls-creds"))
+    hostname = options.text("tls-hostname") or (address[0] if isinstance(address, tuple) else None)
     return NbdDisk(
         address,
         options.text("export") or "",
         read_only=node.context.read_only,
         reconnect_delay=options.number("reconnect-delay"),
+        tls=tls,
+        tls_hostname=hostname,
     )
+
+
+def _credentials(graph: Graph, name: str | None) -> ssl.SSLContext | None:
+    """What the object ``name`` says of TLS."""
+    if name is None:
+        return None
+    found = graph.objects.get(name)
+    if found is None and name not in graph.secrets:
+        raise ValueError(f"No TLS credentials with id '{name}'")
+    if not isinstance(found, TlsCredentials):
+        raise ValueError(f"Object with id '{name}' is not TLS credentials")
+    if found.server:
+        raise ValueError("Expected TLS credentials for a client endpoint")
+    return found.context()
 
 
 DRIVER = Driver("nbd", _open, protocol=True, parse_filename=_parse_filename)

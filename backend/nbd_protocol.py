@@ -22,6 +22,7 @@ __all__ = [
     "INIT_MAGIC",
     "MAX_OPTION",
     "MAX_REQUEST",
+    "MAX_STRING",
     "NO_ZEROES",
     "OLD_STYLE",
     "OLD_STYLE_MAGIC",
@@ -76,7 +77,9 @@ CHUNK = Struct(">IHHQI")
 
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 MAX_OPTION = 1 << 16
-"""Bytes of an option's data that a peer may send (the longest names are 4096)."""
+"""Bytes of an option's data that a peer may send."""
+MAX_STRING = 4096
+"""Bytes of a name or a text."""
 MAX_REQUEST = 32 << 20
 """Bytes of data in one request, the specification's advice."""
 DONE = 1

@@ -97,11 +97,13 @@ def parse_json(text: str) -> dict[str, Any]:
     """The options in a ``json:`` name's object; QEMU's JSON takes single quotes, too."""
     try:
         value = json.loads(_requote(text), parse_constant=_refuse_constant)
+        if not isinstance(value, dict):
+            raise TypeError
+        return flatten(value)
+    except TypeError:
+        raise ValueError("Invalid JSON object given") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Could not parse the JSON options: {_reason(text, error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError("Invalid JSON object given")
-    return flatten(value)
 
 
 def _requote(text: str) -> str:

@@ -140,9 +140,8 @@ class Increments:
         """The snapshot of ``base``, if it is still there."""
         if base.snapshot is None:
             return None
-        for other in self._disk.snapshots:
-            if other is base.snapshot:
-                return other
+        if base.snapshot in self._disk.snapshots:
+            return base.snapshot
         # It may have another name, or the image may have been read anew: its UUID is the same.
         for other in self._disk.snapshots:
             if other.l1_table_offset == base.snapshot.l1_table_offset and other.vm_state_size:
@@ -233,7 +232,7 @@ class Increments:
         ):
             lineage = parse_lineage(reader.read(LINEAGE))
             placed = {name: read_placed(reader, name, len(ram)) for name, ram in views.items()}
-            if _makes_sense(placed.values(), reader.length, self._disk.info().cluster_size or 1):
+            if _makes_sense(placed.values(), reader.length, self._disk.cluster_size):
                 reserve = min((p.position for p in placed.values()), default=0)
                 self._base = Kept(lineage, reserve, reader.length, placed, snapshot)
                 self._trusted = True

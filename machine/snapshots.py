@@ -236,10 +236,11 @@ class MachineSnapshots:
         """Make the machine and its disks what they were; the id is the state disk's.
 
         The whole stream is read, checked, and taken by the components before anything changes;
-        if a disk fails then, the others are what they were. Only if RAM cannot be read a second
-        time, the machine is left in pieces (its disks are those of the snapshot then).
-        Raises KeyError where a disk has no such snapshot, UnsupportedError for one without a state,
-        and the errors of :meth:`Machine.prepare`.
+        if a disk fails then, the others are what they were. Only an interrupt in the last step
+        (KeyboardInterrupt), or RAM of more than 256 MiB that cannot be read a second time, leave
+        the machine in pieces: its disks are those of the snapshot then, and it is to be loaded
+        again. Raises KeyError where a disk has no such snapshot, UnsupportedError for one without a
+        state, and the errors of :meth:`Machine.prepare`.
         """
         self._check_writable()
         snapshot = self._state_disk.snapshots.find(name_or_id)
@@ -296,7 +297,9 @@ class MachineSnapshots:
 
 
 def _find(disk: Qcow2Disk, name: str) -> Snapshot | None:
-    return next((snapshot for snapshot in disk.snapshots if snapshot.name == name), None)
+    with suppress(KeyError):
+        return disk.snapshots.find_by(name=name)
+    return None
 
 
 def _delete(disk: Qcow2Disk, name: str) -> None:

@@ -34,7 +34,7 @@ def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: A
 
     ``data_disk`` is to be the external data file, if one is named, which is made otherwise.
     """
-    _create(file, size, CreateOptions(**options), data_disk)
+    _create(file, size, CreateOptions.of(**options), data_disk)
 
 
 FORMAT = Format(
@@ -46,4 +46,5 @@ FORMAT = Format(
     shared_options=("passphrase",),
     secret_options={"encrypt.key-secret": "passphrase"},
     renamed_options={"encrypt.format": "encrypt_format"},
+    strong_options=("encrypt.",),
 )

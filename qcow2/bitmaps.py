@@ -220,6 +220,8 @@ class Bitmaps:
         metadata.check_writable()
         if not name:
             raise ValueError("Bitmap name cannot be empty")
+        if not isinstance(name, str):
+            raise TypeError(f"a bitmap's name is a string, not {name!r}")
         if granularity is None:
             low, high = _DEFAULT_GRANULARITY
             granularity = min(max(metadata.cluster_size, low), high)

@@ -53,11 +53,13 @@ def change_backing_file(metadata: Metadata, name: str | None, format: str | None
 
     Nothing is opened, nothing is compared. Raises ValueError for what the header cannot hold.
     """
-    name = name or None
+    name = os.fsdecode(name) if name else None
     if name is None and format is not None:
         raise ValueError("Backing format cannot be used without backing file")
     if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME:
         raise ValueError("Backing file name too long")
+    if name is not None and "\0" in name:
+        raise ValueError("Invalid backing file name")
     if format is not None and len(format.encode()) > layout.MAX_BACKING_FORMAT_NAME:
         raise ValueError("Backing format name too long")
     if name is not None and metadata.header.autoclear_features & layout.Autoclear.RAW_DATA:

@@ -41,12 +41,17 @@ class HostHoles:
             return False
         real = actual >> metadata.cluster_bits
         threshold = max(real * 10 // 9, real + 2)
-        used = 0
+        used, end = 0, metadata.geometry.clusters(metadata.file.size)
+        bits = metadata.geometry.refcount_block_bits
         with metadata.lock:
-            for values in metadata.refcounts.counts(
-                0, metadata.geometry.clusters(metadata.file.size)
-            ):
-                used += sum(map(bool, values))
-                if used >= threshold:
-                    return True
+            for block, entry in enumerate(metadata.refcounts.table):
+                first = block << bits
+                if first >= end:
+                    break
+                if not entry:  # a sparse file may be so long that its clusters cannot be gone over
+                    continue
+                for values in metadata.refcounts.counts(first, min(1 << bits, end - first)):
+                    used += sum(map(bool, values))
+                    if used >= threshold:
+                        return True
         return False

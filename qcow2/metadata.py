@@ -149,9 +149,12 @@ class Metadata:
         """Have an L2 table of our own for guest cluster ``cluster``, its slice pinned.
 
         Returns the position of the entry in the slab; :meth:`Tables.set_entries` on this slice
-        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull.
+        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull, or BackendError (EIO) if the
+        disk has become so small, since the request was let through, that nothing maps the cluster.
         """
         l1_index = cluster >> self.geometry.l2_bits
+        if l1_index >= len(self.tables.l1):
+            raise BackendError(errno.EIO, "The request is not inside the disk any more")
         if self.tables.l1[l1_index] & layout.COPIED == 0 or not self.tables.l2_offset(l1_index):
             self._own_l2_table(l1_index)
         position = self.tables.locate(cluster)
@@ -171,6 +174,8 @@ class Metadata:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
             self.overlap.add(new, Section.ACTIVE_L2)
             self.file.write(new << self.cluster_bits, contents)
+            if self.lazy:
+                self.refcounts.cache.write_dirty()  # tables are counted even so, as in QEMU
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
@@ -208,10 +213,11 @@ class Metadata:
         self.file.debug_event("l1_update")
         self.file.write(place, pack_table(entries))
 
-    def write_l2_table(self, offset: int, contents: bytes, *, active: bool = True) -> None:
+    def write_l2_table(self, offset: int, contents: bytes, *, active: bool | None = True) -> None:
         """Replace a whole L2 table at once, in the file and in the cache.
 
-        For changes that are right at any moment, in an exclusive operation.
+        For changes that are right at any moment, in an exclusive operation. ``active`` is for
+        :meth:`Overlap.check_l2`.
         """
         cache = self.tables.cache
         self.overlap.check_l2(offset, self.cluster_size, active=active)
@@ -307,7 +313,8 @@ class Metadata:
 
     def check_writable(self, *, repair: bool = False) -> None:
         """Raise BackendError if the image is open read-only, or for a ``repair`` only and this is
-        none, or must not be written any more."""
+        none, or must not be written any more; ValueError if it is closed."""
+        self.gate.check_open()
         if self.repair_only and not repair:
             raise BackendError(errno.EPERM, "the image is open for a check", self.file.filename)
         if self.read_only:
@@ -324,15 +331,18 @@ class Metadata:
 
         ``size`` is the disk's size with it. One write into the header's first sector.
         """
-        header = self.header
+        header, overlap = self.header, self.overlap
         self.file.write(
             layout.SIZE_OFFSET,
             layout.SIZE_AND_L1.pack(size, header.crypt_method, len(l1), offset),
         )
         self.file.flush()
+        overlap.drop(Section.ACTIVE_L1, header.l1_table_offset, 8 * header.l1_size)
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
-        self.overlap.forget()
+        overlap.put(Section.ACTIVE_L1, offset, 8 * len(l1))
+        for entry in filter(None, l1):
+            overlap.add((entry & layout.OFFSET_MASK) >> self.cluster_bits, Section.ACTIVE_L2)
 
     def make_accurate(self) -> None:
         """Bring postponed refcounts to the file, which is clean then (in an exclusive
@@ -415,12 +425,14 @@ class Metadata:
             self.flush_alone()
 
     @contextmanager
-    def exclusive(self, *, settled: bool = True) -> Iterator[None]:
+    def exclusive(self, *, settled: bool = True, told: bool = False) -> Iterator[None]:
         """Be alone with an image whose metadata is settled, and leave it so.
 
         With ``settled`` False refcounts that differ from the file may stay so, as between any two
-        flushes, and what was written may not be stable yet.
+        flushes, and what was written may not be stable yet. ``told``: the overlap check hears of
+        each structure that comes or goes (those that snapshots refer to excepted).
         """
+        done = False
         try:
             with self.gate.exclusive():
                 if settled:
@@ -432,8 +444,10 @@ class Metadata:
                 yield
                 if settled:
                     self.settle()
+            done = True
         finally:
-            self.overlap.forget()
+            if not (told and done) or self.overlap.sections & Section.INACTIVE_L2:
+                self.overlap.forget()
             self.corruption.deliver()
 
 

@@ -40,7 +40,7 @@ def truncate(
     ``hide(offset, length)`` makes a part of the disk past its end read as zeroes, by requests;
     ``hide_stored`` does so if it does not yet.
     Raises ValueError, UnsupportedError or BackendError with QEMU's texts; the size is the old one
-    then.
+    then. BackendError (EBUSY), too, if something else has changed the disk meanwhile.
     """
     metadata.check_writable()
     check_mode(preallocation)
@@ -73,6 +73,7 @@ def _grow(
         grow_l1(metadata, metadata.geometry.l1_entries(size))
         partial = min(size, metadata.geometry.clusters(old) << metadata.cluster_bits) - old
         stored = _stored_runs(metadata, old, old + partial)
+        l1 = metadata.tables.l1
     # What the cluster with the old end holds behind it, and what the backing file has there.
     reserve = preallocation in ("falloc", "full")  # which the cluster's end may lack
     for at, length in stored:
@@ -85,6 +86,9 @@ def _grow(
     if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
         map_everything(metadata, old, size)
     with metadata.exclusive():
+        # A snapshot may have been applied, or VM state written, where the disk is to be.
+        if metadata.header.size != old or metadata.tables.l1 is not l1 or metadata.vm_state_end:
+            raise BackendError(errno.EBUSY, "The disk has changed while it was to grow")
         if metadata.data_file is None and preallocation != "off":
             preallocate(metadata, old, size, preallocation)
         set_size(metadata, size)
@@ -144,6 +148,8 @@ def set_size(metadata: Metadata, size: int) -> None:
 
 def _shrink(metadata: Metadata, size: int) -> None:
     with metadata.exclusive():
+        if size >= metadata.header.size:
+            raise BackendError(errno.EBUSY, "The disk has changed while it was to shrink")
         set_size(metadata, size)
         drop_past_end(metadata, size)
         with metadata.lock, metadata.health.step("Shrinking the refcount table"):

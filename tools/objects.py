@@ -1,13 +1,16 @@
-"""Objects made on the command line (``--object``): secrets are used, others only checked."""
+"""Objects made on the command line (``--object``): secrets, throttle groups and credentials for TLS
+are used, others only checked."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
+from typing import Any
 
 from ..backend.node import Graph
-from .messages import Failure, say_more, warn
+from ..errors import PyvirtioError
+from .messages import Failure, say_findings, say_more, text_of, warn
 from .optlist import split
 
 __all__ = ["Objects"]
@@ -32,9 +35,11 @@ class Objects:
 
     def __init__(self) -> None:
         self.secrets: dict[str, bytes] = {}
-        self.throttle_groups: dict[str, dict[str, str]] = {}
-        """The properties of each."""
-        self.graph = Graph(secrets=self.secrets, warn=_warn)
+        self.named: dict[str, Any] = {}
+        """What drivers take by a name: throttle groups, credentials."""
+        self.graph = Graph(
+            secrets=self.secrets, objects=self.named, warn=_warn, tell_repairs=say_findings
+        )
         """For every image opened in this run."""
         self._known: set[str] = set()
 
@@ -64,7 +69,13 @@ class Objects:
         if kind == "secret":
             self.secrets[name] = self._secret(options)
         elif kind == "throttle-group":
-            self.throttle_groups[name] = options
+            from ..backend.throttle import ThrottleGroup, ThrottleLimits
+
+            self.named[name] = ThrottleGroup(ThrottleLimits.of(options))
+        elif kind in ("tls-creds-x509", "tls-creds-psk"):
+            self.named[name] = self._credentials(kind, options)
+        elif kind == "tls-creds-anon":
+            raise Failure("TLS without certificates or keys is not supported")
         self._known.add(name)
 
     def secret(self, name: str) -> bytes:
@@ -73,6 +84,33 @@ class Objects:
             return self.secrets[name]
         except KeyError:
             raise Failure(f"No secret with id '{name}'") from None
+
+    def _credentials(self, kind: str, options: dict[str, str]) -> object:
+        """Credentials for TLS, found good as far as that goes without a peer."""
+        from ..backend.options import parse_boolean
+        from ..backend.tls import TlsCredentials
+
+        endpoint = options.get("endpoint", "client")
+        if endpoint not in ("client", "server"):
+            raise Failure(f"Parameter 'endpoint' does not accept value '{endpoint}'")
+        if "priority" in options:
+            raise Failure("Parameter 'priority' is not supported")
+        try:
+            verify = parse_boolean("verify-peer", options.get("verify-peer", "on"))
+            if "dir" not in options:
+                raise Failure("Missing 'dir' property value")
+            credentials = TlsCredentials(
+                options["dir"],
+                server=endpoint == "server",
+                verify_peer=verify,
+                shared_key=kind == "tls-creds-psk",
+                username=options.get("username", "qemu"),
+                password=self.secret(options["passwordid"]) if "passwordid" in options else None,
+            )
+            credentials.context()
+        except (PyvirtioError, ValueError) as error:
+            raise Failure(text_of(error)) from error
+        return credentials
 
     def _secret(self, options: dict[str, str]) -> bytes:
         form = options.get("format", "raw")

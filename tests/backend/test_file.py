@@ -345,6 +345,23 @@ def test_failed_preallocation_leaves_the_old_size(disk, monkeypatch):
     assert disk.size == os.path.getsize(disk.filename) == 1 << 20
 
 
+def test_a_flush_that_fails_while_space_is_filled_is_remembered(disk, monkeypatch):
+    """What was written before may be lost with it."""
+
+    def broken(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk.write(0, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        patch.setattr(os, "fdatasync", broken)
+        with pytest.raises(BackendError):
+            disk.truncate(disk.size + 4096, preallocation="full")
+    with pytest.raises(BackendError, match="Could not flush"):
+        disk.flush()
+    disk.reopen(read_only=True)
+
+
 def test_create_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(UnsupportedError):
         FileDisk.create(tmp_path / "disk", 4096, preallocation="metadata")
@@ -385,13 +402,18 @@ def test_a_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_pipes_sockets_and_character_devices_are_refused(tmp_path, read_only):
+def test_pipes_and_sockets_are_refused(tmp_path, read_only):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
-        for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/null"):
+        for path in (tmp_path / "pipe", tmp_path / "socket"):
             with pytest.raises(BackendError, match="to be a regular file"):
                 FileDisk(path, read_only=read_only)
+
+
+def test_a_character_device_is_a_disk_of_no_bytes():
+    with FileDisk("/dev/null", locking=False) as disk:
+        assert (disk.size, disk.info().format) == (0, "host_device")
 
 
 def test_a_name_with_a_nul_is_refused():

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import pyvirtio
-from examples.emulator.packages import PackageError
 from support.peers import requires
 from support.qemu import qemu_img, qemu_img_json
-from support.vmm import Server, Vmm
-from support.x86_guest import Guest, find_guest
+from support.vmm import Server, Vmm, vhost_user_disk
+from support.x86_guest import TOOLS as T
+from support.x86_guest import Guest, fio
 
 pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "mke2fs", "apt-get"),
@@ -26,17 +26,8 @@ pytestmark = [
 ]
 MIB = 1 << 20
 SIZE = 64 * MIB
-T = "/tools/bin"
 ONLY_LEAKS = 3
 LONG = bool(os.environ.get("PYVIRTIO_GUESTS"))
-
-
-@pytest.fixture(scope="module")
-def guest() -> Guest:
-    try:
-        return find_guest()
-    except PackageError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -51,20 +42,14 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
         assert qemu_img("check", image, check=False).returncode in (0, ONLY_LEAKS)
 
 
-def fio(name: str, size: int, *, sync: str = "--end_fsync=1") -> str:
-    """Random writes, and every block read again and compared by its checksum."""
-    return (
-        f"{T}/fio --name={name} --directory=/mnt --size={size} --bs=4k --rw=randwrite "
-        f"--verify=crc32c --verify_fatal=1 --ioengine=libaio --iodepth=16 --direct=1 {sync} "
-        "--output=/tmp/fio && ! grep -v 'err= 0' /tmp/fio | grep err="
-    )
-
-
 def test_a_file_system_lives_on_our_disk_through_a_crash_of_the_server(
     guest: Guest, overlay: Path, tmp_path: Path
 ) -> None:
     options = ("--packed",)
-    with Server(overlay, tmp_path, *options) as server, Vmm(guest, server, packed=True) as vmm:
+    with (
+        Server(overlay, tmp_path, *options) as server,
+        Vmm(guest, vhost_user_disk(server, packed=True)) as vmm,
+    ):
         vmm.boot()
         vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
         vmm.run("dd if=/dev/urandom of=/mnt/kept bs=64k count=16 && sync")
@@ -92,7 +77,7 @@ if LONG:
         options = ("--packed", "--queues", str(cpus))
         with (
             Server(overlay, tmp_path, *options) as server,
-            Vmm(guest, server, packed=packed, cpus=cpus) as vmm,
+            Vmm(guest, vhost_user_disk(server, packed=packed, queues=cpus), cpus=cpus) as vmm,
         ):
             vmm.boot()
             vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
@@ -121,7 +106,7 @@ if LONG:
     ) -> None:
         with (
             Server(overlay, tmp_path, "--packed", "--queues", "2") as server,
-            Vmm(guest, server, packed=packed, cpus=2) as vmm,
+            Vmm(guest, vhost_user_disk(server, packed=packed, queues=2), cpus=2) as vmm,
         ):
             vmm.boot()
             vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")

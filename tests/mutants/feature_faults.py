@@ -41,6 +41,8 @@ FEATURES: list[tuple[str, ...]] = [
     ("qcow2/options.py", "the default check is another", 'template is not None else "cached"', 'template is not None else "constant"', OPTIONS + "defaults_are_qemus"),
     ("qcow2/options.py", "cache sizes may contradict", "        if l2 is not None and l2 > both:\n", "        if False:\n", OPTIONS + "wrong_values_are_refused"),
     # -- overlap checks --
+    ("qcow2/overlap.py", "a structure that comes is not known", "                self._starts.insert(at, first)\n                self._ends.insert(at, last)\n                self._kinds.insert(at, section)\n", "                pass\n", OVERLAP + "what_is_kept_while_snapshots_come_and_go_is_what_is_collected_anew"),
+    ("qcow2/overlap.py", "of two structures in one place none is left when one goes", "                self._apart = False\n", "                pass\n", OVERLAP + "structure_in_anothers_place_stays_known_when_that_goes"),
     ("qcow2/overlap.py", "moved structures are not known", "        self._known = False\n\n    def add(", "        pass\n\n    def add(", OVERLAP + "tables_that_moved_are_known_where_they_are_now"),
     # -- repair --
     ("qcow2/repair.py", "leaks are counted and not lowered", "        stored[cluster] = want\n", "        stored[cluster] = have\n", REPAIR + "repair_leaves_a_clean_image_with_its_contents"),

@@ -111,6 +111,27 @@ def test_nobody_asks_for_holes_where_the_host_has_the_space(tmp_path):
         assert [(e.length, e.data, e.zero) for e in disk.extents()] == [(4 << 20, True, False)]
 
 
+def test_a_sparse_file_of_any_length_is_not_gone_over_for_holes(tmp_path):
+    """Only what has refcount blocks is: the rest would take for ever."""
+    path = tmp_path / "a"
+    with pyvirtio.create_disk(path, 1 << 20) as disk:
+        disk.write(0, b"\x11" * 512)
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        asked = []
+        refcounts = disk._metadata.refcounts
+        counts = refcounts.counts
+
+        def watched(first, count):
+            asked.append(count)
+            assert sum(asked) <= 1 << 20
+            return counts(first, count)
+
+        refcounts.counts = watched
+        disk.children["file"].size = 1 << 62
+        assert next(disk.extents()).data
+        assert asked
+
+
 def test_a_run_is_one_in_its_middle_too():
     """Where it goes on in another slice of the table, which is compared as a whole."""
     file = MemoryDisk(growable=True)

@@ -218,6 +218,7 @@ def test_unknown_extra_data_of_snapshots_is_kept(tmp_path: Path) -> None:
     with pyvirtio.create_disk(path, SIZE) as disk:
         disk.snapshots.create("one").unknown_extra_data = b"what is to come!"
         disk.snapshots.create("two")
+        disk.snapshots.write_table()
     with pyvirtio.open_disk(path) as disk:
         disk.snapshots.delete("two")
     with pyvirtio.open_disk(path) as disk:

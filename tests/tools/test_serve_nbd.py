@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
-import ssl
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import pyvirtio
 from pyvirtio import BackendError, Disk, MemoryDisk
 from pyvirtio.backend import nbd_protocol as nbd
 from pyvirtio.backend.nbd import NbdDisk
-from pyvirtio.tools.serve.nbd import Server, tls_context
-from pyvirtio.tools.serve.nbd_session import Export
+from pyvirtio.tools.serve.nbd_export import Export
+from support.nbd import Running
 from support.peers import requires
 
 SIZE = 1 << 20
-
-
-class Running:
-    """A server at a socket, in a thread."""
-
-    def __init__(self, path: Path, *exports: Export, tls: ssl.SSLContext | None = None) -> None:
-        self.path = str(path)
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen()
-        self.server = Server(self.listener, list(exports), tls=tls)
-        self.thread = threading.Thread(target=self.server.serve)
-        self.thread.start()
-
-    def url(self, export: str = "") -> str:
-        return f"nbd+unix:///{export}?socket={self.path}"
-
-    def stop(self) -> None:
-        self.server.stop()
-        self.thread.join(60)
-        self.listener.close()
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture
@@ -112,7 +84,7 @@ def test_an_error_of_the_disk_reaches_the_client_with_its_number(
 
     with NbdDisk(running.path) as disk:
         with monkeypatch.context() as patch:
-            patch.setattr(image, "write", fail)
+            patch.setattr(image, "writev", fail)
             with pytest.raises(BackendError) as caught:
                 disk.write(0, b"x")
         assert caught.value.errno == 28
@@ -151,56 +123,6 @@ def test_a_client_that_talks_nonsense_harms_nobody(running: Running, garbage: by
                 pass
     with NbdDisk(running.path) as disk:
         assert disk.read(0, 1) == b"a"
-
-
-def test_tls_is_required_where_it_is_configured(tmp_path: Path, image: Disk) -> None:
-    certificate(tmp_path)
-    with (
-        running_with_tls(tmp_path, image) as server,
-        pytest.raises(BackendError, match="TLS is required"),
-    ):
-        NbdDisk(server.path)
-    with running_with_tls(tmp_path, image) as server:
-        context = ssl.create_default_context(cafile=str(tmp_path / "server-cert.pem"))
-        with NbdDisk(server.path, tls=context, tls_hostname="localhost") as disk:
-            assert disk.read(0, 4) == b"aaaa"
-            disk.write(100, b"x")
-
-
-@contextmanager
-def running_with_tls(folder: Path, image: Disk) -> Iterator[Running]:
-    server = Running(
-        folder / f"socket{os.urandom(4).hex()}",
-        Export("", image, read_only=False),
-        tls=tls_context(str(folder)),
-    )
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def certificate(folder: Path) -> None:
-    """A self-signed one for ``localhost``."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    (folder / "server-cert.pem").write_bytes(made.public_bytes(encoding))
-    (folder / "server-key.pem").write_bytes(
-        key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
 
 
 @requires("nbdinfo", "nbdcopy")

@@ -559,6 +559,17 @@ def test_a_socket_of_a_dead_server_is_replaced_and_a_live_one_is_not(tmp_path: P
     assert path.read_text() == "no socket"
 
 
+def test_a_socket_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """It was put there after the server's own was taken away."""
+    path = tmp_path / "blk.sock"
+    server = pyvirtio.VhostUserServer(pyvirtio.VirtioBlk(pyvirtio.MemoryDisk(1 << 20)), path)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        server.close()
+        assert path.exists()
+
+
 def test_a_server_can_be_given_its_only_connection() -> None:
     ours, theirs = socket.socketpair()
     disk = pyvirtio.MemoryDisk(1 << 20)

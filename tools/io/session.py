@@ -188,17 +188,12 @@ class Session:
     def _graph(self) -> Graph:
         """What the nodes of one image share: the objects of the command line."""
         from ...backend.blockdev import Graph
+        from ..messages import say_findings
 
-        graph = Graph(warn=self.warn)
+        graph = Graph(warn=self.warn, tell_repairs=say_findings)
         if self.objects is not None:
             graph.secrets = self.objects.secrets
-            if self.objects.throttle_groups:
-                from ...backend.throttle import ThrottleGroup, ThrottleLimits
-
-                graph.objects = {
-                    name: ThrottleGroup(ThrottleLimits.of(options))
-                    for name, options in self.objects.throttle_groups.items()
-                }
+            graph.objects = self.objects.named
         return graph
 
     def _listen(self, disk: Disk) -> None:
@@ -255,10 +250,11 @@ class Session:
         open as it was."""
         disk = self.image
         self.drain()
-        for option in options:
-            fixed = option in ("driver", "node-name") or option.startswith(("file.", "backing."))
-            if fixed and options[option] != self._options.get(option, ...):
-                self.fail(f"Cannot change the option '{option}'")
+        options = {
+            option: value
+            for option, value in options.items()
+            if not self._is_fixed(disk, option, value)
+        }
         unchanged = flags.__dict__ == self.flags.__dict__ and not options
         if unchanged:
             return
@@ -268,6 +264,22 @@ class Session:
                 self._switch(disk, flags)
                 return
         self._replace(disk, flags, options)
+
+    def _is_fixed(self, disk: Disk, option: str, value: Any) -> bool:
+        """True for an option that reopening cannot change, and that has that value already. Raises
+        CommandError if it has another."""
+        *way, name = option.split(".")
+        if name not in ("driver", "node-name") and not option.startswith(("file.", "backing.")):
+            return False
+        node: Disk | None = disk
+        for child in way:
+            node = None if node is None else node.children.get(child)
+        known = self._options.get(option)
+        if node is not None and name in ("driver", "filename"):
+            known = node.format_name if name == "driver" else node.filename
+        if value != known:
+            self.fail(f"Cannot change the option '{name}'")
+        return True
 
     def _switch(self, disk: Disk, flags: OpenFlags) -> None:
         try:

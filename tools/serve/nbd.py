@@ -1,30 +1,33 @@
 """``pyvirtio-serve nbd``: images as exports of an NBD server.
 
 Fixed newstyle negotiation, structured replies, block status (``base:allocation`` and
-``qemu:dirty-bitmap:NAME``), TLS, any number of connections to one export.
+``qemu:dirty-bitmap:NAME``), TLS, any number of connections to one export, each with several
+requests under way.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import socket
-import ssl
 import sys
-import threading
-from contextlib import ExitStack, suppress
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from ...backend.nbd_protocol import DEFAULT_PORT
+from ...backend.listener import UnixListener
+from ...backend.nbd_protocol import DEFAULT_PORT, MAX_STRING
 from ...backend.open import open_disk
-from ...errors import PyvirtioError, UnsupportedError, message_of
-from .nbd_session import Export, Session, Statistics
+from ...errors import PyvirtioError, message_of
+from .nbd_export import Export
+from .nbd_server import MAX_CONNECTIONS, Server
+from .signals import on_signals
+from .sockets import passed_sockets
 
-__all__ = ["Server", "run", "tls_context"]
+if TYPE_CHECKING:
+    import ssl
 
-_FIRST_PASSED_FD = 3
-"""Where the sockets begin that a service manager passes (sd_listen_fds)."""
+__all__ = ["run"]
+
+_BACKLOG = 64
 
 
 def run(program: str, arguments: list[str]) -> int:
@@ -42,102 +45,63 @@ def run(program: str, arguments: list[str]) -> int:
     return 0
 
 
-class Server:
-    """Takes connections at a listening socket, and serves each in a thread of its own."""
-
-    def __init__(
-        self,
-        listener: socket.socket,
-        exports: list[Export],
-        *,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self._listener = listener
-        self._exports = {export.name: export for export in exports}
-        self._tls = tls
-        self.statistics = Statistics()
-        self._sessions: dict[Session, threading.Thread] = {}
-        self._lock = threading.Lock()
-        self._stopping = False
-
-    def serve(self) -> None:
-        """Serve until :meth:`stop`; returns once every client is done with."""
-        while not self._stopping:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                if self._stopping:
-                    break
-                raise
-            if connection.family != socket.AF_UNIX:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            session = Session(connection, self._exports, tls=self._tls, statistics=self.statistics)
-            thread = threading.Thread(target=self._run, args=(session,), daemon=True)
-            with self._lock:
-                self._sessions[session] = thread
-            thread.start()
-        with self._lock:
-            remaining = list(self._sessions.items())
-        for session, thread in remaining:
-            session.stop()
-            thread.join()
-
-    def _run(self, session: Session) -> None:
-        try:
-            session.serve()
-        finally:
-            with self._lock:
-                self._sessions.pop(session, None)
-
-    def stop(self) -> None:
-        """Take no more connections, finish what is under way, and return from :meth:`serve`."""
-        self._stopping = True
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-
-
 def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
+    if options.max_connections < 1:
+        raise ValueError("--max-connections wants a number from 1 on")
     exports: list[Export] = []
-    named = [(options.export_name, options.image)] if options.image is not None else []
-    for text in options.export or ():
-        name, equals, image = text.partition("=")
-        if not equals:
-            raise ValueError(f"--export wants NAME=IMAGE, not '{text}'")
-        named.append((name, image))
-    for name, image in named:
+    for name, image in _named(options):
         disk = stack.enter_context(
             open_disk(image, format=options.format, read_only=options.read_only)
         )
-        if any(name == export.name for export in exports):
-            raise ValueError(f"two exports have the name '{name}'")
-        exports.append(
-            Export(
-                name,
-                disk,
-                options.read_only,
-                options.description,
-                _bitmaps(disk, options.bitmap, options.read_only),
-            )
-        )
-    listener = stack.enter_context(_listener(options, stack))
-    server = Server(listener, exports, tls=tls_context(options.tls_certs))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: server.stop())
+        bitmaps = _bitmaps(disk, options.bitmap, options.read_only)
+        exports.append(Export(name, disk, options.read_only, options.description, bitmaps))
+    for name in options.bitmap:
+        if not any(name in export.bitmaps for export in exports):
+            raise ValueError(f"Bitmap '{name}' is not found")
+    server = Server(
+        _listeners(options, stack),
+        exports,
+        tls=_tls(options),
+        max_connections=options.max_connections,
+    )
+    on_signals(server.stop)
     server.serve()
-    if not options.read_only:
-        for export in exports:
+    for export in exports:
+        if not options.read_only:
             export.disk.flush()
     if options.stats:
         print(f"nbd: {server.statistics}", file=sys.stderr)
 
 
+def _named(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The names of the exports and their images."""
+    named = [] if options.image is None else [(options.export_name, options.image)]
+    for text in options.export:
+        name, equals, image = text.partition("=")
+        if not equals:
+            raise ValueError(f"--export wants NAME=IMAGE, not '{text}'")
+        named.append((name, image))
+    names = [name for name, _ in named]
+    for text in (*names, options.description):
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("names and descriptions of exports have to be UTF-8") from None
+        if len(data) > MAX_STRING:
+            raise ValueError(f"a name or description is longer than {MAX_STRING} bytes")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two exports have the name '{name}'")
+    return named
+
+
 def _bitmaps(disk: Any, names: list[str], read_only: bool) -> dict[str, list[tuple[int, int]]]:
     """The dirty runs of the bitmaps to be shown; nothing may change them meanwhile."""
+    known = getattr(disk, "bitmaps", None)
     found = {}
     for name in names:
-        known = getattr(disk, "bitmaps", None)
         if known is None or name not in known:
-            raise ValueError(f"Bitmap '{name}' is not found")
+            continue
         bitmap = known[name]
         if bitmap.inconsistent:
             raise ValueError(f"Bitmap '{name}' is inconsistent and cannot be used")
@@ -147,43 +111,48 @@ def _bitmaps(disk: Any, names: list[str], read_only: bool) -> dict[str, list[tup
     return found
 
 
-def _listener(options: argparse.Namespace, stack: ExitStack) -> socket.socket:
+def _listeners(options: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
     """Where clients connect."""
-    passed = os.environ.get("LISTEN_PID") == str(os.getpid())
-    if (options.socket is not None) + (options.port is not None) + passed > 1:
-        raise ValueError("one of --socket, --port and a passed socket is needed")
+    passed = passed_sockets()
+    if (options.socket is not None) + (options.port is not None) + bool(passed) > 1:
+        raise ValueError("one of --socket, --port and passed sockets is needed")
     if passed:
-        if os.environ.get("LISTEN_FDS") != "1":
-            raise UnsupportedError("one socket is served, no more", feature="passed sockets")
-        return socket.socket(fileno=_FIRST_PASSED_FD)
+        for listener in passed:
+            stack.enter_context(listener)
+        return passed
     if options.socket is not None:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(options.socket)
-        stack.callback(_unlink, options.socket)
-    else:
-        port = DEFAULT_PORT if options.port is None else options.port
-        listener = socket.create_server((options.bind, port))
-    listener.listen(64)
-    return listener
+        owned = UnixListener(options.socket, _BACKLOG)
+        stack.callback(owned.close)
+        return [owned.socket]
+    port = DEFAULT_PORT if options.port is None else options.port
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{port} is no number of a port")
+    try:
+        found = socket.getaddrinfo(options.bind, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+    except OSError as error:
+        message = f"cannot listen at {options.bind} port {port}: {message_of(error)}"
+        raise OSError(error.errno, message) from error
+    return [stack.enter_context(listener)]
 
 
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def tls_context(folder: str | None) -> ssl.SSLContext | None:
-    """TLS with the certificates in a folder, under the names that QEMU and nbdkit use."""
-    if folder is None:
+def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """What is demanded of clients."""
+    if options.tls_certs is None and options.tls_psk is None:
+        if options.tls_verify_peer:
+            raise ValueError("--tls-verify-peer wants --tls-certs")
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(
-        os.path.join(folder, "server-cert.pem"), os.path.join(folder, "server-key.pem")
-    )
-    authority = os.path.join(folder, "ca-cert.pem")
-    if os.path.exists(authority):
-        context.load_verify_locations(authority)
-    return context
+    if options.tls_certs is not None and options.tls_psk is not None:
+        raise ValueError("--tls-certs and --tls-psk exclude each other")
+    from ...backend.tls import TlsCredentials
+
+    return TlsCredentials(
+        options.tls_certs if options.tls_psk is None else options.tls_psk,
+        server=True,
+        verify_peer=options.tls_verify_peer,
+        shared_key=options.tls_psk is not None,
+    ).context()
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -193,7 +162,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("image", nargs="?", metavar="IMAGE", help="any format that pyvirtio knows")
     add("--export-name", default="", metavar="NAME", help="of IMAGE (default: the empty name)")
-    add("--export", action="append", metavar="NAME=IMAGE", help="one more; may be repeated")
+    add(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME=IMAGE",
+        help="one more; may be repeated",
+    )
     add("--socket", metavar="PATH", help="listen at this UNIX socket")
     add("--port", type=int, metavar="N", help=f"listen at this TCP port (default: {DEFAULT_PORT})")
     add("--bind", default="127.0.0.1", metavar="ADDRESS", help="of the TCP port (default: local)")
@@ -207,6 +182,27 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="NAME",
         help="show this dirty bitmap as qemu:dirty-bitmap:NAME; may be repeated",
     )
-    add("--tls-certs", metavar="FOLDER", help="require TLS, with the certificates there")
+    add(
+        "--tls-certs",
+        metavar="FOLDER",
+        help="require TLS, with server-cert.pem, server-key.pem and ca-cert.pem there",
+    )
+    add(
+        "--tls-verify-peer",
+        action="store_true",
+        help="require certificates of clients that ca-cert.pem stands for",
+    )
+    add(
+        "--tls-psk",
+        metavar="FOLDER",
+        help="require TLS, with the shared keys in keys.psk there (from Python 3.13 on)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help=f"at the same time; others wait (default: {MAX_CONNECTIONS})",
+    )
     add("--stats", action="store_true", help="tell at the end what was asked for")
     return parser

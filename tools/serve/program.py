@@ -28,7 +28,10 @@ def run(argv: list[str]) -> int:
         return 0
     if command in COMMANDS:
         module = import_module(f".{COMMANDS[command][0]}", __package__)
-        status: int = module.run(f"{name} {command}", argv[2:])
+        try:
+            status: int = module.run(f"{name} {command}", argv[2:])
+        except KeyboardInterrupt:  # before it serves
+            status = 130
         return status
     wanted = command in ("-h", "--help") and len(argv) > 1
     print(_usage(name), file=sys.stdout if wanted else sys.stderr)

@@ -10,21 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
 import socket
 import sys
 from contextlib import ExitStack
 
-from ... import UnsupportedError, VhostUserServer, VirtioBlk, open_disk
-from ...errors import PyvirtioError
+from ... import Disk, VhostUserServer, VirtioBlk, open_disk
+from ...errors import PyvirtioError, message_of
+from .handover import HandoverDisk
 from .monitor import Monitor
+from .signals import on_signals
+from .sockets import passed_sockets
 
 __all__ = ["run"]
 
 _CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
-_FIRST_PASSED_FD = 3
-"""Where the sockets begin that a service manager passes (sd_listen_fds)."""
 
 
 def run(program: str, arguments: list[str]) -> int:
@@ -36,25 +35,22 @@ def run(program: str, arguments: list[str]) -> int:
         return 0
     if (options.image is None) == (options.blk_file is None):
         parser.error("one image is needed")
-    listener = _passed_socket()
-    if sum(each is not None for each in (options.socket, options.fd, listener)) != 1:
-        parser.error("one of --socket, --fd and a passed socket is needed")
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format=f"{program}: %(message)s")
     try:
-        _serve(options, listener)
+        passed = passed_sockets()
+        if (options.socket is not None) + (options.fd is not None) + len(passed) != 1:
+            parser.error("one of --socket, --fd and a passed socket is needed")
+        _serve(options, passed[0] if passed else None)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {message_of(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
     with ExitStack() as stack:
-        image = options.image or options.blk_file
-        disk = stack.enter_context(
-            open_disk(image, format=options.format, read_only=options.read_only)
-        )
+        disk = stack.enter_context(_open(options))
         device = VirtioBlk(
             disk,
             serial=options.serial,
@@ -65,13 +61,17 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             io_threads=options.io_threads,
         )
         connection = None if options.fd is None else socket.socket(fileno=options.fd)
+        uses = {}
+        if isinstance(disk, HandoverDisk):
+            uses = {"on_start": disk.hold, "on_stop": disk.let_go}
         server = stack.enter_context(
-            VhostUserServer(device, options.socket, listener=listener, connection=connection)
+            VhostUserServer(
+                device, options.socket, listener=listener, connection=connection, **uses
+            )
         )
         if options.monitor is not None:
             stack.enter_context(Monitor(options.monitor, server, disk))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: server.stop())
+        on_signals(server.stop)
         stack.callback(device.detach)
         server.serve()
         server.close()
@@ -79,13 +79,16 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             disk.flush()
 
 
-def _passed_socket() -> socket.socket | None:
-    """The socket that a service manager listens at for us, if there is one."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise UnsupportedError("one socket is served, no more", feature="several passed sockets")
-    return socket.socket(fileno=_FIRST_PASSED_FD)
+def _open(options: argparse.Namespace) -> Disk:
+    """The image's disk."""
+
+    def image(read_only: bool, locking: bool) -> Disk:
+        name = options.image or options.blk_file
+        return open_disk(name, format=options.format, read_only=read_only, locking=locking)
+
+    if options.migration:
+        return HandoverDisk(image, read_only=options.read_only)
+    return image(options.read_only, True)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -108,6 +111,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     add("--io-threads", type=int, default=0, metavar="N", help="threads for requests (default: 0)")
     add("--monitor", metavar="PATH", help="take commands (as QMP's block_resize) at this socket")
+    add(
+        "--migration",
+        action="store_true",
+        help="hold the image only while the guest's queues are in use, for live migration",
+    )
     add("--print-capabilities", action="store_true", help="print them as JSON, and end")
     add("--verbose", action="store_true", help="tell of front-ends that come and go")
     return parser

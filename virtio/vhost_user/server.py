@@ -6,17 +6,17 @@ unless the device has workers of its own, requests are done there.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import selectors
 import socket
-import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from ...backend.listener import UnixListener
 from ..device import VirtioDevice
 from ..layout import VIRTIO_F_RING_RESET
 from ..memory import GuestMemory
@@ -51,11 +51,15 @@ class VhostUserServer:
         *,
         listener: socket.socket | None = None,
         connection: socket.socket | None = None,
+        on_start: Callable[[], object] = lambda: None,
+        on_stop: Callable[[], object] = lambda: None,
     ) -> None:
         if sum(each is not None for each in (path, listener, connection)) != 1:
             raise ValueError("one of path, listener and connection is needed")
         self.device = device
-        self.path: str | None = None
+        self.on_start = on_start
+        self.on_stop = on_stop
+        self._owned: UnixListener | None = None
         self._session: Session | None = None
         self._channel: Channel | None = None
         self._stopping = False
@@ -63,14 +67,16 @@ class VhostUserServer:
         """Interrupts that the front-end is to be told of; None is the configuration's."""
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.RLock()
+        """The descriptor is not closed meanwhile; a signal's handler may come in between."""
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
         self._listener = listener
         try:
             features = 1 << VIRTIO_F_RING_RESET  # which is GET_VRING_BASE and a new start
             device.connect(GuestMemory.from_buffer(b""), self, features=features)
             if path is not None:
-                self._listener = _listen(str(path))
-                self.path = str(path)
+                self._owned = UnixListener(str(path))
+                self._listener = self._owned.socket
         except BaseException:
             self.close()
             raise
@@ -109,23 +115,22 @@ class VhostUserServer:
     def stop(self) -> None:
         """Have :meth:`serve` return soon; may be called from any thread or signal handler."""
         self._stopping = True
-        with suppress(OSError):
+        with self._waking, suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """End the connection when what is under way is done, and listen no more."""
         self._end()
-        if self.path is not None:
-            with suppress(OSError):
-                os.unlink(self.path)
-            self.path = None
+        if self._owned is not None:
+            self._owned.close()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._wake >= 0:
-            self._selector.close()
-            os.close(self._wake)
-            self._wake = -1
+        with self._waking:
+            if self._wake >= 0:
+                self._selector.close()
+                os.close(self._wake)
+                self._wake = -1
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -208,36 +213,3 @@ class VhostUserServer:
                     session.config_interrupt()
                 else:
                     session.queue_interrupt(index)
-
-
-def _listen(path: str) -> socket.socket:
-    """A socket that listens at ``path``."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            listener.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not _is_left_over(path):
-                raise
-            os.unlink(path)
-            listener.bind(path)
-        listener.listen(1)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, error.strerror, path) from error
-    return listener
-
-
-def _is_left_over(path: str) -> bool:
-    """Whether there is a socket that nobody listens at."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
