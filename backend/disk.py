@@ -97,6 +97,10 @@ class DiskInfo:
     """Of each internal snapshot, facts under QEMU's names (``SnapshotInfo``)."""
 
 
+class OutsideError(ValueError):
+    """A request leaves the disk: a caller's mistake, unless the disk has become smaller."""
+
+
 class Disk(ABC):
     """A guest's disk, or a layer of one."""
 
@@ -449,7 +453,7 @@ class Disk(ABC):
             if writing and not self.growable:
                 raise BackendError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.filename)
             return
-        raise ValueError(
+        raise OutsideError(
             f"{self.format_name}: {length} bytes at {offset} are not inside the disk "
             f"of {self.size} bytes"
         )

@@ -236,14 +236,31 @@ class ZonedDisk(Disk):
 
     # -- Disk --------------------------------------------------------------------------------
 
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        end = offset + length
-        last = (end - 1) // self.zone_size
+    def check_request(self, offset: int, length: int, *, writing: bool) -> None:
+        """Raise the ZoneError of a request of so many bytes: for who does it in pieces."""
+        if not writing:
+            self._check_read(offset, length)
+            return
+        zone = self.zones[offset // self.zone_size]
+        last = self.zones[(offset + length - 1) // self.zone_size]
+        if not zone.sequential and not last.sequential:
+            self._check_conventional(zone, last)
+        else:
+            with self._lock:
+                self._zones.check_write(zone, offset, length, self.write_granularity)
+
+    def _check_read(self, offset: int, length: int) -> list[Zone]:
+        """The zones that a read touches, if it may."""
+        last = (offset + length - 1) // self.zone_size
         touched = self.zones[offset // self.zone_size : last + 1]
         if any(zone.state == ZoneState.OFFLINE for zone in touched) or (
             len(touched) > 1 and any(zone.type == ZoneType.SEQUENTIAL_REQUIRED for zone in touched)
         ):
             raise ZoneError(ZoneFault.INVALID, "read")  # BLK-96, BLK-100
+        return touched
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        touched = self._check_read(offset, length)
         if all(not zone.sequential for zone in touched):
             self._disk.readv(offset, views)
             return

@@ -8,7 +8,7 @@ from threading import get_ident
 from time import monotonic_ns
 from typing import Any
 
-from ..backend.disk import Disk
+from ..backend.disk import Disk, OutsideError
 from ..backend.state import StateReader, StateWriter
 from ..backend.zones import ZoneError
 from ..errors import GuestError, PyvirtioError
@@ -302,6 +302,9 @@ class VirtioBlk(VirtioDevice):
             # A driver that did not take the zones knows their statuses as little.
             zoned = self.accepted(at.VIRTIO_BLK_F_ZONED)
             return ZONE_STATUS[error.fault] if zoned else at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, OutsideError):
+            _log.warning("request at sector %d: the disk was made smaller (%s)", sector, error)
+            return at.VIRTIO_BLK_S_IOERR
         if _closed(self.disk):
             _log.warning("request at sector %d: the disk is closed (%s)", sector, error)
             return at.VIRTIO_BLK_S_IOERR
@@ -336,7 +339,7 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            self._check_long(length, segments, True)
+            self._check_long(offset, length, segments, True)
             for part, size in _pieces(segments, memory.map_limit):
                 self._read(offset // SECTOR_SIZE, part)
                 offset += size
@@ -360,7 +363,7 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            self._check_long(length, segments, False)
+            self._check_long(offset, length, segments, False)
             for part, size in _pieces(segments, memory.map_limit):
                 self._write(offset // SECTOR_SIZE, part)
                 offset += size
@@ -372,11 +375,13 @@ class VirtioBlk(VirtioDevice):
             for view in views:
                 view.release()
 
-    def _check_long(self, length: int, segments: list[Segment], writable: bool) -> None:
+    def _check_long(self, offset: int, length: int, segments: list[Segment], reading: bool) -> None:
         """Before a transfer that is done in pieces: refuse it whole."""
-        if length > at.CHAIN_BYTES_MAX:
+        if length > at.DATA_BYTES_MAX:
             raise RefusedError(f"a chain of {length} bytes")  # VQ-S-16
-        self._memory.check(segments, writable)
+        self._memory.check(segments, reading)
+        if self.traits.zoned is not None:
+            self.traits.zoned.check_request(offset, length, writing=not reading)
 
     def _out_of_bounds(self, sector: int, length: int) -> RefusedError:
         if length % SECTOR_SIZE:

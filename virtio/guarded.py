@@ -35,14 +35,20 @@ class Guarded:
     def holding(self) -> Iterator[None]:
         """Hold the lock; a configuration interrupt that is due is sent after that."""
         try:
-            with self.lock:
-                self._depth += 1
-                try:
-                    yield
-                finally:
-                    self._depth -= 1
+            with self.quietly():
+                yield
         finally:
             self.announce()
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Hold the lock; what is due is left to the next :meth:`announce`, under no lock."""
+        with self.lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def config_due(self) -> None:
         """The driver is to hear of a change of the configuration; the lock is held."""
@@ -66,9 +72,11 @@ class Guarded:
                 return
             self._config_due = False
             self.telling += 1
+            if self.transport is not None:
+                self.transport.note_interrupt(None)
         try:
             if self.transport is not None:
-                self.transport.config_interrupt()
+                self.transport.deliver()
         finally:
             with self.lock:
                 self.telling -= 1

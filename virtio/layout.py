@@ -45,6 +45,8 @@ QUEUE_SIZE_MAX: Final = 32768
 """§2.7: entries; a split queue's size is also a power of two."""
 CHAIN_BYTES_MAX: Final = 1 << 32
 """§2.7.5.1: a chain must not be longer than this in total."""
+DATA_BYTES_MAX: Final = CHAIN_BYTES_MAX - 17
+"""So of a block request's data: header and status are in the chain, too."""
 
 VIRTQ_DESC_ALIGN: Final = 16
 VIRTQ_AVAIL_ALIGN: Final = 2

@@ -123,9 +123,14 @@ class VirtioMmio:
         """See :class:`~.transport.Transport`."""
         self._line.add(MMIO_INTERRUPT_USED_BUFFER)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`~.transport.Transport`."""
-        self._line.add(at.MMIO_INTERRUPT_CONFIG_CHANGE)
+        config = at.MMIO_INTERRUPT_CONFIG_CHANGE
+        self._line.note(config if index is None else MMIO_INTERRUPT_USED_BUFFER)
+
+    def deliver(self) -> None:
+        """See :class:`~.transport.Transport`."""
+        self._line.update()
 
     # -- registers ---------------------------------------------------------------------------
 
@@ -199,6 +204,8 @@ class VirtioMmio:
             self.device.set_driver_features(value << 32 * select, 0xFFFF_FFFF << 32 * select)
 
     def _write_status(self, value: int) -> None:
+        if value and not value & 0xFF:
+            return  # bits that mean nothing, and no reset
         if value == 0:
             self._reset_registers()
             self.device.set_status(0)

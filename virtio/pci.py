@@ -369,9 +369,13 @@ class VirtioPci:
         """See :class:`~.transport.Transport`."""
         self.interrupts.queue_interrupt(index)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`~.transport.Transport`."""
-        self.interrupts.config_interrupt()
+        self.interrupts.note(index)
+
+    def deliver(self) -> None:
+        """See :class:`~.transport.Transport`."""
+        self.interrupts.deliver()
 
     # -- saving and loading --------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ class Service:
                 ring.publish()
             if queue.held:
                 self._do_held(queue, ring)
-            if queue.ring is ring and not is_suspending(self._device.state.status):
+            if queue.ring is ring:
                 if queue.express is not None:
                     queue.express()
                 else:
@@ -231,6 +231,8 @@ class Service:
             if written == HELD:
                 break
             ring.push(held.pop(0), written)
+        if not held and is_suspending(self._device.state.status):
+            queue.park()  # and nothing more
         self.publish(queue, ring)
 
     def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:

@@ -110,6 +110,10 @@ class SplitRing(Ring):
             raise self.jumped(count)
         return count
 
+    def begin_batch(self) -> None:
+        """In order: what is used next joins nothing that was used before."""
+        self._batch = (-1, -1)
+
     def jumped(self, count: int) -> GuestError:
         """The error of an available index that says ``count`` chains, more than there can be."""
         return GuestError(f"available index jumped by {count}, the size is {self._mask + 1}")

@@ -140,7 +140,7 @@ class WorkerService(Service):
                     self._inside[me] = queue
                     queue.under_way += 1
                     queue.serving = True
-                interrupt, queue.interrupt = queue.interrupt, False
+                interrupt = self._interrupt(queue)
             self._tell(queue, interrupt)
             if ring is not None and chain is not None:
                 self._do(queue, ring, chain)
@@ -203,7 +203,7 @@ class WorkerService(Service):
                     self._fail(error, queue, ring)
                 if ring.in_order:
                     self._note(queue)
-            interrupt, queue.interrupt = queue.interrupt, False
+            interrupt = self._interrupt(queue)
             del self._inside[threading.get_ident()]
             queue.under_way -= 1
             if not queue.under_way:
@@ -211,6 +211,17 @@ class WorkerService(Service):
                 queue.parked = None
             self._done.notify_all()
         self._tell(queue, interrupt)
+
+    def _interrupt(self, queue: Queue) -> bool:
+        """Whether a queue is to be told of: from here on that shows. The lock is held."""
+        interrupt, queue.interrupt = queue.interrupt, False
+        if interrupt and self._device.transport is not None:
+            self._device.transport.note_interrupt(queue.index)
+        return interrupt
+
+    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
+        with self._device.quietly():  # :meth:`_tell` tells of it
+            super()._fail(failure, queue, ring)
 
     def _tell(self, queue: Queue, interrupt: bool) -> None:
         """Call the transport, and who wants to hear of errors; under no lock."""
@@ -220,7 +231,7 @@ class WorkerService(Service):
                 if self.observer is not None:
                     self.observer.interrupted(queue.index)
                 if self._device.transport is not None:
-                    self._device.transport.queue_interrupt(queue.index)
+                    self._device.transport.deliver()
             self._device.after_serving(None)
         except Exception:
             _log.exception("error in a callback of the emulator")

@@ -278,8 +278,11 @@ class Doorbell:
     def queue_interrupt(self, index: int) -> None:
         self.rung.append(index)
 
-    def config_interrupt(self) -> None:
-        self.rung.append(-1)
+    def note_interrupt(self, index: int | None) -> None:
+        self.rung.append(-1 if index is None else index)
+
+    def deliver(self) -> None:
+        pass
 
 
 def test_the_device_works_without_registers(make_disk: Any) -> None:

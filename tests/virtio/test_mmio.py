@@ -377,3 +377,10 @@ def test_no_register_has_the_device_remember_more_and_more(make_machine: Any, le
 
     before = writes(0)
     assert writes(1 << 20) - before < 500
+
+
+def test_a_status_without_known_bits_is_no_reset(make_started: Any) -> None:
+    machine = make_started()
+    machine.registers.status = 0x100
+    assert machine.registers.status == 15
+    machine.driver.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator
+from time import sleep
 from typing import Any
 
 import pytest
@@ -507,6 +508,41 @@ def test_worker_threads_finish_first_bf_72_to_bf_74(make_threaded: Any, packed: 
     assert all(each.status == 0 for each in done.values())
 
 
+def test_what_is_kept_alone_is_done_by_threads_bf_72(make_threaded: Any) -> None:
+    """Requests that an error has stopped, and behind them one that was not taken."""
+    machine = make_threaded(errors=ErrorPolicy(writes="stop"))
+    machine.disk.error = OSError(errno.EIO, "no")
+    heads = [available_write(machine, n, b"t") for n in range(2)]
+    for _ in range(2):
+        assert machine.reached.acquire(timeout=PATIENCE)
+    machine.go.set()
+    while not machine.device.paused or machine.device.service._busy:
+        pass
+    later = machine.driver.submit(at.VIRTIO_BLK_T_OUT, 9, b"9" * 512)
+    machine.driver.ring.publish()
+    machine.registers.status |= at.STATUS_SUSPEND
+    machine.disk.error = None
+    slow, original = threading.Event(), machine.disk._note
+
+    def note(*call: Any) -> None:
+        assert call[1:2] != (512,) or slow.wait(PATIENCE)
+        original(*call)
+
+    machine.disk._note = note
+    machine.device.resume()
+    while not machine.driver.ring.has_used:
+        pass
+    sleep(0.05)  # the other thread would take it now
+    slow.set()
+    machine.driver.suspend()
+    assert set(machine.driver.collect()) == set(heads)
+    assert machine.disk.content[9 * 512] == 0
+    machine.driver.resume()
+    done: dict[int, Any] = {}
+    while later not in done:
+        done |= machine.driver.collect()
+
+
 def test_it_shows_after_the_last_interrupt_was_told_bf_74(make_threaded: Any) -> None:
     machine = make_threaded()
     machine.go.set()
@@ -534,3 +570,19 @@ def test_a_reset_while_it_waits(make_threaded: Any) -> None:
     machine.registers.status = 0
     machine.driver.start()
     assert machine.registers.status == 15
+
+
+def test_a_kick_from_the_last_interrupt_takes_nothing_bf_72(make_machine: Any) -> None:
+    """The interrupt for what was kept, in whose callback the guest goes on at once."""
+    machine = make_machine(errors=ErrorPolicy(writes="stop"))
+    machine.driver.start()
+    machine.disk.error = OSError(errno.EIO, "no")
+    available_write(machine, 0, b"1")
+    machine.registers.status |= at.STATUS_SUSPEND
+    machine.driver.submit(at.VIRTIO_BLK_T_OUT, 1, b"2" * 512)
+    machine.driver.ring.publish()
+    machine.mmio._line.callback = lambda level: machine.registers.notify(0)
+    machine.disk.error = None
+    machine.device.resume()
+    assert machine.registers.status == SUSPENDED
+    assert machine.disk.content[512] == 0

@@ -109,6 +109,22 @@ def test_half_a_message_with_descriptors_leaves_none_behind(rig: Rig) -> None:
     assert count() == before
 
 
+def test_a_log_descriptor_that_cannot_be_written_does_no_harm(rig: Rig) -> None:
+    driver = rig.driver()
+    front: Any = driver.registers
+    log = os.memfd_create("log")
+    os.ftruncate(log, 1 << 20)
+    front.link.ask(Request.SET_LOG_BASE, vu.LOG.pack(1 << 20, 0), [log])
+    read_only = os.open("/dev/null", os.O_RDONLY)
+    assert front.link.order(Request.SET_LOG_FD, b"", [read_only]) == 0
+    for sector in range(3):
+        driver.write(sector, bytes(512))
+    os.close(log)
+    os.close(read_only)
+    front.close()
+    assert alive(rig)
+
+
 REGIONS = {
     "beyond its file": (0, 0x2000, 0, 0),
     "beyond its file by its offset": (0, 0x1000, 0, 0x1000),

@@ -63,6 +63,8 @@ class VhostUserServer:
         self._session: Session | None = None
         self._channel: Channel | None = None
         self._stopping = False
+        self._noted: set[int | None] = set()
+        """Interrupts that the front-end is to be told of; None is the configuration's."""
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._waking = threading.RLock()
@@ -195,8 +197,19 @@ class VhostUserServer:
         if session is not None:
             session.queue_interrupt(index)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`..transport.Transport`."""
-        session = self._session
-        if session is not None:
-            session.config_interrupt()
+        self._noted.add(index)
+
+    def deliver(self) -> None:
+        """See :class:`..transport.Transport`."""
+        while self._noted:
+            with suppress(KeyError):  # another thread was quicker
+                index = self._noted.pop()
+                session = self._session
+                if session is None:
+                    continue
+                if index is None:
+                    session.config_interrupt()
+                else:
+                    session.queue_interrupt(index)
