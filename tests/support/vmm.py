@@ -96,7 +96,9 @@ _ARGUMENTS = "console=ttyS0 quiet tsc=unstable mitigations=off init_on_alloc=0"
 class Vmm:
     """QEMU, without KVM, and a shell in its guest on the serial line.
 
-    With ``incoming``, a path, its guest comes there from another QEMU: see :meth:`migrate`.
+    With ``incoming``, a path, its guest comes there from another QEMU: see
+    :meth:`start_migration`. ``memory_slot``: memory can be plugged in, up to 1 GiB (the guest keeps
+    64 MiB for it).
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Vmm:
         packed: bool = False,
         cpus: int = 1,
         incoming: Path | None = None,
+        memory_slot: bool = False,
     ) -> None:
         self.incoming = incoming
         self._monitor = server.socket.with_name("qemu.sock")
@@ -117,7 +120,8 @@ class Vmm:
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
-                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", _RAM),
+                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max"),
+                *("-m", f"{_RAM},slots=1,maxmem=1G" if memory_slot else _RAM),
                 *(
                     "-smp",
                     str(cpus),
