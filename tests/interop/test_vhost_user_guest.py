@@ -100,6 +100,41 @@ if LONG:
         data = sum(extent["length"] for extent in extents if extent["data"])
         assert data < 20 * MIB  # what was trimmed is not kept: 16 MiB
 
+    def test_memory_is_plugged_in_and_taken_out_while_the_disk_is_used(
+        guest: Guest, overlay: Path, tmp_path: Path
+    ) -> None:
+        """QEMU tells of it by messages on memory slots."""
+        monitor = tmp_path / "qemu.sock"
+        with (
+            Server(overlay, tmp_path) as server,
+            Vmm(guest, vhost_user_disk(server), monitor=monitor, memory_slot=True) as vmm,
+        ):
+            vmm.boot()
+            vmm.wait_for_monitor()
+            vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
+            vmm.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=24 && sync")
+            vmm.run("sha1sum /mnt/kept > /tmp/sums")
+            memory = {"qom-type": "memory-backend-memfd", "size": 128 * MIB, "share": True}
+            for state in ("online_movable", "offline"):
+                vmm.run(f"({fio('checked', 4 * MIB)}) & worker=$!")
+                if state == "offline":
+                    vmm.run(f"echo {state} > /sys/devices/system/memory/memory32/state")
+                    vmm.command("device_del", id="dimm")
+                    while vmm.command("query-memory-devices"):
+                        vmm.run("sleep 0.2")
+                    vmm.command("object-del", id="more")
+                else:
+                    vmm.command("object-add", id="more", **memory)
+                    vmm.command("device_add", driver="pc-dimm", id="dimm", memdev="more")
+                    vmm.run("until cd /sys/devices/system/memory/memory32; do sleep 0.2; done")
+                    vmm.run(f"cd / && echo {state} > /sys/devices/system/memory/memory32/state")
+                for _ in range(2):
+                    vmm.run("echo 3 > /proc/sys/vm/drop_caches; sha1sum -c /tmp/sums")
+                vmm.run("wait $worker && rm /mnt/checked*")
+            vmm.run(f"umount /mnt && {T}/e2fsck -f -n /disk")
+            vmm.power_off()
+            assert server.end() == 0
+
     @pytest.mark.parametrize("packed", [False, True])
     def test_nothing_flushed_is_lost_when_the_server_is_killed_again_and_again(
         guest: Guest, overlay: Path, tmp_path: Path, packed: bool

@@ -107,7 +107,8 @@ class Vmm:
     serial line.
 
     ``monitor``: where it takes commands. With ``incoming``, a path, its guest comes there from
-    another QEMU: see :meth:`start_migration`; both have monitors then.
+    another QEMU: see :meth:`start_migration`; both have monitors then. ``memory_slot``: memory can
+    be plugged in, up to 1 GiB (the guest keeps 64 MiB for it).
     """
 
     def __init__(
@@ -118,13 +119,15 @@ class Vmm:
         cpus: int = 1,
         monitor: Path | None = None,
         incoming: Path | None = None,
+        memory_slot: bool = False,
     ) -> None:
         self.incoming = incoming
         self._monitor = monitor
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
-                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", _RAM),
+                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max"),
+                *("-m", f"{_RAM},slots=1,maxmem=1G" if memory_slot else _RAM),
                 *(
                     "-smp",
                     str(cpus),

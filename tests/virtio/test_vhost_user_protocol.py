@@ -55,6 +55,14 @@ class Held(pyvirtio.MemoryDisk):
         super()._readv(offset, views, length)
 
 
+def start_ring(front: Any) -> None:
+    """Start an empty ring, without a driver."""
+    arena = front.ram.arena()
+    front.select_queue(0)
+    front.enable_queue(16, arena.take(4096), arena.take(4096), arena.take(4096))
+    front.start_queue(front.vrings[0])
+
+
 # -- answers -------------------------------------------------------------------------------------
 
 
@@ -161,10 +169,49 @@ def test_a_change_of_configuration_is_told_with_config_alone(
     front = rig.front(protocol_features=UNDERSTOOD & ~absent)
     front.set_up()
     front.accept_features(1 << at.VIRTIO_F_VERSION_1)
+    start_ring(front)
     front.link.ask(Request.GET_FEATURES)
     rig.disk.truncate(2 << 20)
     assert front.backend is not None
     assert bool(select.select([front.backend], [], [], 0)[0]) == config
+
+
+def told(front: Any) -> bool:
+    """The back-end has said that the configuration is another now."""
+    front.link.ask(Request.GET_FEATURES)  # what it had to say it has said
+    return bool(front.take_interrupt() & at.MMIO_INTERRUPT_CONFIG_CHANGE)
+
+
+def test_a_resize_before_there_is_a_driver_is_told_when_its_rings_start(
+    make_rig: Callable[..., Rig],
+) -> None:
+    """A front-end has read the configuration long before, and gives the driver what it has read."""
+    rig = make_rig()
+    front = rig.front()
+    front.set_up()
+    front.config_bytes(0, 60)
+    rig.disk.truncate(2 << 20)
+    assert not told(front)
+    front.accept_features(1 << at.VIRTIO_F_VERSION_1)
+    start_ring(front)
+    assert told(front)
+
+
+def test_a_resize_while_all_rings_are_stopped_is_told_when_they_go_on(
+    make_rig: Callable[..., Rig],
+) -> None:
+    """A back-end that is suspended has nothing to say ("Suspended device state")."""
+    rig = make_rig()
+    driver = rig.driver()
+    front: Any = driver.registers
+    front.stop_queue(front.vrings[0])
+    rig.disk.truncate(2 << 20)
+    assert not told(front)
+    front.start_queue(front.vrings[0])
+    assert told(front)
+    front.stop_queue(front.vrings[0])
+    front.start_queue(front.vrings[0])
+    assert not told(front)
 
 
 # -- rings and memory ----------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Session:
         self._features_given = 0
         self._protocol = 0
         self._status = 0
+        self._known = device.config_generation
+        """The configuration that the front-end has read, or heard of."""
         self._writeback: bytes | None = None
         """What the driver has chosen, while the device is reset by a stop of the machine."""
         self._log: DirtyLog | None = None
@@ -137,7 +139,17 @@ class Session:
             for vring in self._vrings.all:
                 if not vring.signal("error"):
                     self._tell(BackendRequest.VRING_ERR, vu.VRING_STATE.pack(vring.index, 0))
-        self._tell(BackendRequest.CONFIG_CHANGE_MSG)
+            self._tell(BackendRequest.CONFIG_CHANGE_MSG)
+        self._tell_configuration()
+
+    def _tell_configuration(self) -> None:
+        """Say that the configuration is another now, if the front-end does not know. While all
+        rings are stopped nothing may be said ("Suspended device state"): it is said when one
+        starts, which is soon enough for a driver that had not begun."""
+        generation = self._device.config_generation
+        if generation != self._known and any(vring.started for vring in self._vrings.all):
+            self._known = generation
+            self._tell(BackendRequest.CONFIG_CHANGE_MSG)
 
     def _tell(self, request: BackendRequest, payload: bytes = b"") -> None:
         """Send a message of our own, if there is a way for it."""
@@ -404,6 +416,7 @@ class Session:
         if self._device.state.broken and not any(each.live for each in self._vrings.all):
             self._recover()
         self._vrings.refresh(vring)
+        self._tell_configuration()
 
     def _set_vring_call(self, message: Message) -> None:
         vring, fd = self._vring_fd(message)
@@ -493,6 +506,7 @@ class Session:
             _log.warning("refused to give configuration: %s", error)
             return _Reply(b"")
         head = message.payload[: vu.CONFIG_HEAD.size]
+        self._known = self._device.config_generation
         return _Reply(head + self._device.read_config(offset, len(data)))
 
     def _set_config(self, message: Message) -> None:
