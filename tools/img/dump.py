@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...qcow2.inspect import host_map, metadata_facts
+from ...qcow2.host_map import host_map
+from ...qcow2.inspect import metadata_facts
 from ..getopt import Option
 from ..messages import Failure
 from ..objects import Objects
@@ -35,7 +36,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         if disk.format_name != "qcow2" or file is None:
             raise Failure(f"Images of format '{disk.format_name}' have no metadata to dump")
         facts = metadata_facts(file)
-        found_map = host_map(file, cells=1)
+        found_map = host_map(file)
         facts["clusters"] = found_map.totals()
         facts["problems"] = found_map.problems
     print(pretty(facts))
