@@ -58,25 +58,42 @@ def explain(file: Disk, offset: int) -> Iterator[Step]:
         allocated, zero = states >> number & 1, states >> (32 + number) & 1
         words = "reads as zeroes" if zero else "allocated" if allocated else "unallocated"
         yield Step("subclusters", number, at + 8, states, f"subcluster {number}: {words}")
+    if entry & layout.COMPRESSED:
+        start, length = geometry.compressed_extent(entry)
+        last = start + length - 1
+        for cluster in range(start >> geometry.cluster_bits, (last >> geometry.cluster_bits) + 1):
+            yield from refcount_steps(file, header, cluster)
+        return
     host = entry & layout.OFFSET_MASK
-    if host and not entry & layout.COMPRESSED:
+    if host:
         yield Step("host file", None, host + inside, None, f"byte {inside} of its cluster")
-        yield _refcount_step(file, header, host >> geometry.cluster_bits)
+        if not header.incompatible_features & layout.Incompatible.DATA_FILE:
+            yield from refcount_steps(file, header, host >> geometry.cluster_bits)
 
 
-def _refcount_step(file: Disk, header: Header, cluster: int) -> Step:
+def refcount_steps(file: Disk, header: Header, cluster: int) -> Iterator[Step]:
+    """The way to the refcount of a host cluster."""
     geometry = header.geometry
     index = cluster >> geometry.refcount_block_bits
     if index >= header.refcount_table_clusters << geometry.cluster_bits >> 3:
-        return Step("refcount", cluster, None, None, "past the end of the refcount table: 0")
-    block = _word(file, header.refcount_table_offset + 8 * index) & layout.OFFSET_MASK
+        yield Step("refcount table", index, None, None, "past the end of the table: 0 references")
+        return
+    entry_at = header.refcount_table_offset + 8 * index
+    entry = _word(file, entry_at)
+    block = entry & layout.OFFSET_MASK
     if not block:
-        return Step("refcount", cluster, None, None, "no refcount block: 0")
+        yield Step("refcount table", index, entry_at, entry, "no refcount block: 0 references")
+        return
+    where = f"refcount block at {block:#x}"
+    if block % geometry.cluster_size or block >= file.size:
+        yield Step("refcount table", index, entry_at, entry, where + ", NOT a cluster of the file")
+        return
+    yield Step("refcount table", index, entry_at, entry, where)
     position = cluster & ((1 << geometry.refcount_block_bits) - 1)
     contents = memoryview(file.read(block, geometry.cluster_size))
     (value,) = codec_for(geometry.refcount_order).load(contents, position, 1)
     at = block + (position << geometry.refcount_order >> 3)
-    return Step("refcount", cluster, at, int(value), f"{value} reference{'s' * (value != 1)}")
+    yield Step("refcount", position, at, int(value), f"{value} reference{'s' * (value != 1)}")
 
 
 def _word(file: Disk, offset: int) -> int:

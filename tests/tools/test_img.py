@@ -208,9 +208,22 @@ def test_explain_tells_every_step(image):
     status, output, _ = img("explain", "--output=json", image, "65540")
     assert status == 0
     steps = json.loads(output)[0]["steps"]
-    assert [step["what"] for step in steps] == ["L1 table", "L2 table", "host file", "refcount"]
+    tables = ["L1 table", "L2 table", "host file", "refcount table", "refcount"]
+    assert [step["what"] for step in steps] == tables
     with pyvirtio.open_disk(image, read_only=True) as disk:
         assert steps[2]["at"] == disk.block_status(65540, 1).host_offset
+
+
+def test_explain_finds_the_way_back_from_the_host(image):
+    with pyvirtio.open_disk(image, read_only=True) as disk:
+        host = disk.block_status(65540, 1).host_offset
+    status, output, _ = img("explain", "--host", image, str(host))
+    assert status == 0
+    assert "data of the disk at guest offset 0x10000\n" in output
+
+
+def test_explain_ends_where_nothing_is_stored(image):
+    assert img("explain", image, "3M")[1].endswith("    disk: in no layer: zeroes\n")
 
 
 def test_diff_finds_what_was_written_since_a_snapshot(image):
