@@ -1,22 +1,18 @@
-"""Looking into an image without using it: how an offset is mapped, step by step, and what the
-header and the tables say. Nothing is cached or locked, damaged entries are told, not followed."""
+"""How an offset of an image is mapped, step by step, without using the image. Nothing is cached or
+locked, damaged entries are told, not followed."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..backend.disk import Disk
 from . import layout
 from .geometry import Geometry
 from .header import Header, read_header
 from .refcount_codec import codec_for
-from .refcounts import load_table
-from .snapshot_table import read_snapshots
 
-__all__ = ["Step", "explain", "metadata_facts"]
+__all__ = ["Step", "explain", "refcount_steps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,64 +120,3 @@ def _l2_meaning(entry: int, geometry: Geometry, header: Header) -> str:
         copied = external and entry & layout.COPIED
         words.append("the data file's first cluster" if copied else "unallocated")
     return ", ".join(words)
-
-
-def metadata_facts(file: Disk) -> dict[str, Any]:
-    """Everything that the header and the tables say, as plain values."""
-    header = read_header(file, for_check=True)
-    geometry = header.geometry
-    facts: dict[str, Any] = {
-        "version": header.version,
-        "size": header.size,
-        "cluster-size": geometry.cluster_size,
-        "refcount-bits": 1 << header.refcount_order,
-        "incompatible-features": header.incompatible_features,
-        "compatible-features": header.compatible_features,
-        "autoclear-features": header.autoclear_features,
-        "l1": {"offset": header.l1_table_offset, "entries": header.l1_size},
-        "refcount-table": {
-            "offset": header.refcount_table_offset,
-            "clusters": header.refcount_table_clusters,
-        },
-        "backing-file": header.backing_file,
-        "backing-format": header.backing_format,
-        "data-file": header.data_file,
-        "unknown-extensions": [
-            {"type": kind, "data": data.hex()} for kind, data in header.unknown_extensions
-        ],
-    }
-    snapshots, _ = read_snapshots(file, header)
-    facts["snapshots"] = [
-        {
-            "id": snapshot.id,
-            "name": snapshot.name,
-            "l1": {"offset": snapshot.l1_table_offset, "entries": snapshot.l1_size},
-            "disk-size": snapshot.disk_size,
-            "vm-state-size": snapshot.vm_state_size,
-        }
-        for snapshot in snapshots
-    ]
-    facts["tables"] = list(_tables(file, header))
-    return facts
-
-
-def _tables(file: Disk, header: Header) -> Iterator[dict[str, Any]]:
-    """The L2 tables of the disk with their entries that are not 0."""
-    geometry = header.geometry
-    table = (
-        load_table(file, header.l1_table_offset, header.l1_size) if header.l1_size else array("Q")
-    )
-    for index, entry in enumerate(table):
-        offset = entry & layout.OFFSET_MASK
-        if not offset:
-            continue
-        facts: dict[str, Any] = {"l1-index": index, "l1-entry": entry}
-        if not offset % geometry.cluster_size and offset < file.size:
-            words = load_table(file, offset, geometry.cluster_size // 8)
-            step = geometry.l2_entry_words
-            facts["entries"] = {
-                str(at): list(words[at * step : (at + 1) * step])
-                for at in range(len(words) // step)
-                if any(words[at * step : (at + 1) * step])
-            }
-        yield facts

@@ -240,6 +240,29 @@ def test_dump_counts_every_cluster(image):
     assert not facts["problems"]
 
 
+def test_dump_has_every_entry_and_refcount(image):
+    with pyvirtio.open_disk(image) as disk:
+        disk.bitmaps.add("b")
+        host = disk.block_status(65540, 1).host_offset & -65536
+    facts = json.loads(img("dump", "--json", image)[1])
+    (table,) = facts["tables"]
+    assert table["entries"]["1"] == [host | 1 << 63]
+    assert [bitmap["name"] for bitmap in facts["bitmaps"]] == ["b"]
+    counted = sum(
+        run[1] * run[2] for block in facts["refcount-blocks"] for run in block["refcounts"]
+    )
+    shared = [run for block in facts["refcount-blocks"] for run in block["refcounts"] if run[2] > 1]
+    more = sum(count * (value - 1) for _, count, value in shared)
+    assert (counted - more) * 65536 == image.stat().st_size
+    assert shared
+
+
+def test_progress_of_diff_does_not_get_into_its_output(image):
+    _, output, errors = img("diff", "-p", "-l", "one", image, "--output=json")
+    assert json.loads(output) == [{"start": 65536, "length": 1024}]
+    assert "(100.00/100%)" in errors
+
+
 def test_show_finds_a_leak(image):
     with image.open("r+b") as file:
         clusters = image.stat().st_size >> 16
