@@ -208,9 +208,22 @@ def test_explain_tells_every_step(image):
     status, output, _ = img("explain", "--output=json", image, "65540")
     assert status == 0
     steps = json.loads(output)[0]["steps"]
-    assert [step["what"] for step in steps] == ["L1 table", "L2 table", "host file", "refcount"]
+    tables = ["L1 table", "L2 table", "host file", "refcount table", "refcount"]
+    assert [step["what"] for step in steps] == tables
     with pyvirtio.open_disk(image, read_only=True) as disk:
         assert steps[2]["at"] == disk.block_status(65540, 1).host_offset
+
+
+def test_explain_finds_the_way_back_from_the_host(image):
+    with pyvirtio.open_disk(image, read_only=True) as disk:
+        host = disk.block_status(65540, 1).host_offset
+    status, output, _ = img("explain", "--host", image, str(host))
+    assert status == 0
+    assert "data of the disk at guest offset 0x10000\n" in output
+
+
+def test_explain_ends_where_nothing_is_stored(image):
+    assert img("explain", image, "3M")[1].endswith("    disk: in no layer: zeroes\n")
 
 
 def test_diff_finds_what_was_written_since_a_snapshot(image):
@@ -225,6 +238,29 @@ def test_dump_counts_every_cluster(image):
     assert sum(facts["clusters"].values()) * facts["cluster-size"] == image.stat().st_size
     assert facts["snapshots"][0]["name"] == "one"
     assert not facts["problems"]
+
+
+def test_dump_has_every_entry_and_refcount(image):
+    with pyvirtio.open_disk(image) as disk:
+        disk.bitmaps.add("b")
+        host = disk.block_status(65540, 1).host_offset & -65536
+    facts = json.loads(img("dump", "--json", image)[1])
+    (table,) = facts["tables"]
+    assert table["entries"]["1"] == [host | 1 << 63]
+    assert [bitmap["name"] for bitmap in facts["bitmaps"]] == ["b"]
+    counted = sum(
+        run[1] * run[2] for block in facts["refcount-blocks"] for run in block["refcounts"]
+    )
+    shared = [run for block in facts["refcount-blocks"] for run in block["refcounts"] if run[2] > 1]
+    more = sum(count * (value - 1) for _, count, value in shared)
+    assert (counted - more) * 65536 == image.stat().st_size
+    assert shared
+
+
+def test_progress_of_diff_does_not_get_into_its_output(image):
+    _, output, errors = img("diff", "-p", "-l", "one", image, "--output=json")
+    assert json.loads(output) == [{"start": 65536, "length": 1024}]
+    assert "(100.00/100%)" in errors
 
 
 def test_show_finds_a_leak(image):

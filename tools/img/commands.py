@@ -48,7 +48,7 @@ OURS: dict[str, str] = {
     "diff": "[--image-opts] [-f fmt] [-F fmt] [-l snapshot] [-L snapshot] [-g granularity] "
     "[--output=ofmt] [-p] [-U] filename1 [filename2]",
     "dump": "[--image-opts] [-f fmt] [--json] [-U] filename",
-    "explain": "[--image-opts] [-f fmt] [--output=ofmt] [-U] filename offset",
+    "explain": "[--image-opts] [-f fmt] [--host] [--output=ofmt] [-U] filename offset",
     "man": "[command]",
     "show": "[--image-opts] [-f fmt] [--html=page] [--width=columns] [-U] filename",
     "verify-chain": "[--image-opts] [-f fmt] [--fast] [-U] filename",

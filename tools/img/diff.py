@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         raise UsageError("Expecting two image file names, or one and its snapshots")
     unit = cvtnum("granularity", given.get("-g", "512"), 512, INT_MAX)
     json = is_json(given.get("--output"))
-    with ExitStack() as stack, Meter("-p" in given) as meter:
+    with ExitStack() as stack, Meter("-p" in given, stream=sys.stderr) as meter:
         disks: list[Disk] = []
         for name, kind, snapshot in zip(names, ("-f", "-F"), ("-l", "-L"), strict=True):
             source = Source(name, given.get(kind), "--image-opts" in given, "-U" in given)
@@ -66,6 +67,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             disks.append(disk)
         count = total = 0
         for start, length in differences(disks[0], disks[1], unit=unit, progress=meter):
+            meter.clear()
             if json:
                 print("[" if not count else ",", f'{{ "start": {start}, "length": {length} }}')
             elif not count:
@@ -73,8 +75,10 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             if not json:
                 print(f"{start:<#16x}{length:#x}")
             count, total = count + 1, total + length
+        meter.clear()
         if json:
             print("]" if count else "[]")
         else:
-            print(f"{count} ranges, {total} bytes differ." if count else "Nothing differs.")
+            ranges = f"{count} range{'s' * (count != 1)}, {total} bytes"
+            print(f"{ranges} differ." if count else "Nothing differs.")
     return 1 if count else 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ...qcow2.inspect import host_map, metadata_facts
+import json
+from collections.abc import Iterator
+
+from ...qcow2.facts import metadata_facts
+from ...qcow2.host_map import KINDS, host_map
 from ..getopt import Option
 from ..messages import Failure
 from ..objects import Objects
-from ..qjson import pretty
 from .opening import Source, open_image
 from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, one_operand
 
@@ -34,9 +37,26 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         file = disk.children.get("file")
         if disk.format_name != "qcow2" or file is None:
             raise Failure(f"Images of format '{disk.format_name}' have no metadata to dump")
-        facts = metadata_facts(file)
-        found_map = host_map(file, cells=1)
-        facts["clusters"] = found_map.totals()
-        facts["problems"] = found_map.problems
-    print(pretty(facts))
+        before = "{"
+        for name, value in metadata_facts(file):
+            print(f'{before}\n    "{name}": ', end="")
+            _print(value)
+            before = ","
+        clusters: dict[str, int] = {}
+        for kind, count in host_map(file).totals().items():
+            known = kind if kind in KINDS else "snapshot data"
+            clusters[known] = clusters.get(known, 0) + count
+        print(f',\n    "clusters": {json.dumps(clusters)}\n}}')
     return 0
+
+
+def _print(value: object) -> None:
+    """A value; an iterator is a list, with a line for each item."""
+    if not isinstance(value, Iterator):
+        print(json.dumps(value), end="")
+        return
+    before = "["
+    for item in value:
+        print(f"{before}\n        {json.dumps(item)}", end="")
+        before = ","
+    print("[]" if before == "[" else "\n    ]", end="")

@@ -1,12 +1,17 @@
-"""``explain``: how one guest offset is mapped, step by step through the backing chain."""
+"""``explain``: how one guest offset is mapped, step by step down the backing chain, or what refers
+to a host offset."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ...backend.chain import layers
-from ...qcow2.inspect import explain
-from ..getopt import UsageError
+from ...backend.disk import Disk
+from ...qcow2.inspect import Step, explain
+from ...qcow2.referrers import explain_host
+from ..getopt import Option, UsageError
+from ..messages import Failure
 from ..objects import Objects
 from ..qjson import pretty
 from ..sizes import cvtnum
@@ -15,7 +20,16 @@ from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, OUTPUT, is_js
 
 __all__ = ["OPTIONS", "run"]
 
-OPTIONS = (HELP, FORMAT, OUTPUT, OBJECT, IMAGE_OPTS, FORCE_SHARE)
+OPTIONS = (
+    HELP,
+    FORMAT,
+    OUTPUT,
+    OBJECT,
+    IMAGE_OPTS,
+    FORCE_SHARE,
+    Option(("--host",), None, "The offset is one of the host file: tell what refers to it."),
+)
+_Layer = dict[str, Any]
 
 
 def run(found: list[tuple[str, str]], operands: list[str]) -> int:
@@ -29,46 +43,67 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         raise UsageError("Expecting one image file name and an offset")
     offset = cvtnum("offset", operands[1])
     source = Source(operands[0], given.get("-f"), "--image-opts" in given, "-U" in given)
-    told: list[dict[str, object]] = []
-    with ExitStack() as stack:
-        disk = stack.enter_context(open_image(source, objects, no_io=True))
-        for depth, layer in enumerate(layers(disk)):
-            steps: list[dict[str, object]] = []
-            told.append({"depth": depth, "filename": layer.filename or "", "steps": steps})
-            if offset >= layer.size:
-                text = f"past the end of the disk ({layer.size} bytes): zeroes"
-                steps.append({"what": "disk", "meaning": text})
-                break
-            file = layer.children.get("file")
-            if layer.format_name != "qcow2" or file is None:
-                extent = layer.block_status(offset, layer.size - offset)
-                text = "a hole: zeroes" if extent.zero else f"stored at {extent.host_offset}"
-                steps.append({"what": layer.format_name, "meaning": text})
-                break
-            for step in explain(file, offset):
-                fact = {
-                    "what": step.what,
-                    "index": step.index,
-                    "at": step.at,
-                    "raw": step.raw,
-                    "meaning": step.meaning,
-                }
-                steps.append({name: item for name, item in fact.items() if item is not None})
-            if layer.block_status(offset, 1).depth == 0:
-                break
+    on_host = "--host" in given
+    with open_image(source, objects, backing=not on_host, no_io=True) as disk:
+        told = [_host(disk, offset)] if on_host else list(_guest(disk, offset))
     if is_json(given.get("--output")):
         print(pretty(told))
     else:
-        _print(offset, told)
+        print(f"{'host' if on_host else 'guest'} offset {offset} ({offset:#x})")
+        _print(told)
     return 0
 
 
-def _print(offset: int, told: list[dict[str, object]]) -> None:
-    print(f"guest offset {offset} ({offset:#x})")
+def _host(disk: Disk, offset: int) -> _Layer:
+    file = disk.children.get("file")
+    if disk.format_name != "qcow2" or file is None:
+        raise Failure(f"Images of format '{disk.format_name}' have no metadata to explain")
+    return _layer(0, disk, explain_host(file, offset))
+
+
+def _guest(disk: Disk, offset: int) -> Iterator[_Layer]:
+    """What every layer of the chain says, down to the one that has the data."""
+    chain = list(layers(disk))
+    for depth, layer in enumerate(chain):
+        file = layer.children.get("file")
+        if offset >= layer.size:
+            text = f"past the end of the disk ({layer.size} bytes): zeroes"
+            yield _layer(depth, layer, [Step("disk", None, None, None, text)])
+            return
+        if layer.format_name != "qcow2" or file is None:
+            extent = layer.block_status(offset, layer.size - offset)
+            text = "a hole: zeroes" if extent.zero else f"stored at {extent.host_offset}"
+            yield _layer(depth, layer, [Step(layer.format_name, None, None, None, text)])
+            return
+        steps = list(explain(file, offset))
+        below = layer.block_status(offset, 1)
+        here = below.depth == 0 and below.allocated
+        if not here and layer is chain[-1]:
+            steps.append(Step("disk", None, None, None, "in no layer: zeroes"))
+        yield _layer(depth, layer, steps)
+        if here:
+            return
+
+
+def _layer(depth: int, disk: Disk, steps: Iterable[Step]) -> _Layer:
+    facts = [
+        {
+            "what": step.what,
+            "index": step.index,
+            "at": step.at,
+            "raw": step.raw,
+            "meaning": step.meaning,
+        }
+        for step in steps
+    ]
+    told = [{name: item for name, item in fact.items() if item is not None} for fact in facts]
+    return {"depth": depth, "filename": disk.filename or "", "steps": told}
+
+
+def _print(told: list[_Layer]) -> None:
     for layer in told:
         print(f"{layer['filename']} (depth {layer['depth']})")
-        steps = layer["steps"]
-        for step in steps if isinstance(steps, list) else ():
+        for step in layer["steps"]:
             place = step["what"] + (f"[{step['index']}]" if "index" in step else "")
             at = f" at {step['at']:#x}" if "at" in step else ""
             raw = f" = {step['raw']:#018x}" if "raw" in step else ""

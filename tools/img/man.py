@@ -16,6 +16,9 @@ __all__ = ["OPTIONS", "run"]
 
 OPTIONS = (HELP,)
 
+_DATE = "2026-11-29"
+"""Of the version that the pages are of."""
+
 
 def run(found: list[tuple[str, str]], operands: list[str]) -> int:
     """Run the subcommand: the page of the program, or of one subcommand."""
@@ -24,7 +27,7 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         raise UsageError("Expecting the name of a command, or none")
     name = program_name()
     title = "-".join([name, *operands])
-    print(f'.TH "{_quoted(title)}" 1 "" "pyvirtio {__version__}" "User Commands"')
+    print(f'.TH "{_quoted(title)}" 1 "{_DATE}" "pyvirtio {__version__}" "User Commands"')
     print(".SH NAME")
     if operands:
         command = operands[0]

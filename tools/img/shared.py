@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from time import monotonic
-from typing import Self
+from typing import Self, TextIO
 
 from ..getopt import Option, UsageError
 from ..messages import Failure
@@ -56,13 +56,21 @@ class Meter:
     On a terminal with the rate and the time left, into a pipe as QEMU does.
     """
 
-    def __init__(self, shown: bool, step: float = 1.0, *, begin: bool = True) -> None:
+    def __init__(
+        self,
+        shown: bool,
+        step: float = 1.0,
+        *,
+        begin: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
         self._shown = shown
+        self._stream = stream or sys.stdout
         self._step = step
         self._begin = begin
         self._last = 0.0
         self._started = monotonic()
-        self._terminal = shown and sys.stdout.isatty()
+        self._terminal = shown and self._stream.isatty()
         self._width = 0
 
     def __enter__(self) -> Self:
@@ -72,7 +80,7 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            print(flush=True)
+            print(file=self._stream, flush=True)
 
     def __call__(self, done: int, total: int) -> None:
         """So many bytes are done."""
@@ -96,7 +104,12 @@ class Meter:
         if self._terminal:
             line += self._pace(done, total)
             line, self._width = line.ljust(self._width), len(line)
-        print(line, end="\r", flush=True)
+        print(line, end="\r", file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        """Make room on the terminal for a line of something else."""
+        if self._terminal and self._width:
+            print(" " * self._width, end="\r", file=self._stream, flush=True)
 
     def _pace(self, done: int, total: int) -> str:
         elapsed = monotonic() - self._started

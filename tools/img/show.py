@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
-from ...qcow2.inspect import KINDS, HostMap, host_map
+from ...qcow2.host_map import KINDS, HostMap, host_map, telling
 from ..getopt import Option
 from ..messages import Failure
 from ..objects import Objects
@@ -15,10 +14,7 @@ from .opening import Source, open_image
 from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, one_operand
 from .show_page import page
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-__all__ = ["COLOURS", "OPTIONS", "run"]
+__all__ = ["OPTIONS", "run"]
 
 OPTIONS = (
     HELP,
@@ -32,7 +28,7 @@ OPTIONS = (
     ),
 )
 
-COLOURS = {
+_COLOURS = {
     "free": "#3a3a3a",
     "leaked": "#ff5f5f",
     "header": "#ffffff",
@@ -48,8 +44,18 @@ COLOURS = {
     "compressed": "#5fd787",
     "zero": "#87d7d7",
 }
+_SNAPSHOT_COLOURS = (
+    "#d75faf",
+    "#af5fd7",
+    "#ff87af",
+    "#d787ff",
+    "#af5f87",
+    "#ffafd7",
+    "#875f87",
+    "#d7afd7",
+)
+"""One after the other, from the oldest snapshot on."""
 _ROWS = 24
-_PAGE_CELLS = 16384
 
 
 def run(found: list[tuple[str, str]], operands: list[str]) -> int:
@@ -69,12 +75,12 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         file = disk.children.get("file")
         if disk.format_name != "qcow2" or file is None:
             raise Failure(f"Images of format '{disk.format_name}' cannot be drawn")
-        found_map = host_map(file, cells=_PAGE_CELLS if "--html" in given else width * _ROWS)
+        found_map = host_map(file)
         size = disk.size
     if "--html" in given:
         try:
             with open(given["--html"], "w", encoding="utf-8") as target:
-                target.write(page(name, size, found_map, COLOURS))
+                target.write(page(name, size, found_map, _colours(found_map)))
         except OSError as error:
             raise Failure(f"Could not write '{given['--html']}': {error.strerror}") from error
         return 0
@@ -89,12 +95,23 @@ def _columns() -> int:
         return 80
 
 
+def _colours(found: HostMap) -> list[str]:
+    """One for each kind."""
+    snapshots = range(len(found.kinds) - len(KINDS))
+    return [
+        *(_COLOURS[kind] for kind in KINDS),
+        *(_SNAPSHOT_COLOURS[number % len(_SNAPSHOT_COLOURS)] for number in snapshots),
+    ]
+
+
 def _draw(name: str, size: int, found: HostMap, width: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(width=max(width + 2, 60), highlight=False, soft_wrap=True)
-    per_cell = f"{found.per_cell} clusters" if found.per_cell > 1 else "one cluster"
+    colours = _colours(found)
+    step = max(1, -(-found.clusters // (width * _ROWS)))
+    per_cell = f"{step} clusters" if step > 1 else "one cluster"
     console.print(
         Text.assemble(
             (name, "bold"),
@@ -102,24 +119,24 @@ def _draw(name: str, size: int, found: HostMap, width: int) -> None:
             f"{human_size(found.cluster_size)}; a cell is {per_cell}",
         )
     )
-    for start in range(0, len(found.cells), width):
-        console.print(_row(found.cells[start : start + width], found.per_cell))
-    for kind, count in found.totals().items():
-        line = Text("  ██ ", style=COLOURS[kind])
-        line.append(f"{kind:16}{count:>10}  {human_size(count * found.cluster_size)}", "default")
+    cells = range(0, found.clusters, step)
+    for start in range(0, len(cells), width):
+        row = Text(" ")
+        for cell in cells[start : start + width]:
+            row.append(*_cell(found.counts(cell, cell + step), step, colours))
+        console.print(row)
+    totals = found.totals()
+    widest = max(map(len, totals), default=0)
+    for kind, count in totals.items():
+        line = Text("  ██ ", style=colours[found.kinds.index(kind)])
+        size_of_all = human_size(count * found.cluster_size)
+        line.append(f"{kind:{max(widest, 16)}}{count:>10}  {size_of_all}", "default")
         console.print(line)
     for problem in found.problems:
         console.print(Text(f"  {problem}", style="bold red"))
 
 
-def _row(cells: list[dict[str, int]], per_cell: int) -> Text:
-    from rich.text import Text
-
-    row = Text(" ")
-    for cell in cells:
-        used = sum(cell.values())
-        # Little that matters shows more than much that is the rule.
-        ranked = sorted(cell, key=lambda kind: (kind == "leaked", cell[kind], KINDS.index(kind)))
-        kind = ranked[-1] if ranked else "free"
-        row.append("█" if used * 2 > per_cell else "▄" if used else "·", COLOURS[kind])
-    return row
+def _cell(counts: dict[int, int], step: int, colours: list[str]) -> tuple[str, str]:
+    """A character for some clusters, and its colour."""
+    used = sum(count for number, count in counts.items() if number)
+    return "█" if used * 2 > step else "▄" if used else "·", colours[telling(counts)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ...errors import PyvirtioError
 from ..getopt import Option
 from ..messages import Failure, text_of
 from ..objects import Objects
 from .check import check_quietly
 from .info import image_facts
-from .opening import Source, open_image
+from .opening import Source, open_quietly
 from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, one_operand
 
 __all__ = ["OPTIONS", "run"]
@@ -44,19 +45,20 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         else:
             seen.add(name)
             try:
-                with open_image(source, objects, backing=False, no_io=True) as disk:
+                with open_quietly(source, objects, backing=False, no_io=True) as disk:
                     facts = image_facts(disk, source)
                 size = facts["virtual-size"]
                 following = facts.get("full-backing-filename")
                 found_here += _look(facts, above, source, objects, fast="--fast" in given)
                 kind, image_opts = facts.get("backing-filename-format"), False
-            except Failure as failure:
-                found_here.append(failure.message)
+            except (Failure, PyvirtioError, ValueError, OSError) as error:
+                found_here.append(text_of(error))
         state = "; ".join(found_here) or "good"
         print(f"{depth}: {name}" + ("" if size is None else f" ({size} bytes)") + f": {state}")
         problems += len(found_here)
         name, above, depth = following, size, depth + 1
-    print("The chain is in order." if not problems else f"{problems} problems were found.")
+    several = "1 problem was" if problems == 1 else f"{problems} problems were"
+    print(f"{several} found." if problems else "The chain is in order.")
     return 2 if problems else 0
 
 
