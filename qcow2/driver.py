@@ -542,12 +542,12 @@ class Qcow2Disk(Disk):
 
     @property
     def unflushed(self) -> tuple[str, ...]:
-        """Which kinds of metadata have changed and are not in the file yet, named as QEMU names its
-        caches of them."""
-        metadata = self._metadata
-        if metadata.tables.cache.dirty or metadata.tables.dirty_l1:
-            return "L2 table", "refcount block"
-        return ("refcount block",) if metadata.dirty else ()
+        """The caches of metadata, as QEMU names them, if something is not in the file yet, or not
+        stable there as far as the file knows.
+
+        It needs both to be written, whichever has changed."""
+        unflushed = self._metadata.dirty or getattr(self._file, "unflushed", False)
+        return ("L2 table", "refcount block") if unflushed else ()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():

@@ -34,7 +34,7 @@ from .options import CacheSizes
 from .overlap import TEMPLATES, Overlap, Section
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcount_codec import uniform
-from .refcounts import Refcounts, load_table, pack_table
+from .refcounts import Refcounts, load_table, pack_table, switch_fields
 from .requests import RequestGate
 from .state import mark_clean, mark_dirty
 from .tables import entry_kind
@@ -156,7 +156,7 @@ class Metadata:
         if l1_index >= len(self.tables.l1):
             raise BackendError(errno.EIO, "The request is not inside the disk any more")
         if self.tables.l1[l1_index] & layout.COPIED == 0 or not self.tables.l2_offset(l1_index):
-            self._own_l2_table(l1_index)
+            self.tables.keep(cluster, self._own_l2_table(l1_index))
         position = self.tables.locate(cluster)
         self.tables.cache.pin(position >> self.tables.cache.slot_bits)
         return position
@@ -165,14 +165,18 @@ class Metadata:
         """Release the slice that :meth:`prepare` pinned."""
         self.tables.cache.unpin(position >> self.tables.cache.slot_bits)
 
-    def _own_l2_table(self, l1_index: int) -> None:
-        """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table."""
+    def _own_l2_table(self, l1_index: int) -> bytes:
+        """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table;
+        its contents."""
         old = self.tables.l2_offset(l1_index)
+        if old:
+            self.file.debug_event("l2_alloc_cow_read")
         contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
         new, _, _ = self.refcounts.allocate(1, "L2 table")
         try:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
             self.overlap.add(new, Section.ACTIVE_L2)
+            self.file.debug_event("l2_alloc_write")
             self.file.write(new << self.cluster_bits, contents)
             if self.lazy:
                 self.refcounts.cache.write_dirty()  # tables are counted even so, as in QEMU
@@ -180,6 +184,7 @@ class Metadata:
             self.refcounts.add(new, 1, -1)
             raise
         self.replace_l2_table(l1_index, new)
+        return contents
 
     def replace_l2_table(self, l1_index: int, cluster: int) -> None:
         """Name another L2 table, our own, written to a host cluster already, in the L1 table."""
@@ -326,23 +331,29 @@ class Metadata:
         self.geometry = self.header.geometry
         self.tables.adopt(self.geometry)
 
-    def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
+    def switch_l1(self, l1: array[int], offset: int, size: int) -> BackendError | None:
         """Make another L1 table, stable at host byte ``offset``, the active one (lock held).
 
-        ``size`` is the disk's size with it. One write into the header's first sector.
+        ``size`` is the disk's size with it. One write into the header's first sector. Returns the
+        error where that failed and nothing has changed; raises BackendError where that is not
+        certain.
         """
-        header, overlap = self.header, self.overlap
-        self.file.write(
+        header, overlap, pack = self.header, self.overlap, layout.SIZE_AND_L1.pack
+        failed = switch_fields(
+            self.file,
             layout.SIZE_OFFSET,
-            layout.SIZE_AND_L1.pack(size, header.crypt_method, len(l1), offset),
+            pack(size, header.crypt_method, len(l1), offset),
+            pack(header.size, header.crypt_method, header.l1_size, header.l1_table_offset),
         )
-        self.file.flush()
+        if failed is not None:
+            return failed
         overlap.drop(Section.ACTIVE_L1, header.l1_table_offset, 8 * header.l1_size)
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
         overlap.put(Section.ACTIVE_L1, offset, 8 * len(l1))
         for entry in filter(None, l1):
             overlap.add((entry & layout.OFFSET_MASK) >> self.cluster_bits, Section.ACTIVE_L2)
+        return None
 
     def make_accurate(self) -> None:
         """Bring postponed refcounts to the file, which is clean then (in an exclusive

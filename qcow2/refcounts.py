@@ -44,6 +44,22 @@ def pack_table(entries: Sequence[int]) -> bytes:
     return table.tobytes()
 
 
+def switch_fields(file: Disk, place: int, new: bytes, old: bytes) -> BackendError | None:
+    """Put other values in fields of the header that one write changes, stable at once.
+
+    Returns the error if that failed and the ``old`` values stand there, stable, all the same.
+    Raises BackendError where nobody knows what stands there.
+    """
+    try:
+        file.write(place, new)
+        file.flush()
+    except BackendError as error:
+        file.write(place, old)
+        file.flush()
+        return error
+    return None
+
+
 def structure_size(geometry: Geometry, others: int) -> tuple[int, int]:
     """Refcount blocks and refcount table clusters needed to count themselves and ``others``."""
     blocks = table_clusters = 1
@@ -197,6 +213,9 @@ class Refcounts:
                     raise self._out_of_range(cluster, part, max(changed))
                 if delta < 0 and not lowest:
                     freed += [cluster + i for i, value in enumerate(changed) if not value]
+            # Where QEMU looks for the block that it is about to change.
+            self._file.debug_event("refblock_alloc")
+            self._file.debug_event("refblock_load")
             self.cache.mark_dirty(slot)
             self._codec.store(self.cache.slice(slot), index, changed)
             cluster += part
@@ -260,14 +279,15 @@ class Refcounts:
                 if hint < follow:
                     self._hint = hint
                 return taken
+        self._file.debug_event("cluster_alloc")
         while True:
             first = self._hint = self._find_contiguous(want)
             if self._ensure_blocks(first, want):
-                self._file.debug_event("cluster_alloc")
                 return self._take(first, want, what)
 
     def allocate_contiguous(self, count: int) -> int:
         """Take exactly ``count`` clusters in a row; the first of them."""
+        self._file.debug_event("cluster_alloc")
         if count >= 1 << self._block_bits - 1:
             # The refcount blocks that come to lie in between would never leave so much room.
             first = self._find_contiguous(count)
@@ -435,8 +455,13 @@ class Refcounts:
         if block < len(self.table):
             self._dirty_entries.add(block)
             self.table[block] = place << self._geometry.cluster_bits
-        else:
+            return
+        try:
             self._grow_table(max(block, home) + 1, {block: place})
+        except BaseException:
+            if home != block:
+                self.add(place, 1, -1)
+            raise
 
     def _write_block(self, cluster: int, used: int, start: int = 0) -> None:
         """Write a refcount block into ``cluster`` that counts ``used`` entries from ``start`` on
@@ -494,17 +519,21 @@ class Refcounts:
         old_clusters = self._header.refcount_table_clusters
         with self._health.step("Moving the refcount table"):
             self._file.debug_event("refblock_alloc_switch_table")
-            self._file.write(
+            failed = switch_fields(
+                self._file,
                 layout.REFCOUNT_TABLE_OFFSET_OFFSET,
                 layout.REFCOUNT_TABLE_FIELDS.pack(offset, clusters),
+                layout.REFCOUNT_TABLE_FIELDS.pack(old << geometry.cluster_bits, old_clusters),
             )
-            self._file.flush()
-            self._header.refcount_table_offset = offset
-            self._header.refcount_table_clusters = clusters
-            self.table = table
-            self._dirty_entries.clear()
-            if self.overlap is not None:
-                self.overlap.forget()
+            if failed is None:
+                self._header.refcount_table_offset = offset
+                self._header.refcount_table_clusters = clusters
+                self.table = table
+                self._dirty_entries.clear()
+                if self.overlap is not None:
+                    self.overlap.forget()
+        if failed is not None:
+            raise failed
         self.add(old, old_clusters, -1)
 
     def drop_empty_blocks(self) -> None:

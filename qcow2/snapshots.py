@@ -358,7 +358,9 @@ class Snapshots:
             undo.pop_all()
         previous = header.l1_table_offset, header.l1_size
         with metadata.lock, metadata.health.step("Applying a snapshot"):
-            metadata.switch_l1(target, offset, size)
+            failed = metadata.switch_l1(target, offset, size)
+            if failed is not None:
+                raise failed
             self._lower(going, *previous)
 
     def delete(self, snapshot: str | Snapshot) -> None:
