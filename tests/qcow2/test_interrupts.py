@@ -114,3 +114,31 @@ def check_as_it_is(file: pyvirtio.MemoryDisk) -> None:
         harmless = sum("OFLAG_COPIED" in line and "refcount=1" in line for line in result.messages)
         assert result.corruptions == harmless, result.messages
         assert disk.read(0, len(OLD)) == OLD
+
+
+def test_an_interrupt_just_before_a_flush_writes_does_not_lose_what_it_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, disk = make_image()
+    disk.write(30 * CLUSTER, b"k" * CLUSTER)
+    health = disk._metadata.health  # type: ignore[attr-defined]
+    step = type(health).step
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            raise Interrupt
+
+    def interrupted(self: object, what: str) -> Any:
+        return Interrupted() if what == "Gathering what to flush" else step(health, what)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(type(health), "step", interrupted)
+        disk.flush()
+    disk.flush()
+    copy = pyvirtio.MemoryDisk(0, growable=True)
+    copy.write(0, file.read(0, file.size))
+    with pyvirtio.open_disk(copy, read_only=True) as again:
+        assert again.read(30 * CLUSTER, CLUSTER) == b"k" * CLUSTER
