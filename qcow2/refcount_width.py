@@ -45,18 +45,21 @@ def change_refcount_width(
         _free(metadata, first, total)
         raise
     old = _structures(metadata)
-    update_header(
-        metadata,
-        refcount_table_offset=offset,
-        refcount_table_clusters=total - len(blocks),
-        refcount_order=order,
-    )
-    with metadata.lock, metadata.health.step("Changing the refcount width"):
+
+    def adopt() -> None:
         metadata.adopt_geometry()
         metadata.renew_refcounts()
         for start, count in old:
             for part in metadata.refcounts.slices(start, count):
                 metadata.refcounts.add(*part, -1)
+
+    update_header(
+        metadata,
+        adopt=adopt,
+        refcount_table_offset=offset,
+        refcount_table_clusters=total - len(blocks),
+        refcount_order=order,
+    )
     metadata.settle()
     progress(len(blocks), len(blocks))
 
