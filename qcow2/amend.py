@@ -208,13 +208,13 @@ def _upgrade(metadata: Metadata, snapshots: Snapshots, progress: Progress) -> No
     progress(1, 2)
     update_header(
         metadata,
+        adopt=metadata.adopt_geometry,
         version=3,
         incompatible_features=0,
         compatible_features=0,
         autoclear_features=0,
         refcount_order=4,
     )
-    metadata.adopt_geometry()
     progress(2, 2)
 
 
@@ -226,8 +226,13 @@ def _downgrade(metadata: Metadata, snapshots: Snapshots, progress: Progress) -> 
     l1_tables = [metadata.tables.l1, *(snapshots.l1_table(snapshot) for snapshot in snapshots)]
     backed = header.backing_file is not None
     expand_zero_clusters(metadata, l1_tables, backed=backed, progress=progress)
-    update_header(metadata, version=2, incompatible_features=0, unknown_fields=b"")
-    metadata.adopt_geometry()
+    update_header(
+        metadata,
+        adopt=metadata.adopt_geometry,
+        version=2,
+        incompatible_features=0,
+        unknown_fields=b"",
+    )
 
 
 def _change_backing_file(metadata: Metadata, options: AmendOptions) -> None:

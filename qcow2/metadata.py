@@ -397,30 +397,31 @@ class Metadata:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
         self.file.debug_event("flush_to_os")
-        with self.lock:
-            if not self.dirty:
-                staged = None
-            elif self.lazy:
-                # In the file before anything that the counts there do not know of.
-                mark_dirty(self.file, self.header)
-                with self.health.step("Gathering what to flush"):
-                    staged = _Staged(self)
-            else:
-                self.refcounts.cache.write_dirty()
-                with self.health.step("Gathering what to flush"):
-                    staged = _Staged(self)
+        staged = None
+        try:
+            with self.lock:
+                if self.dirty:
+                    if self.lazy:
+                        # In the file before anything that the counts there do not know of.
+                        mark_dirty(self.file, self.header)
+                    else:
+                        self.refcounts.cache.write_dirty()
+                    with self.health.step("Gathering what to flush"):
+                        staged = _Staged(self)
+            if staged is not None:
+                staged.write(self)
+        except BaseException:
+            # Wherever that came from: what is not in the file is dirty again.
+            if staged is not None:
+                with self.lock, self.health.step("Giving back what was to be flushed"):
+                    staged.give_back(self)
+            raise
         if staged is None:
             if self.data_file is not None:
                 self.data_file.flush()
             self.file.debug_event("flush_to_disk")
             self.file.flush()
             return
-        try:
-            staged.write(self)
-        except BaseException:
-            with self.lock:
-                staged.give_back(self)
-            raise
         with self.lock:
             staged.slices.done(written=True)
             dropped = staged.dropped

@@ -39,18 +39,21 @@ def change_refcount_width(
         new.give_up()
         raise
     old = _structures(metadata)
-    update_header(
-        metadata,
-        refcount_table_offset=new.table_at << metadata.cluster_bits,
-        refcount_table_clusters=new.table_clusters,
-        refcount_order=order,
-    )
-    with metadata.lock, metadata.health.step("Changing the refcount width"):
+
+    def adopt() -> None:
         metadata.adopt_geometry()
         metadata.renew_refcounts()
         for start, count in old:
             for part in metadata.refcounts.slices(start, count):
                 metadata.refcounts.add(*part, -1)
+
+    update_header(
+        metadata,
+        adopt=adopt,
+        refcount_table_offset=new.table_at << metadata.cluster_bits,
+        refcount_table_clusters=new.table_clusters,
+        refcount_order=order,
+    )
     metadata.settle()
 
 

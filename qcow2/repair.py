@@ -85,12 +85,13 @@ def rebuild_refcounts(survey: Survey) -> None:
     metadata.file.write(table_at << survey.bits, pack_table(table))
     metadata.file.flush()
     fields = layout.REFCOUNT_TABLE_FIELDS.pack(table_at << survey.bits, table_clusters)
-    metadata.file.write(layout.REFCOUNT_TABLE_OFFSET_OFFSET, fields)
-    metadata.file.flush()
     header = metadata.header
-    header.refcount_table_offset = table_at << survey.bits
-    header.refcount_table_clusters = table_clusters
-    metadata.renew_refcounts()
+    with metadata.health.step("Switching to new refcounts"):
+        metadata.file.write(layout.REFCOUNT_TABLE_OFFSET_OFFSET, fields)
+        metadata.file.flush()
+        header.refcount_table_offset = table_at << survey.bits
+        header.refcount_table_clusters = table_clusters
+        metadata.renew_refcounts()
 
 
 def release_old_structure(survey: Survey) -> None:
