@@ -29,7 +29,7 @@ VIRTIO: list[tuple[str, ...]] = [
     # -- status and features --
     ("virtio/device.py", "status bits can be cleared (BF-02)", "new = value & _DRIVER_BITS & ~state.status", "state.status &= value; new = value & _DRIVER_BITS & ~state.status", DEVICE + "bits_are_not_cleared_one_by_one_bf_02"),
     ("virtio/device.py", "features not offered are accepted (BF-19)", "return not self.state.driver_features & ~self.offered_features", "return True", DEVICE + "features_not_offered_are_refused_bf_09_bf_13_bf_19"),
-    ("virtio/device.py", "features change after FEATURES_OK (BF-48)", "        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):\n            return\n", "", DEVICE + "features_hold_still_after_features_ok_bf_48"),
+    ("virtio/device.py", "features change after FEATURES_OK (BF-48)", "        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_SUSPEND):\n            return\n", "", DEVICE + "features_hold_still_after_features_ok_bf_48"),
     ("virtio/device.py", "queues are served before DRIVER_OK (BF-05)", "return self.legacy or bool(state.status & STATUS_DRIVER_OK)", "return True", DEVICE + "nothing_is_done_before_driver_ok_bf_05_bf_06_bf_51"),
     ("virtio/device.py", "kicks before DRIVER_OK are lost (BF-51)", "            self.service.look()  # what was kicked too early (BF-51) is not lost\n", "            pass\n", DEVICE + "nothing_is_done_before_driver_ok_bf_05_bf_06_bf_51"),
     ("virtio/device.py", "a failed driver's queues are served", "state.broken or state.status & STATUS_FAILED or", "state.broken or", DEVICE + "failed_makes_it_inert_until_a_reset_bf_03_bf_49"),
