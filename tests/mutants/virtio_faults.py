@@ -60,7 +60,7 @@ VIRTIO: list[tuple[str, ...]] = [
     ("virtio/express_packed.py", "a table takes as many places as it has entries", "            slots = 1\n", "            slots = 3\n", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
     ("virtio/express_packed.py", "the id is the first descriptor's (PKD-35)", "            ident = last_ident\n", "            pass\n", EXPRESS + "a_packed_lists_id_is_its_last_descriptors_pkd_35"),
     ("virtio/express_packed.py", "tables without the feature (PKD-21)", "size == 48 and indirect:", "size == 48:", EXPRESS + "a_packed_table_has_to_be_negotiated_pkd_21"),
-    ("virtio/express_packed.py", "requests past the end of the disk", "        if sector + length // SECTOR_SIZE > blk.capacity:\n            return None\n", "", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
+    ("virtio/express_packed.py", "a request past the end of the disk is taken for the host's mistake", "        if sector + length // SECTOR_SIZE > blk.capacity:\n            return None\n", "", DEVICE + "strict_raises_after_the_answer"),
     ("virtio/express_packed.py", "requests outside RAM", "            or data + length > end\n", "", EXPRESS + "data_outside_ram_is_ioerr"),
     # -- threads --
     ("virtio/workers.py", "in order is forgotten (BF-92)", "if ring is None or (ring.in_order and queue.under_way):", "if ring is None:", THREADS + "in_order_keeps_the_order"),
