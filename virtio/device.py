@@ -30,6 +30,7 @@ from .layout import (
     STATUS_FAILED,
     STATUS_FEATURES_OK,
     STATUS_NEEDS_RESET,
+    STATUS_SUSPEND,
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
@@ -223,7 +224,7 @@ class VirtioDevice(Guarded, ABC):
         Ignored once it has said FEATURES_OK (BF-48), or DRIVER_OK on a legacy device.
         """
         state = self.state
-        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
+        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_SUSPEND):
             return
         state.driver_features = state.driver_features & ~mask | features & mask
         if self.legacy:  # in force at once, rings that are in use already included

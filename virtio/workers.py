@@ -47,7 +47,7 @@ class WorkerService(Service):
         self._busy: set[int] = set()
         """Threads that have a request under way, or an interrupt for one."""
         self._threads: list[threading.Thread] = []
-        self._closing = False
+        """A thread that is not in here any more ends."""
 
     # -- the device's side -------------------------------------------------------------------
 
@@ -100,13 +100,11 @@ class WorkerService(Service):
 
     def close(self) -> None:
         with self._lock:
-            self._closing = True
-            self._work.notify_all()
             threads, self._threads = self._threads, []
+            self._work.notify_all()
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join()
-        self._closing = False
 
     # -- the workers -------------------------------------------------------------------------
 
@@ -127,11 +125,11 @@ class WorkerService(Service):
         self._work.notify()
 
     def _run(self) -> None:
-        me = threading.get_ident()
+        me, thread = threading.get_ident(), threading.current_thread()
         while True:
             with self._lock:
-                self._work.wait_for(lambda: self._kicked or self._closing)
-                if self._closing:
+                self._work.wait_for(lambda: self._kicked or thread not in self._threads)
+                if thread not in self._threads:
                     return
                 self._busy.add(me)
                 queue = self._kicked.popleft()

@@ -29,7 +29,7 @@ VIRTIO: list[tuple[str, ...]] = [
     # -- status and features --
     ("virtio/device.py", "status bits can be cleared (BF-02)", "new = value & _DRIVER_BITS & ~state.status", "state.status &= value; new = value & _DRIVER_BITS & ~state.status", DEVICE + "bits_are_not_cleared_one_by_one_bf_02"),
     ("virtio/device.py", "features not offered are accepted (BF-19)", "return not self.state.driver_features & ~self.offered_features", "return True", DEVICE + "features_not_offered_are_refused_bf_09_bf_13_bf_19"),
-    ("virtio/device.py", "features change after FEATURES_OK (BF-48)", "        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):\n            return\n", "", DEVICE + "features_hold_still_after_features_ok_bf_48"),
+    ("virtio/device.py", "features change after FEATURES_OK (BF-48)", "        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_SUSPEND):\n            return\n", "", DEVICE + "features_hold_still_after_features_ok_bf_48"),
     ("virtio/device.py", "queues are served before DRIVER_OK (BF-05)", "return self.legacy or bool(state.status & STATUS_DRIVER_OK)", "return True", DEVICE + "nothing_is_done_before_driver_ok_bf_05_bf_06_bf_51"),
     ("virtio/device.py", "kicks before DRIVER_OK are lost (BF-51)", "            self.service.look()  # what was kicked too early (BF-51) is not lost\n", "            pass\n", DEVICE + "nothing_is_done_before_driver_ok_bf_05_bf_06_bf_51"),
     ("virtio/device.py", "a failed driver's queues are served", "state.broken or state.status & STATUS_FAILED or", "state.broken or", DEVICE + "failed_makes_it_inert_until_a_reset_bf_03_bf_49"),
@@ -60,7 +60,7 @@ VIRTIO: list[tuple[str, ...]] = [
     ("virtio/express_packed.py", "a table takes as many places as it has entries", "            slots = 1\n", "            slots = 3\n", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
     ("virtio/express_packed.py", "the id is the first descriptor's (PKD-35)", "            ident = last_ident\n", "            pass\n", EXPRESS + "a_packed_lists_id_is_its_last_descriptors_pkd_35"),
     ("virtio/express_packed.py", "tables without the feature (PKD-21)", "size == 48 and indirect:", "size == 48:", EXPRESS + "a_packed_table_has_to_be_negotiated_pkd_21"),
-    ("virtio/express_packed.py", "requests past the end of the disk", "        if sector + length // SECTOR_SIZE > blk.capacity:\n            return None\n", "", EXPRESS + "packed_kicks_of_usual_and_other_requests"),
+    ("virtio/express_packed.py", "a request past the end of the disk is taken for the host's mistake", "        if sector + length // SECTOR_SIZE > blk.capacity:\n            return None\n", "", DEVICE + "strict_raises_after_the_answer"),
     ("virtio/express_packed.py", "requests outside RAM", "            or data + length > end\n", "", EXPRESS + "data_outside_ram_is_ioerr"),
     # -- threads --
     ("virtio/workers.py", "in order is forgotten (BF-92)", "if ring is None or (ring.in_order and queue.under_way):", "if ring is None:", THREADS + "in_order_keeps_the_order"),

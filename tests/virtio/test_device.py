@@ -260,8 +260,9 @@ def test_strict_raises_what_a_reset_must_mend(make_started: Any) -> None:
     assert machine.registers.status & at.STATUS_NEEDS_RESET
 
 
-def test_strict_raises_after_the_answer(make_started: Any) -> None:
-    machine = make_started(strict=True)
+@pytest.mark.parametrize("packed", [False, True])
+def test_strict_raises_after_the_answer(make_started: Any, packed: bool) -> None:
+    machine = make_started(strict=True, packed=packed)
     head = machine.driver.submit(at.VIRTIO_BLK_T_IN, 5000, incoming=512)
     with pytest.raises(GuestError, match="sector 5000"):
         machine.driver.kick()

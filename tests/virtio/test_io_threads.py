@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -392,3 +393,20 @@ def test_a_disk_that_shrinks_under_a_request_answers_ioerr(machine: Any) -> None
     machine.done.clear()
     head = write(machine, 1)
     assert wait_for(machine, head)[head].status == 0
+
+
+def test_a_device_closed_from_a_threads_own_callback_leaves_no_thread(make: Any) -> None:
+    machine = make()
+    closed: list[threading.Thread] = []
+
+    def close(level: bool) -> None:
+        threads = list(machine.device.service._threads)
+        machine.device.detach()
+        closed.extend(threads)
+
+    machine.mmio._line.callback = close
+    write(machine, 0)
+    deadline = time.monotonic() + PATIENCE
+    while not closed or any(each.is_alive() for each in closed):
+        assert time.monotonic() < deadline, closed
+        time.sleep(0.01)

@@ -586,3 +586,17 @@ def test_a_kick_from_the_last_interrupt_takes_nothing_bf_72(make_machine: Any) -
     machine.device.resume()
     assert machine.registers.status == SUSPENDED
     assert machine.disk.content[512] == 0
+
+
+def test_features_stay_as_they_are_without_features_ok(make_machine: Any) -> None:
+    """A driver that never says FEATURES_OK has neither that nor DRIVER_OK while it is suspended."""
+    machine = make_machine()
+    driver, registers = machine.driver, machine.registers
+    driver.identify()
+    registers.accept_features(registers.offered_features())
+    driver.set_up_queue()
+    registers.status |= at.STATUS_DRIVER_OK
+    before = machine.device.driver_features
+    driver.suspend()
+    registers.accept_features(0)
+    assert machine.device.driver_features == before

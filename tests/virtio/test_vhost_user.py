@@ -372,9 +372,17 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
     driver = first.driver()
     front: Any = driver.registers
     driver.write(0, MARK)
-    # As if it had been killed while it did these: they are noted, and never answered.
-    taken = threading.Event()
-    first.device.process = lambda *_: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
+    # As if it had been killed while it did these: they are noted, and never answered, and nothing
+    # is written to the rings any more.
+    taken, ended, left = threading.Event(), threading.Event(), [2, 1, 0]
+
+    def process(*_: object) -> int:
+        if not left.pop(0):
+            taken.set()
+            assert ended.wait(60)
+        return pyvirtio.virtio.service.HELD
+
+    first.device.process = process  # type: ignore[method-assign]
     heads = [driver.submit(at.VIRTIO_BLK_T_OUT, 4 + round, MARK[:512]) for round in range(3)]
     driver.kick()
     assert taken.wait(10)
@@ -387,6 +395,7 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
             heads = [head for head in heads if head not in done]
         assert driver.read(4, 1) == driver.read(6, 1) == MARK[:512]
         front.close()
+    ended.set()
     first.__exit__()
 
 
