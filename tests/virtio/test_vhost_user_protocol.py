@@ -3,8 +3,10 @@ changes under requests, front-ends that wait."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import pyvirtio
 from pyvirtio.virtio import layout as at
 from pyvirtio.virtio.driver import BlockDriver, Link, SharedRam
-from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD
+from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD, connect
 from pyvirtio.virtio.vhost_user import layout as vu
 from pyvirtio.virtio.vhost_user.layout import ProtocolFeature, Request
 from pyvirtio.virtio.vhost_user.log import DirtyLog
@@ -529,3 +531,32 @@ def test_a_front_end_that_comes_while_another_is_here_waits_for_its_end(rig: Rig
     first.registers.close()  # type: ignore[attr-defined]
     assert second.receive().request == Request.GET_FEATURES
     second.close()
+
+
+class Full(socket.socket):
+    """A listener that the host has no descriptors for, at first."""
+
+    refused = 0
+
+    def accept(self) -> Any:
+        if self.refused < 2:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_a_server_without_descriptors_tries_again(tmp_path: Path) -> None:
+    listener = Full(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    device = pyvirtio.VirtioBlk(pyvirtio.MemoryDisk(1 << 20))
+    server = pyvirtio.VhostUserServer(device, listener=listener)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    link = connect(tmp_path / "s", PATIENCE)
+    assert link.ask_u64(Request.GET_FEATURES)
+    link.close()
+    server.stop()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    server.close()

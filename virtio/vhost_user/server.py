@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Self
 
 from ...backend.listener import UnixListener
@@ -26,6 +27,8 @@ __all__ = ["VhostUserServer"]
 
 _log = logging.getLogger(__name__)
 
+_RETRY = 0.2
+"""Seconds until a front-end that could not be let in is tried again."""
 _POLL = 0.001
 """Seconds between two looks at rings without a kick descriptor."""
 
@@ -138,6 +141,10 @@ class VhostUserServer:
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptors left in this process or on the host
+            _log.warning("a front-end cannot be let in: %s", error)
+            sleep(_RETRY)
             return
         self.forget(self._listener.fileno())
         self._begin(connection)
