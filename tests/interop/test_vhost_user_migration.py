@@ -79,6 +79,14 @@ class Hosts:
         assert self.server.end() == 0
         self.server, self.vmm = server, vmm
 
+    def begin_to_move(self) -> None:
+        """Move the guest, and think better of it."""
+        server, vmm = self._start(self._image.with_name(f"way{self._count}"))
+        self.vmm.start_migration(vmm)
+        self.vmm.command("migrate_cancel")
+        vmm.kill()
+        assert server.end() == 0
+
     def __enter__(self) -> Self:
         return self
 
@@ -88,7 +96,8 @@ class Hosts:
 
 def moves(guest: Guest, overlay: Path, *, packed: bool, cpus: int, times: int) -> None:
     """A guest that writes and verifies all the while, and reads a file while its memory is copied:
-    what the device puts into its memory then must be there afterwards."""
+    what the device puts into its memory then must be there afterwards. One that moves often
+    begins to move before, too, and stays."""
     with Hosts(guest, overlay, packed=packed, cpus=cpus) as hosts:
         run = lambda command: hosts.vmm.run(command)  # noqa: E731
         run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt && cd /mnt")
@@ -101,6 +110,8 @@ def moves(guest: Guest, overlay: Path, *, packed: bool, cpus: int, times: int) -
                 "(number=0; while [ ! -e /tmp/stop ]; do number=$((number + 1)); "
                 f"{work} || exit 1; done) & worker=$!"
             )
+            if times > 1:
+                hosts.begin_to_move()
             hosts.move(lambda: run("cat kept > /dev/null"))
             with pytest.raises(InUseError):
                 pyvirtio.open_disk(overlay)

@@ -238,6 +238,8 @@ class Vmm:
         self.command("migrate", uri=f"unix:{there.incoming}")
         self._wait_for_migration(lambda found: found["ram"]["dirty-sync-count"] > 1)
         self.command("migrate-set-parameters", max_bandwidth=64 << 10)
+        if (found := self.command("query-migrate"))["status"] != "active":
+            raise RuntimeError(f"the guest was too idle to be watched: {found}")
 
     def finish_migration(self) -> None:
         """Have the guest stop here and go on there."""

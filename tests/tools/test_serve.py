@@ -14,6 +14,7 @@ import pytest
 import pyvirtio
 from pyvirtio.errors import InUseError
 from pyvirtio.virtio.driver import BlockDriver, DriverError, Link, SharedRam, VhostUserFrontEnd
+from pyvirtio.virtio.driver.vhost_user import connect
 from pyvirtio.virtio.vhost_user.layout import Request
 from support.vmm import Server
 
@@ -194,6 +195,19 @@ def test_a_connected_descriptor_and_a_passed_listener_are_served(
     assert link.ask_u64(Request.GET_FEATURES)
     link.close()  # with its only front-end, the server ends
     assert process.wait(60) == 0
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "listens.sock"))
+        listener.listen()
+        process = subprocess.Popen(
+            [*PROGRAM, "vhost-user-blk", "--fd", str(listener.fileno()), str(image)],
+            pass_fds=[listener.fileno()],
+        )
+        for _ in range(2):  # one front-end after the other
+            link = connect(tmp_path / "listens.sock")
+            assert link.ask_u64(Request.GET_FEATURES)
+            link.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "passed.sock"))
         listener.listen()

@@ -19,7 +19,7 @@ from pyvirtio.virtio.driver import BlockDriver, Completion, Link, SharedRam
 from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD
 from pyvirtio.virtio.vhost_user import layout as vu
 from pyvirtio.virtio.vhost_user.layout import ProtocolFeature, Request
-from support.vhost_user import Rig, open_descriptors
+from support.vhost_user import Rig, open_descriptors, settle
 
 SECTOR = 512
 MARK = bytes(range(256)) * 4
@@ -246,7 +246,7 @@ def test_a_disabled_ring_is_not_served(rig: Rig) -> None:
     assert enable(0) == 0
     head = driver.submit(at.VIRTIO_BLK_T_FLUSH)
     driver.kick()
-    front.config_bytes(0, 8)  # it has had time
+    settle(front.link)
     assert driver.collect() == {}
     assert enable(1) == 0
     assert completion(driver, head).status == 0

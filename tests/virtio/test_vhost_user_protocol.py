@@ -3,8 +3,10 @@ changes under requests, front-ends that wait."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +17,12 @@ import pytest
 import pyvirtio
 from pyvirtio.virtio import layout as at
 from pyvirtio.virtio.driver import BlockDriver, Link, SharedRam
-from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD
+from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD, connect
 from pyvirtio.virtio.vhost_user import layout as vu
 from pyvirtio.virtio.vhost_user.layout import ProtocolFeature, Request
-from support.vhost_user import Rig
+from pyvirtio.virtio.vhost_user.log import DirtyLog
+from pyvirtio.virtio.vhost_user.memory import map_file
+from support.vhost_user import Rig, settle
 
 PATIENCE = 30
 
@@ -157,6 +161,35 @@ def test_state_that_is_longer_than_a_pipe_is_refused_and_not_waited_for(rig: Rig
 
     threading.Thread(target=send, daemon=True).start()
     assert done.wait(PATIENCE)
+    assert front.link.ask_u64(Request.CHECK_DEVICE_STATE) == 1
+
+
+def test_another_devices_state_is_refused(rig: Rig) -> None:
+    front = rig.front()
+    front.set_up()
+
+    def transfer(direction: int, data: bytes = b"") -> bytes:
+        reading, writing = os.pipe()
+        loads = direction == vu.STATE_LOAD
+        ours, theirs = (writing, reading) if loads else (reading, writing)
+        payload = vu.STATE_TRANSFER.pack(direction, 0)
+        front.link.ask(Request.SET_DEVICE_STATE_FD, payload, [theirs])
+        os.close(theirs)
+        if loads:
+            os.write(ours, data)
+        else:
+            data = os.read(ours, 1 << 16)
+        os.close(ours)
+        return data
+
+    state = bytearray(transfer(vu.STATE_SAVE))
+    assert front.link.ask_u64(Request.CHECK_DEVICE_STATE) == 0
+    place = state.index(b"device") + len(b"device") + 4
+    assert state[place : place + 4] == (2).to_bytes(4, "little")  # after the version
+    transfer(vu.STATE_LOAD, state)
+    assert front.link.ask_u64(Request.CHECK_DEVICE_STATE) == 0
+    state[place] = 1
+    transfer(vu.STATE_LOAD, state)
     assert front.link.ask_u64(Request.CHECK_DEVICE_STATE) == 1
 
 
@@ -313,11 +346,119 @@ def test_a_kick_of_a_ring_that_is_not_enabled_is_not_lost(rig: Rig) -> None:
     head = driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=512)
     driver.kick()
     assert front.link.order(Request.SET_VRING_KICK, vu.U64.pack(0), [front.vrings[0].kick]) == 0
+    settle(front.link)
     assert driver.collect() == {}
     front.link.order(Request.SET_VRING_ENABLE, vu.VRING_STATE.pack(0, 1))
     while head not in (done := driver.collect()):
         assert front.wait()
     assert done[head].status == 0
+
+
+def test_a_stopped_ring_is_not_served_when_memory_changes(rig: Rig) -> None:
+    driver = rig.driver()
+    front: Any = driver.registers
+    front.stop_queue(front.vrings[0])
+    driver.submit(at.VIRTIO_BLK_T_FLUSH)
+    driver.ring.publish()
+    other = rig.ram(4096)
+    other.base = front.ram.base + front.ram.size
+    payload = vu.SINGLE_REGION.pack(*other.region)
+    assert front.link.order(Request.ADD_MEM_REG, payload, [other.fd]) == 0
+    assert driver.collect() == {}
+
+
+def closed(reading: int) -> bool:
+    """Nobody has the other end of a pipe any more."""
+    while select.select([reading], [], [], 0)[0]:
+        if not os.read(reading, 64):
+            return True
+    return False
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(rig: Rig) -> None:
+    front = rig.front()
+    front.set_up()
+    reading, writing = os.pipe()
+    assert front.link.order(Request.SET_VRING_NUM, vu.VRING_STATE.pack(0, 16), [writing]) != 0
+    assert front.link.order(Request.REM_MEM_REG, bytes(40), [writing]) != 0
+    assert front.link.order(200, b"", [writing] * 8) != 0
+    front.link.ask(Request.GET_FEATURES)  # the message before is done with
+    os.close(writing)
+    assert closed(reading)
+    os.close(reading)
+
+
+def test_a_stop_gives_back_kick_and_call(rig: Rig) -> None:
+    driver = rig.driver()
+    front: Any = driver.registers
+    ends = []
+    for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL):
+        reading, writing = os.pipe()
+        front.link.order(request, vu.U64.pack(0), [writing])
+        os.close(writing)
+        ends.append(reading)
+    front.stop_queue(front.vrings[0])
+    for end in ends:
+        assert closed(end)
+        os.close(end)
+
+
+@pytest.mark.parametrize("number", [2, 0xFFFF_FFFF])
+def test_a_ring_is_enabled_or_not(rig: Rig, number: int) -> None:
+    front = rig.front()
+    front.set_up()
+    assert front.link.order(Request.SET_VRING_ENABLE, vu.VRING_STATE.pack(0, number)) != 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_ring_that_starts_needs_no_kick(make_rig: Callable[..., Rig], packed: bool) -> None:
+    driver = make_rig(packed=packed).driver()
+    front: Any = driver.registers
+    front.stop_queue(front.vrings[0])
+    head = driver.submit(at.VIRTIO_BLK_T_FLUSH)
+    driver.ring.publish()
+    front.start_queue(front.vrings[0])
+    while head not in (done := driver.collect()):
+        assert front.wait()
+    assert done[head].status == 0
+
+
+def test_a_new_call_descriptor_is_signalled(rig: Rig) -> None:
+    """What the old one was signalled with may never have been read."""
+    driver = rig.driver()
+    front: Any = driver.registers
+    new = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    assert front.link.order(Request.SET_VRING_CALL, vu.U64.pack(0), [new]) == 0
+    assert os.eventfd_read(new) == 1
+    os.close(new)
+
+
+@pytest.mark.parametrize(
+    "request_", [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR]
+)
+def test_a_descriptor_comes_where_it_is_announced(rig: Rig, request_: Request) -> None:
+    front = rig.front()
+    front.set_up()
+    event = os.eventfd(0)
+    assert front.link.order(request_, vu.U64.pack(0)) != 0
+    assert front.link.order(request_, vu.U64.pack(vu.VRING_NO_FD), [event]) != 0
+    assert front.link.order(request_, vu.U64.pack(0), [event]) == 0
+    os.close(event)
+
+
+def test_memory_that_is_replaced_is_unmapped(rig: Rig) -> None:
+    front = rig.front()
+    front.set_up()
+    marks = []
+    for round in range(3):
+        ram = rig.ram(4096)
+        table = vu.TABLE_HEAD.pack(1) + vu.REGION.pack(*ram.region)
+        assert front.link.order(Request.SET_MEM_TABLE, table, [ram.fd]) == 0
+        inode = os.fstat(ram.fd).st_ino
+        marks.append(inode)
+        maps = Path("/proc/self/maps").read_text()
+        # This process has mapped all of them itself, too.
+        assert [maps.count(f" {each} ") for each in marks] == [1] * round + [2]
 
 
 # -- the log -------------------------------------------------------------------------------------
@@ -337,6 +478,29 @@ def test_a_log_that_is_smaller_than_memory_is_not_left(rig: Rig) -> None:
     driver, _, log = logging(rig, 4096)  # of 128 MiB; the memory begins at 256 MiB
     assert driver.read(0, 8) == bytes(4096)
     assert not any(bytes(log.buffer))
+    log.close()
+
+
+def test_a_write_across_the_bytes_of_the_log_marks_both() -> None:
+    fd = os.memfd_create("log")
+    os.ftruncate(fd, 4096)
+    log = DirtyLog(map_file(os.dup(fd), 0, 4096))
+    log.mark(3 * 0x8000 - 1, 2)
+    log.mark(10 * 0x8000, 0x8000)
+    log.mark(4096 * 0x8000 - 1, 1 << 40)
+    log.close()
+    marked = [index for index, byte in enumerate(os.pread(fd, 4096, 0)) if byte]
+    assert marked == [2, 3, 10, 4095]
+    os.close(fd)
+
+
+def test_who_waits_for_the_log_is_told(rig: Rig) -> None:
+    driver, front, log = logging(rig, 1 << 16)
+    event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    assert front.link.order(Request.SET_LOG_FD, b"", [event]) == 0
+    driver.read(0, 8)
+    assert select.select([event], [], [], PATIENCE)[0]
+    os.close(event)
     log.close()
 
 
@@ -367,3 +531,32 @@ def test_a_front_end_that_comes_while_another_is_here_waits_for_its_end(rig: Rig
     first.registers.close()  # type: ignore[attr-defined]
     assert second.receive().request == Request.GET_FEATURES
     second.close()
+
+
+class Full(socket.socket):
+    """A listener that the host has no descriptors for, at first."""
+
+    refused = 0
+
+    def accept(self) -> Any:
+        if self.refused < 2:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_a_server_without_descriptors_tries_again(tmp_path: Path) -> None:
+    listener = Full(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    device = pyvirtio.VirtioBlk(pyvirtio.MemoryDisk(1 << 20))
+    server = pyvirtio.VhostUserServer(device, listener=listener)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    link = connect(tmp_path / "s", PATIENCE)
+    assert link.ask_u64(Request.GET_FEATURES)
+    link.close()
+    server.stop()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    server.close()

@@ -61,6 +61,10 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             io_threads=options.io_threads,
         )
         connection = None if options.fd is None else socket.socket(fileno=options.fd)
+        if connection is not None and connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            listener, connection = connection, None
         uses = {}
         if isinstance(disk, HandoverDisk):
             uses = {"on_start": disk.hold, "on_stop": disk.let_go}
@@ -99,7 +103,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("image", nargs="?", metavar="IMAGE", help="any format that pyvirtio knows")
     add("--blk-file", metavar="IMAGE", help="the same")
     add("--socket", "--socket-path", metavar="PATH", help="listen at this UNIX socket")
-    add("--fd", type=int, metavar="N", help="serve this file descriptor, a connected socket")
+    add(
+        "--fd",
+        type=int,
+        metavar="N",
+        help="serve this descriptor, a socket that is connected or listens",
+    )
     add("--format", help="of the image; its first bytes tell if not given")
     add("--read-only", action="store_true", help="nothing is written")
     add("--queues", type=int, default=1, metavar="N", help="request queues (default: 1)")

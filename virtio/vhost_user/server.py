@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Self
 
 from ...backend.listener import UnixListener
@@ -27,6 +28,8 @@ __all__ = ["VhostUserServer"]
 
 _log = logging.getLogger(__name__)
 
+_RETRY = 0.2
+"""Seconds until a front-end that could not be let in is tried again."""
 _POLL = 0.001
 """Seconds between two looks at rings without a kick descriptor."""
 
@@ -144,6 +147,10 @@ class VhostUserServer:
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptors left in this process or on the host
+            _log.warning("a front-end cannot be let in: %s", error)
+            sleep(_RETRY)
             return
         self.forget(self._listener.fileno())
         self._begin(connection)
