@@ -15,6 +15,8 @@ def listen_at(path: str, backlog: int = 1) -> socket.socket:
 
     Raises OSError.
     """
+    if not path:
+        raise OSError(errno.ENOENT, "A socket needs a path", path)  # the kernel would choose a name
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:

@@ -11,11 +11,11 @@ import argparse
 import json
 import logging
 import socket
-import sys
 from contextlib import ExitStack
 
 from ... import VhostUserServer, VirtioBlk, open_disk
 from ...errors import PyvirtioError, message_of
+from ..messages import say_more
 from .monitor import Monitor
 from .signals import on_signals
 from .sockets import passed_sockets
@@ -42,14 +42,14 @@ def run(program: str, arguments: list[str]) -> int:
             parser.error("one of --socket, --fd and a passed socket is needed")
         _serve(options, passed[0] if passed else None)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {message_of(error)}", file=sys.stderr)
+        say_more(f"{program}: {message_of(error)}\n")
         return 1
     return 0
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
     with ExitStack() as stack:
-        image = options.image or options.blk_file
+        image = options.blk_file if options.image is None else options.image
         disk = stack.enter_context(
             open_disk(image, format=options.format, read_only=options.read_only)
         )
