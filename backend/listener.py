@@ -19,6 +19,8 @@ class UnixListener:
     """
 
     def __init__(self, path: str, backlog: int = 1) -> None:
+        if not path:  # the kernel would choose a name
+            raise OSError(errno.ENOENT, "A socket needs a path", path)
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

@@ -7,11 +7,37 @@ whatever Python was told about its own streams.
 from __future__ import annotations
 
 import io
+import os
 import sys
 
-__all__ = ["buffer_output"]
+__all__ = ["buffer_output", "finish", "open_streams"]
 
 _BLOCK = 4096
+
+
+def open_streams() -> None:
+    """Give the process the standard streams that it was started without, or what it opens next
+    would be taken for them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def finish(status: int, text: str = "") -> int:
+    """Write ``text`` and what was printed; a reader that has gone, or a full disk, is no error, as
+    for C programs. Returns ``status``."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What is left would be tried again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status
 
 
 def buffer_output() -> None:

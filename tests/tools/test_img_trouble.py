@@ -1,4 +1,4 @@
-"""pyvirtio-img killed in the middle, without space, without permission, without a file it needs."""
+"""pyvirtio-img killed, interrupted, or without space in the middle of what it does."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def contents(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("how", ["kill", "interrupt", "full"])
 def test_every_image_stays_valid_and_keeps_its_data(tmp_path, originals, how, command) -> None:
     words = command.split()
     before = contents(originals / "top.qcow2")
@@ -80,6 +80,8 @@ def test_every_image_stays_valid_and_keeps_its_data(tmp_path, originals, how, co
         assert "Traceback" not in errors
         if how == "kill" and status:
             assert status == -signal.SIGKILL
+        if how == "interrupt" and status:
+            assert (status, errors) == (-signal.SIGINT, "\n")
         troubled += bool(status)
         assert bool(errors) or how == "kill" or not status
         for path in folder.glob("*.qcow2"):

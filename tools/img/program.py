@@ -7,6 +7,7 @@ import signal
 import sys
 
 from ... import __version__
+from ..output import finish
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes time at every start
 if TYPE_CHECKING:
@@ -22,18 +23,18 @@ def run(argv: list[str]) -> int:
     """Run the command line ``argv`` (the program's name first); returns the exit status."""
     name = os.path.basename(argv[0])
     if argv[1:2] in (["--version"], ["-V"]):
-        return _finish(0, f"{name} version {VERSION} (pyvirtio {__version__})\n")
+        return finish(0, f"{name} version {VERSION} (pyvirtio {__version__})\n")
     from ..messages import Failure, say_more, text_of
 
     _buffer_output()
     try:
-        return _finish(_run(argv))
+        return finish(_run(argv))
     except Failure as failure:
         return _fail(failure)
     except BrokenPipeError:
-        return _finish(0)
+        return finish(0)
     except KeyboardInterrupt:
-        _finish(0)
+        finish(0)
         say_more("\n")
         # As a shell expects of one that was interrupted.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -53,7 +54,7 @@ def _fail(failure: Failure) -> int:
     if failure.message:
         report(failure.message)
         say_more(failure.hint)
-    return _finish(failure.status)
+    return finish(failure.status)
 
 
 def _buffer_output() -> None:
@@ -69,17 +70,6 @@ def _buffer_output() -> None:
         reconfigure = getattr(sys.stdout, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="surrogateescape")
-
-
-def _finish(status: int, text: str = "") -> int:
-    """Write out what was printed; a reader that has gone, or a full disk, is no traceback."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        # What is left would be tried again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return status
 
 
 def _run(argv: list[str]) -> int:

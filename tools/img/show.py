@@ -112,28 +112,30 @@ def _draw(name: str, size: int, found: HostMap, width: int) -> None:
     colours = _colours(found)
     step = max(1, -(-found.clusters // (width * _ROWS)))
     per_cell = f"{step} clusters" if step > 1 else "one cluster"
-    console.print(
-        Text.assemble(
-            (name, "bold"),
-            f"  {human_size(size)} disk, {found.clusters} clusters of "
-            f"{human_size(found.cluster_size)}; a cell is {per_cell}",
+    with console.capture() as captured:
+        console.print(
+            Text.assemble(
+                (name, "bold"),
+                f"  {human_size(size)} disk, {found.clusters} clusters of "
+                f"{human_size(found.cluster_size)}; a cell is {per_cell}",
+            )
         )
-    )
-    cells = range(0, found.clusters, step)
-    for start in range(0, len(cells), width):
-        row = Text(" ")
-        for cell in cells[start : start + width]:
-            row.append(*_cell(found.counts(cell, cell + step), step, colours))
-        console.print(row)
-    totals = found.totals()
-    widest = max(map(len, totals), default=0)
-    for kind, count in totals.items():
-        line = Text("  ██ ", style=colours[found.kinds.index(kind)])
-        size_of_all = human_size(count * found.cluster_size)
-        line.append(f"{kind:{max(widest, 16)}}{count:>10}  {size_of_all}", "default")
-        console.print(line)
-    for problem in found.problems:
-        console.print(Text(f"  {problem}", style="bold red"))
+        cells = range(0, found.clusters, step)
+        for start in range(0, len(cells), width):
+            row = Text(" ")
+            for cell in cells[start : start + width]:
+                row.append(*_cell(found.counts(cell, cell + step), step, colours))
+            console.print(row)
+        totals = found.totals()
+        widest = max(map(len, totals), default=0)
+        for kind, count in totals.items():
+            line = Text("  ██ ", style=colours[found.kinds.index(kind)])
+            size_of_all = human_size(count * found.cluster_size)
+            line.append(f"{kind:{max(widest, 16)}}{count:>10}  {size_of_all}", "default")
+            console.print(line)
+        for problem in found.problems:
+            console.print(Text(f"  {problem}", style="bold red"))
+    print(captured.get(), end="")
 
 
 def _cell(counts: dict[int, int], step: int, colours: list[str]) -> tuple[str, str]:

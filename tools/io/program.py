@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
+from ..output import finish
 
 if TYPE_CHECKING:
     from .session import OpenFlags, Session
@@ -75,17 +76,15 @@ def run(argv: list[str]) -> int:
     """Run the command line ``argv`` (the program's name first); returns the exit status."""
     name = os.path.basename(argv[0])
     if argv[1:] in (["--version"], ["-V"]):
-        print(_version(name))
-        return 0
+        return finish(0, f"{_version(name)}\n")
     try:
-        status = _run(name, argv)
-        sys.stdout.flush()
+        status = finish(_run(name, argv))
     except BrokenPipeError:
         # Nobody reads on; what is buffered would raise again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return 130
+        return finish(130)
     return status
 
 

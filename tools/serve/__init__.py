@@ -9,6 +9,12 @@ __all__ = ["main"]
 
 def main() -> int:
     """Run the program on the process's own arguments; returns its exit status."""
+    from ..output import finish, open_streams
     from .program import run
 
-    return run(sys.argv)
+    open_streams()
+    try:
+        status = run(sys.argv)
+    except SystemExit as end:  # argparse's
+        status = end.code if isinstance(end.code, int) else 0
+    return finish(status)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ...backend.listener import UnixListener
 from ...backend.nbd_protocol import DEFAULT_PORT, MAX_STRING
 from ...backend.open import open_disk
 from ...errors import PyvirtioError, message_of
+from ..messages import say_more
 from .nbd_export import Export
 from .nbd_server import MAX_CONNECTIONS, Server
 from .signals import on_signals
@@ -40,7 +40,7 @@ def run(program: str, arguments: list[str]) -> int:
         with ExitStack() as stack:
             _serve(options, stack)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {message_of(error)}", file=sys.stderr)
+        say_more(f"{program}: {message_of(error)}\n")
         return 1
     return 0
 
@@ -70,7 +70,7 @@ def _serve(options: argparse.Namespace, stack: ExitStack) -> None:
         if not options.read_only:
             export.disk.flush()
     if options.stats:
-        print(f"nbd: {server.statistics}", file=sys.stderr)
+        say_more(f"nbd: {server.statistics}\n")
 
 
 def _named(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -11,11 +11,11 @@ import argparse
 import json
 import logging
 import socket
-import sys
 from contextlib import ExitStack
 
 from ... import Disk, VhostUserServer, VirtioBlk, open_disk
 from ...errors import PyvirtioError, message_of
+from ..messages import say_more
 from .handover import HandoverDisk
 from .monitor import Monitor
 from .signals import on_signals
@@ -43,7 +43,7 @@ def run(program: str, arguments: list[str]) -> int:
             parser.error("one of --socket, --fd and a passed socket is needed")
         _serve(options, passed[0] if passed else None)
     except (OSError, ValueError, PyvirtioError) as error:
-        print(f"{program}: {message_of(error)}", file=sys.stderr)
+        say_more(f"{program}: {message_of(error)}\n")
         return 1
     return 0
 
@@ -87,7 +87,7 @@ def _open(options: argparse.Namespace) -> Disk:
     """The image's disk."""
 
     def image(read_only: bool, locking: bool) -> Disk:
-        name = options.image or options.blk_file
+        name = options.blk_file if options.image is None else options.image
         return open_disk(name, format=options.format, read_only=read_only, locking=locking)
 
     if options.migration:
