@@ -96,6 +96,10 @@ class FileDisk(Disk):
         self.growable = growable and not self._is_device
         self._grow_lock = threading.Lock()
         self._cache_lost: BackendError | None = None
+        self._flushing = threading.Lock()
+        self._unflushed = True
+        """Something may not be on stable storage: at first, what others have written before. Set
+        once a write is done, for then a flush that has begun before need not have met it."""
         self._locks = FileLocks(fd, self._path)
         self._force_share = force_share
         if locking:
@@ -206,6 +210,7 @@ class FileDisk(Disk):
                 and self.detect_zeroes == "off"
                 and os.pwritev(self._fd, views, offset) == length
             ):
+                self._unflushed = True
                 return
         except (AttributeError, BufferError, OSError):
             pass
@@ -232,6 +237,8 @@ class FileDisk(Disk):
                 write_all(self._fd, offset, views, length)
         except OSError as error:
             raise self._failed(error, f"Could not write {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
         self._reached(offset + length)
 
     # -- space ---------------------------------------------------------------------------------
@@ -249,6 +256,8 @@ class FileDisk(Disk):
                     self._space.zero(offset, zeroed, unmap=unmap)
         except OSError as error:
             raise self._failed(error, f"Could not zero {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
         if zeroed < length:
             # Past the end there is nothing yet; one byte makes the file reach so far, and unlike
             # ftruncate it can never cut off what another thread is appending.
@@ -267,6 +276,8 @@ class FileDisk(Disk):
                 self._space.discard(offset, length)
         except OSError as error:
             raise self._failed(error, f"Could not discard {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
 
     def _block_status(self, offset: int, length: int) -> Extent:
         if self._is_device:
@@ -327,16 +338,22 @@ class FileDisk(Disk):
     # -- life ----------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        if self._cache == "unsafe":
-            return
+        if self._cache != "unsafe":
+            with self._flushing:  # who finds nothing to flush has waited for the one who is at it
+                self._sync()
+
+    def _sync(self) -> None:
+        """Have on stable storage what was written, if anything was since the last time (with
+        ``_flushing`` held)."""
         if self._cache_lost is not None:
             lost = self._cache_lost
             raise BackendError(lost.errno, lost.strerror, self._path) from lost
-        self._sync()
-
-    def _sync(self) -> None:
+        if not self._unflushed:
+            return
+        self._unflushed = done = False
         try:
             os.fdatasync(self._fd)
+            done = True
         except OSError as error:
             failure = self._failed(error, "Could not flush")
             if self._direct is None:
@@ -344,6 +361,9 @@ class FileDisk(Disk):
                 # for data that is lost. So nothing is stable any more until the file is reopened.
                 self._cache_lost = failure
             raise failure from error
+        finally:
+            if not done:
+                self._unflushed = True
 
     def _truncate(self, size: int, preallocation: str) -> None:
         _check_preallocation(preallocation)
@@ -363,6 +383,8 @@ class FileDisk(Disk):
                 self._resize(old, size, preallocation)
         except OSError as error:
             raise self._failed(error, f"Could not resize file to {size} bytes") from error
+        finally:
+            self._unflushed = True
         self._set_size(size)
 
     def _resize(self, old: int, size: int, preallocation: str) -> None:
@@ -383,7 +405,9 @@ class FileDisk(Disk):
             else:
                 os.ftruncate(self._fd, size)
                 self._space.fill(old, size - old)
-                self._sync()
+                self._unflushed = True
+                with self._flushing:
+                    self._sync()
         except (OSError, UnsupportedError):
             os.ftruncate(self._fd, old)
             raise
@@ -429,6 +453,7 @@ class FileDisk(Disk):
             os.close(fd)
         self.read_only = read_only
         self._cache_lost = None
+        self._unflushed = True
         self._aim()
 
     def invalidate(self) -> None:

@@ -6,7 +6,6 @@ strings, or what JSON has (booleans, numbers, None). Errors are ValueErrors with
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -95,6 +94,8 @@ def _switch(name: str, warn: Callable[[str], None]) -> str:
 
 def parse_json(text: str) -> dict[str, Any]:
     """The options in a ``json:`` name's object; QEMU's JSON takes single quotes, too."""
+    import json
+
     try:
         value = json.loads(_requote(text), parse_constant=_refuse_constant)
         if not isinstance(value, dict):
@@ -141,6 +142,8 @@ def _reason(text: str, error: BaseException) -> str:
     word = re.match(r"\s*([a-zA-Z]\w*)", text)
     if word and word[1] not in ("true", "false", "null"):
         return f"JSON parse error, invalid keyword '{word[1]}'"
+    import json
+
     if isinstance(error, json.JSONDecodeError):
         if error.pos >= len(error.doc.rstrip()):
             return "JSON parse error, premature EOI"

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.references import FileReference
 from ..errors import BackendError, UnsupportedError
-from . import amend, emptying, header_update, info, layout, opening, resize, zeroing
+from . import header_update, info, layout, opening, zeroing
 from .bitmaps import Bitmaps
-from .check import CheckResult, Fix, check
 from .cleaner import CacheCleaner
 from .compressed_writing import CompressedWriter
 from .corruption import REPORTING, CorruptionError, CorruptionListener
@@ -35,7 +34,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
     from ..backend.luks1 import Passphrase
+    from .check import Fix
     from .encryption import Encryption
+    from .result import CheckResult
 
 __all__ = ["Qcow2Disk"]
 
@@ -354,6 +355,8 @@ class Qcow2Disk(Disk):
 
     def make_empty(self) -> None:
         """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""
+        from . import emptying
+
         with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
             emptying.make_empty(self._metadata)
 
@@ -401,6 +404,8 @@ class Qcow2Disk(Disk):
         ``progress(done, total)`` is called for each long step. ``force`` allows to change the
         encryption so that nothing can be read any more.
         """
+        from . import amend
+
         amend.amend(
             self._metadata,
             self.snapshots,
@@ -416,6 +421,8 @@ class Qcow2Disk(Disk):
         ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always
         safe; ``"all"``, corruptions, too. Without it nothing is changed.
         """
+        from .check import check
+
         metadata = self._metadata
         if fix not in (None, "leaks", "all"):
             raise ValueError("what is fixed is 'leaks' or 'all'")
@@ -443,6 +450,8 @@ class Qcow2Disk(Disk):
             self._resize(size, preallocation)
 
     def _resize(self, size: int, preallocation: str) -> None:
+        from . import resize
+
         backing = self.reader.backing
         metadata, old_size = self._metadata, self._header.size
         self.bitmaps.begin_resize(size)

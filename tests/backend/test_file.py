@@ -281,8 +281,52 @@ def test_fua_and_flush_reach_fdatasync(disk, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fdatasync", calls.append)
     disk.writev(0, [memoryview(b"abc")], fua=True)
+    disk.writev(0, [memoryview(b"abc")])
     disk.flush()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["write", "grow", "write_zeroes", "discard", "truncate"])
+def test_after_every_change_a_flush_reaches_fdatasync_and_only_then(disk, monkeypatch, change):
+    calls = []
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    disk.flush()
+    disk.flush()
+    assert len(calls) == 1  # what was written before it was opened
+    if change == "write":
+        disk.write(0, b"abc")
+    elif change == "grow":
+        disk.growable = True
+        disk.write(disk.size, b"abc")
+    elif change == "truncate":
+        disk.truncate(disk.size + 4096)
+    else:
+        getattr(disk, change)(0, 4096)
+    disk.flush()
+    disk.flush()
+    assert len(calls) == 2
+
+
+def test_a_flush_waits_for_one_under_way_even_with_nothing_to_do(disk, monkeypatch):
+    entered, go, order = threading.Event(), threading.Event(), []
+
+    def slow(fd):
+        entered.set()
+        go.wait(10)
+        order.append("stable")
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    disk.write(0, b"abc")
+    first = threading.Thread(target=disk.flush)
+    first.start()
+    assert entered.wait(10)
+    second = threading.Thread(target=lambda: (disk.flush(), order.append("told")))
+    second.start()
+    second.join(0.1)
+    go.set()
+    first.join(10)
+    second.join(10)
+    assert order == ["stable", "told"]
 
 
 def test_cache_unsafe_does_not_flush(tmp_path, monkeypatch):
@@ -412,7 +456,7 @@ def test_pipes_and_sockets_are_refused(tmp_path, read_only):
 
 
 def test_a_character_device_is_a_disk_of_no_bytes():
-    with FileDisk("/dev/null", locking=False) as disk:
+    with FileDisk("/dev/null", read_only=True, locking=False) as disk:
         assert (disk.size, disk.info().format) == (0, "host_device")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...backend.options import parse_boolean, parse_keyval
 from .help_texts import HELP
-from .session import OpenFlags, Session, reason
+from .session import OpenFlags, Session, debugger, reason
 from .table import Arguments, Command, usage
 from .text import CommandError, number
 
@@ -104,9 +104,7 @@ def _reopen(session: Session, arguments: Arguments) -> None:
 
 def _debugger(session: Session) -> BlkdebugDisk:
     """The filter that breakpoints are set in. Raises KeyError if there is none."""
-    from ...backend.blkdebug import debug_node
-
-    node = debug_node(session.image)
+    node = debugger(session.image)
     if node is None:
         raise LookupError
     return node

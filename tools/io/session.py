@@ -16,12 +16,13 @@ from ...errors import PyvirtioError, UnsupportedError, message_of
 from .text import CommandError, warn
 
 if TYPE_CHECKING:
+    from ...backend.blkdebug import BlkdebugDisk
     from ...backend.blockdev import Graph
     from ...backend.disk import Disk
     from ..objects import Objects
     from .table import Command
 
-__all__ = ["CACHE_MODES", "OpenFlags", "Session", "error_number", "reason"]
+__all__ = ["CACHE_MODES", "OpenFlags", "Session", "debugger", "error_number", "reason"]
 
 CACHE_MODES: dict[str, tuple[bool, bool, bool]] = {
     "off": (True, False, False),
@@ -198,14 +199,12 @@ class Session:
 
     def _listen(self, disk: Disk) -> None:
         """Have corruption reported, and suspended requests where there are breakpoints."""
-        from ...backend.blkdebug import debug_node
-
         image = disk
         while not hasattr(image, "on_corruption") and len(image.children) == 1:
             image = next(iter(image.children.values()))
         if hasattr(image, "on_corruption"):
             image.on_corruption(self._tell_corruption)
-        node = debug_node(disk)
+        node = debugger(disk)
         if node is not None:
             node.rules.report = print
 
@@ -375,12 +374,23 @@ class Session:
     def finish(self) -> None:
         """The program ends: nothing stays suspended."""
         if self.disk is not None and self._pending:
-            from ...backend.blkdebug import debug_node
-
-            node = debug_node(self.disk)
+            node = debugger(self.disk)
             if node is not None:
                 node.rules.resume_all()
         self.close()
+
+
+def debugger(disk: Disk) -> BlkdebugDisk | None:
+    """The filter that breakpoints are set in; None if there is none."""
+    node: Disk | None = disk
+    while node is not None:
+        if node.format_name == "blkdebug":
+            from ...backend.blkdebug import debug_node
+
+            return debug_node(node)
+        children = node.children
+        node = children.get("file") or children.get("image") or children.get("raw")
+    return None
 
 
 def error_number(error: BaseException) -> int:
