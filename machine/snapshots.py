@@ -238,7 +238,7 @@ class MachineSnapshots:
         The whole stream is read, checked, and taken by the components before anything changes;
         if a disk fails then, the others are what they were. Only an interrupt in the last step
         (KeyboardInterrupt), or RAM of more than 256 MiB that cannot be read a second time, leave
-        the machine in pieces: its disks are those of the snapshot then, and it is to be loaded again.
+        the machine in pieces: its disks are those of the snapshot then, and it can be loaded again.
         Raises KeyError where a disk has no such snapshot, UnsupportedError for one without a state,
         and the errors of :meth:`Machine.prepare`.
         """

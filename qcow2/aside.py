@@ -65,7 +65,7 @@ class Draft:
     """VM state on its way into a snapshot. Positions are bytes; whole clusters are written.
 
     For one thread. What is not made a snapshot of has to be given up (:meth:`close`, or a ``with``
-    statement): its clusters are in use until then.
+    statement): its clusters are in use until then. Deleting the base gives it up, too.
     """
 
     def __init__(self, metadata: Metadata, base: Base | None) -> None:
@@ -279,7 +279,8 @@ class Draft:
         """
         metadata = self._metadata
         self._check_usable()
-        undo.callback(self.close)
+        self.closed = True  # from here on it is the snapshot's, or that of ``undo``
+        undo.callback(self._give_up)
         self._free_orphans()
         taken = [(first, self._references.take_run(first, count)) for first, count in self._fresh]
         try:
@@ -304,15 +305,16 @@ class Draft:
 
     def kept(self, snapshot: Snapshot) -> Base:
         """The draft became this snapshot, which another may be based on."""
-        self.closed = True
         return Base(snapshot, self._l1, self._references)
 
     def close(self) -> None:
         """Give the draft up, unless it became a snapshot. Should that fail, its clusters leak."""
+        if not self.closed:
+            self.closed = True
+            self._give_up()
+
+    def _give_up(self) -> None:
         metadata = self._metadata
-        if self.closed:
-            return
-        self.closed = True
         if metadata.refcounts is not self._refcounts:
             return  # read anew, and perhaps repaired: what was taken is not ours
         with metadata.lock, suppress(PyvirtioError):

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from weakref import WeakSet
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
@@ -60,7 +61,9 @@ class Snapshots:
         """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
         self._make_reader = make_reader
-        self._views: list[SnapshotDisk] = []
+        self._views = WeakSet[SnapshotDisk]()
+        """Those open. One that nobody has any more (an interrupt came before it could be closed) is
+        in nobody's way."""
         self._list = SnapshotList()
         self._drafts: list[Draft] = []
         self._base: Base | None = None
@@ -124,13 +127,13 @@ class Snapshots:
         found = self._resolve(snapshot)
 
         def release(view: SnapshotDisk) -> None:
-            self._views.remove(view)
+            self._views.discard(view)
             closed()
 
         alone = nullcontext() if self._metadata.read_only else self._metadata.gate.exclusive()
         with alone:  # nobody may free the tables while they are looked at
             view = SnapshotDisk(self._metadata, found, self._make_reader, release)
-        self._views.append(view)
+        self._views.add(view)
         return view
 
     def close_views(self) -> None:
@@ -144,19 +147,18 @@ class Snapshots:
             draft.close()
 
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
-        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
-        based on it."""
-        for view in self._views:
+        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open.
+
+        Drafts that are based on it are given up.
+        """
+        for view in list(self._views):
             if snapshot is None or view.snapshot is snapshot:
                 raise BackendError(
                     errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
                 )
-
         for draft in self._drafts:
-            if draft.base is not None and not draft.closed and snapshot in (None, draft.base):
-                raise BackendError(
-                    errno.EBUSY, f"a draft is based on the snapshot {draft.base.name!r}"
-                )
+            if draft.base is not None and (snapshot is None or draft.base is snapshot):
+                draft.close()
 
     def reload(self) -> Callable[[], None]:
         """Read the table again, as the header of the file names it; returns how to adopt it."""

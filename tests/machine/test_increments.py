@@ -258,6 +258,34 @@ def test_a_save_that_failed_loses_no_dirty_page(monkeypatch: pytest.MonkeyPatch)
     assert guest.disks[0].check().clean
 
 
+@pytest.mark.parametrize("how", ["save", "load"])
+def test_a_tracker_that_was_interrupted_is_not_believed(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compares with what was saved before that: a page that is so again would be passed over."""
+    guest = Guest()
+    guest.save("one")
+    one = bytes(guest.ram)
+    guest.touch(9)
+    if how == "load":
+        guest.save("two")
+        guest.snapshots.loadvm("one")
+
+    def interrupted(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ByComparison, "settle", interrupted)
+        with pytest.raises(MemoryError):
+            guest.save("two") if how == "save" else guest.snapshots.loadvm("two")
+    guest.ram[:] = one
+    guest.save("three")
+    guest.touch(9)
+    guest.snapshots.loadvm("three")
+    assert guest.ram == one
+    assert guest.disks[0].check().clean
+
+
 def test_compressed_pages_come_back() -> None:
     guest = Guest(new_disk(compression_type="zstd"), compress=True)
     guest.ram[: 50 * PAGE] = b"compressible" * (50 * PAGE // 12) + b"1234567890"[: 50 * PAGE % 12]

@@ -180,6 +180,14 @@ def test_a_snapshot_in_view_is_not_deleted() -> None:
         disk.snapshots.delete("one")
 
 
+def test_a_view_that_nobody_has_any_more_is_in_nobodys_way() -> None:
+    with make() as disk:
+        disk.snapshots.create("one")
+        disk.snapshots.open("one")  # as if an interrupt came before it could be closed
+        disk.snapshots.delete("one")
+        assert clean(disk)
+
+
 def test_closing_the_image_closes_its_views() -> None:
     disk = make()
     disk.snapshots.create("one")
