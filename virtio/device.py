@@ -164,7 +164,7 @@ class VirtioDevice(Guarded, ABC):
         self.legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
         self.structs = self.legacy_structs if legacy else LITTLE
-        self.service.defer = defer
+        self.service.defer = defer and self.service.inline  # threads need nobody who polls
         self._transport_features = features
         self.reset()
 

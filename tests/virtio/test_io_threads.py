@@ -90,7 +90,9 @@ def write(machine: Any, sector: int, letter: bytes = b"w") -> int:
     return int(head)
 
 
-@pytest.fixture(params=[{}, {"packed": True}, {"memory": "callbacks"}], ids=str)
+@pytest.fixture(
+    params=[{}, {"packed": True}, {"memory": "callbacks"}, {"notify": "deferred"}], ids=str
+)
 def machine(request: pytest.FixtureRequest, make: Any) -> Any:
     return make(**request.param)
 
