@@ -96,12 +96,12 @@ class Increments:
 
     # -- saving --------------------------------------------------------------------------------
 
-    def write(self) -> Pending:
-        """Write what changed to a draft, which is the caller's then.
+    def write(self, *, share: bool = True) -> Pending:
+        """Write what changed (or all, if nothing is to be shared) to a draft, the caller's then.
 
         Its machine must stand still until :meth:`adopt`.
         """
-        base, draft = self._begin()
+        base, draft = self._begin(share)
         try:
             pending = self._write(base, draft)
             if pending is None:  # the stream has no room any more
@@ -123,10 +123,10 @@ class Increments:
             self._trackers[name].settle(ram, pending.changed[name])
         self._trusted = True
 
-    def _begin(self) -> tuple[Kept | None, Draft]:
+    def _begin(self, share: bool) -> tuple[Kept | None, Draft]:
         """The state to share with, if there is one, and a draft that begins with it."""
         base, snapshots = self._base, self._disk.snapshots
-        if base is not None and self._trusted:
+        if base is not None and self._trusted and share:
             base.snapshot = self._find(base)
             sizes = {name: len(ram) for name, ram in self._machine.ram_views().items()}
             same = sizes == {name: placed.size for name, placed in base.placed.items()}

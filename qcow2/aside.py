@@ -33,7 +33,8 @@ __all__ = ["Base", "Draft", "locked"]
 
 MAX_SHARING = 8
 """Compressed clusters in one host cluster. Each snapshot counts one reference for each of them, so
-with refcounts of 16 bits this many allow 8,191 snapshots to share a host cluster."""
+with refcounts of 16 bits this many allow 8,191 snapshots to share a host cluster. Where refcounts
+are too narrow for as many snapshots as that, each has one to itself."""
 
 _MAX_RUN = 4096
 """Clusters that are taken and written at a time."""
@@ -221,7 +222,8 @@ class Draft:
                     self._extra.append(host >> bits)
             else:
                 first, _ = self._take(1)
-                host, room, places = first << bits, 1 << bits, MAX_SHARING
+                narrow = metadata.geometry.refcount_max < MAX_SHARING**2
+                host, room, places = first << bits, 1 << bits, 1 if narrow else MAX_SHARING
             if (host + len(packed)) >> offset_bits:
                 raise BackendError(
                     errno.EFBIG,
