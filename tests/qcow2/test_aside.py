@@ -339,6 +339,18 @@ def test_packed_refcounts_add_up_or_nothing_changes(order: int) -> None:
             assert list(codec.load(memoryview(bytearray(found)), 0, count)) == differences
 
 
+def test_slices_that_nothing_refers_to_any_more_are_forgotten() -> None:
+    """Else what a snapshot costs grows with the length of the file."""
+    _, disk = new_image()
+    disk.vmstate.write(0, b"x" * (CLUSTER * 500))
+    metadata = disk._metadata
+    vector = ReferenceVector(metadata)
+    vector.add_clusters([10, 400])
+    vector.remove_clusters([10])
+    vector.raise_refcounts()()
+    assert len(vector._slices) == 1
+
+
 def test_a_vector_is_raised_whole_or_not_at_all() -> None:
     file, disk = new_image(2 << 20, refcount_bits=2)
     disk.write(0, b"x" * (2 << 20))
