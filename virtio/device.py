@@ -506,9 +506,11 @@ class VirtioDevice(Guarded, ABC):
         has worker threads; :meth:`pause` it then. What the driver has made available and was not
         taken is in guest memory; what was taken and is held is written.
         """
-        if not self.service.idle():
-            raise ValueError("a device is not saved from inside one of its requests")
         with self.lock:
+            if not self.service.idle():
+                raise ValueError("a device is not saved from inside one of its requests")
+            if not self.service.inline and not self.service.paused:
+                raise ValueError("a device with worker threads is saved while it is paused")
             save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:

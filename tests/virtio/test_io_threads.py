@@ -247,6 +247,14 @@ def test_a_device_with_threads_is_saved_while_it_is_paused(make: Any, make_disk:
     device.detach()
 
 
+def test_a_device_with_threads_is_not_saved_while_it_may_serve(machine: Any) -> None:
+    """None is under way; but one could be, before guest memory has been saved, too."""
+    with pytest.raises(ValueError, match="while it is paused"):
+        machine.mmio.save_state(StateWriter())
+    machine.device.pause()
+    machine.mmio.save_state(StateWriter())
+
+
 def test_a_bug_below_stops_the_device_and_not_the_threads(machine: Any) -> None:
     machine.disk.error = RuntimeError("a bug")
     write(machine, 0)
