@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from weakref import WeakSet
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
@@ -61,7 +62,9 @@ class Snapshots:
         """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
         self._make_reader = make_reader
-        self._views: list[SnapshotDisk] = []
+        self._views = WeakSet[SnapshotDisk]()
+        """Those open. One that nobody has any more (an interrupt came before it could be closed) is
+        in nobody's way."""
         self._list = SnapshotList()
         self._drafts: list[Draft] = []
         self._base: Base | None = None
@@ -124,14 +127,14 @@ class Snapshots:
         """
 
         def release(view: SnapshotDisk) -> None:
-            self._views.remove(view)
+            self._views.discard(view)
             closed()
 
         alone = nullcontext() if self._metadata.read_only else self._metadata.gate.exclusive()
         with alone:  # nobody may free the tables while they are looked at
             found = self._resolve(snapshot)
             view = SnapshotDisk(self._metadata, found, self._make_reader, release)
-            self._views.append(view)
+            self._views.add(view)
         return view
 
     def close_views(self) -> None:
@@ -145,21 +148,19 @@ class Snapshots:
             draft.close()
 
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
-        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
-        based on it."""
-        for view in self._views:
+        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open.
+
+        Drafts that are based on it are given up.
+        """
+        for view in list(self._views):
             if snapshot is None or _is_same(view.snapshot, snapshot):
                 raise BackendError(
                     errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
                 )
-
         for draft in self._drafts:
-            if draft.base is None or draft.closed:
-                continue
-            if snapshot is None or _is_same(draft.base, snapshot):
-                raise BackendError(
-                    errno.EBUSY, f"a draft is based on the snapshot {draft.base.name!r}"
-                )
+            base = draft.base
+            if base is not None and (snapshot is None or _is_same(base, snapshot)):
+                draft.close()
 
     def reload(self) -> Callable[[], None]:
         """Read the table again, as the header of the file names it; returns how to adopt it."""
@@ -178,7 +179,7 @@ class Snapshots:
     def rename(self, snapshot: str | Snapshot, name: str) -> None:
         """Give a snapshot another name.
 
-        Raises BackendError (EBUSY) while a view of it is open, or a draft is based on it.
+        Raises BackendError (EBUSY) while a view of it is open; drafts based on it are given up.
         """
         self._check_writable(
             f"Could not rename snapshot '{snapshot}': -95 (Operation not supported)"

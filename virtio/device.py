@@ -167,7 +167,7 @@ class VirtioDevice(Guarded, ABC):
         self.legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
         self.structs = self.legacy_structs if legacy else LITTLE
-        self.service.defer = defer
+        self.service.defer = defer and self.service.inline  # threads need nobody who polls
         self._transport_features = features
         self.reset()
 
@@ -516,9 +516,11 @@ class VirtioDevice(Guarded, ABC):
         has worker threads; :meth:`pause` it then. What the driver has made available and was not
         taken is in guest memory; what was taken and is held is written.
         """
-        if not self.service.idle():
-            raise ValueError("a device is not saved from inside one of its requests")
         with self.lock:
+            if not self.service.idle():
+                raise ValueError("a device is not saved from inside one of its requests")
+            if not self.service.inline and not self.service.paused:
+                raise ValueError("a device with worker threads is saved while it is paused")
             save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:

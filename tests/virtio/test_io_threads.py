@@ -91,7 +91,9 @@ def write(machine: Any, sector: int, letter: bytes = b"w") -> int:
     return int(head)
 
 
-@pytest.fixture(params=[{}, {"packed": True}, {"memory": "callbacks"}], ids=str)
+@pytest.fixture(
+    params=[{}, {"packed": True}, {"memory": "callbacks"}, {"notify": "deferred"}], ids=str
+)
 def machine(request: pytest.FixtureRequest, make: Any) -> Any:
     return make(**request.param)
 
@@ -244,6 +246,14 @@ def test_a_device_with_threads_is_saved_while_it_is_paused(make: Any, make_disk:
     assert driver.collect()[head].status == 0
     assert device.disk.content[:512] == b"w" * 512
     device.detach()
+
+
+def test_a_device_with_threads_is_not_saved_while_it_may_serve(machine: Any) -> None:
+    """None is under way; but one could be, before guest memory has been saved, too."""
+    with pytest.raises(ValueError, match="while it is paused"):
+        machine.mmio.save_state(StateWriter())
+    machine.device.pause()
+    machine.mmio.save_state(StateWriter())
 
 
 def test_a_bug_below_stops_the_device_and_not_the_threads(machine: Any) -> None:
