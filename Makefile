@@ -55,7 +55,9 @@ fuzz: fuzz-rings fuzz-vhost fuzz-qcow2 fuzz-img
 # atheris looks for ways into the device, over rings, registers and guest memory; options are libFuzzer's.
 fuzz-rings: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
-	PYTHONPATH=tests $(BIN)/python -m support.ring_fuzz -max_total_time=$$((60 * $(MINUTES))) $(FUZZ)
+	mkdir -p build/fuzz
+	PYTHONPATH=tests $(BIN)/python -m support.ring_fuzz -artifact_prefix=build/fuzz/ \
+		-max_total_time=$$((60 * $(MINUTES))) $(FUZZ)
 
 # Random messages of a hostile vhost-user front-end. FUZZ="--seed 1" says which.
 fuzz-vhost: venv

@@ -56,7 +56,9 @@ class BytesDisk(pyvirtio.Disk):
         self._note("flush")
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        self.content = self.content[:size].ljust(size, b"\0")
+        # In place: threads may be writing.
+        del self.content[size:]
+        self.content.extend(bytes(size - len(self.content)))
         self._set_size(size)
 
 
