@@ -25,7 +25,10 @@ _BOUNCE_SIZE = 1 << 20
 
 
 class SharedLock:
-    """Many may hold it shared, or one alone. A waiting loner is let in before new sharers."""
+    """Many may hold it shared, or one alone. A waiting loner is let in before new sharers.
+
+    An interrupt (KeyboardInterrupt) between taking it and what it was taken for gives it back.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -36,35 +39,40 @@ class SharedLock:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold it together with others."""
-        with self._changed:
-            while self._alone or self._loners_waiting:
-                self._changed.wait()
-            self._sharers += 1
+        held = False
         try:
+            with self._changed:
+                while self._alone or self._loners_waiting:
+                    self._changed.wait()
+                self._sharers += 1
+                held = True
             yield
         finally:
-            with self._changed:
-                self._sharers -= 1
-                self._changed.notify_all()
+            if held:
+                with self._changed:
+                    self._sharers -= 1
+                    self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Hold it with nobody else."""
-        with self._changed:
-            self._loners_waiting += 1
-            try:
-                while self._alone or self._sharers:
-                    self._changed.wait()
-                self._alone = True
-            finally:
-                self._loners_waiting -= 1
-                self._changed.notify_all()
+        held = False
         try:
+            with self._changed:
+                self._loners_waiting += 1
+                try:
+                    while self._alone or self._sharers:
+                        self._changed.wait()
+                    self._alone = held = True
+                finally:
+                    self._loners_waiting -= 1
+                    self._changed.notify_all()
             yield
         finally:
-            with self._changed:
-                self._alone = False
-                self._changed.notify_all()
+            if held:
+                with self._changed:
+                    self._alone = False
+                    self._changed.notify_all()
 
 
 class DirectTransfer:

@@ -34,7 +34,7 @@ class CacheCleaner:
         global _thread
         with _changed:
             _active.add(self)
-            if _thread is None:
+            if _thread is None or not _thread.is_alive():  # a fork leaves it behind
                 _thread = Thread(target=_run, name="qcow2 cache cleaner", daemon=True)
                 _thread.start()
             _changed.notify()

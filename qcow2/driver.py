@@ -448,6 +448,7 @@ class Qcow2Disk(Disk):
     def _truncate(self, size: int, preallocation: str) -> None:
         with self._resizing:
             self._resize(size, preallocation)
+        self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def _resize(self, size: int, preallocation: str) -> None:
         from . import resize
@@ -470,7 +471,6 @@ class Qcow2Disk(Disk):
             resize_data_file(metadata, old_size, size, "off")
         with metadata.exclusive():
             self.bitmaps.end_resize()
-        self._set_size(size)
 
     def _zero_past_end(self, offset: int, length: int) -> None:
         """Make a part of the disk's L1 coverage past its end read as zeroes."""

@@ -145,3 +145,28 @@ def test_buffers_that_lie_unaligned_go_by_the_bounce_buffer(disk, monkeypatch):
     disk.write(0, memory[1 : 1 + block])
     monkeypatch.undo()
     assert all(view.obj is not memory.obj for view in seen)
+
+
+@pytest.mark.parametrize("how", ["shared", "alone"])
+def test_a_lock_is_given_back_if_an_interrupt_comes_just_when_it_is_taken(how):
+    lock = SharedLock()
+
+    class Interrupting(threading.Condition):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            lock._changed = changed
+            raise KeyboardInterrupt
+
+    changed = lock._changed
+    lock._changed = Interrupting(changed._lock)
+    with pytest.raises(KeyboardInterrupt), getattr(lock, how)():
+        pytest.fail("taken")
+
+    def take():
+        with lock.alone():
+            pass
+
+    other = threading.Thread(target=take, daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()

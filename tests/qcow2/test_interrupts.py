@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -15,7 +16,11 @@ import pytest
 import pyvirtio
 from pyvirtio.backend.filter import FilterDisk
 from pyvirtio.qcow2 import layout, refcount_width, state
+from support.interrupts import interrupted, moments
+from support.workload import dangerous
 
+FOLDER = os.path.dirname(state.__file__)
+SCALE = int(os.environ.get("PYVIRTIO_CRASH_SCALE", "1"))
 CLUSTER = 4096
 SIZE = 64 * CLUSTER
 OLD = b"\1" * (10 * CLUSTER)
@@ -186,3 +191,58 @@ def test_a_dirty_bit_that_was_cleared_is_set_again_after_an_interrupt(interrupte
     disk.write(30 * CLUSTER, b"k" * CLUSTER)
     disk.flush()
     assert file.read(layout.INCOMPATIBLE_FEATURES_OFFSET, 8)[7] & layout.Incompatible.DIRTY
+
+
+def change(disk: Any, kind: str) -> None:
+    """One change of each kind."""
+    if kind == "flush":
+        disk.flush()
+    elif kind == "copy":
+        disk.write(2 * CLUSTER + 5, b"w" * 300)
+    elif kind == "discard":
+        disk.discard(2 * CLUSTER, 2 * CLUSTER)
+    elif kind == "create":
+        disk.snapshots.create("new")
+    elif kind == "delete":
+        disk.snapshots.delete("old")
+    elif kind == "amend":
+        disk.amend(refcount_bits=32)
+    else:
+        disk.truncate(40 * SIZE)
+
+
+@pytest.mark.parametrize("options", [{}, {"lazy_refcounts": True}], ids=["plain", "lazy"])
+@pytest.mark.parametrize(
+    "kind", ["flush", "copy", "discard", "create", "delete", "amend", "resize"]
+)
+def test_what_was_written_before_an_interrupt_is_there_after_the_next_flush(
+    kind: str, options: dict[str, Any]
+) -> None:
+    """A slice of all moments; PYVIRTIO_CRASH_SCALE makes it thicker."""
+
+    def image() -> tuple[pyvirtio.MemoryDisk, Any]:
+        file, disk = make_image(**options)
+        disk.snapshots.create("old")  # type: ignore[attr-defined]
+        disk.write(12 * CLUSTER, b"n" * 3 * CLUSTER)
+        disk.write(7 * CLUSTER, b"o" * 2 * CLUSTER)
+        return file, disk
+
+    _, disk = image()
+    count = moments(FOLDER, lambda: change(disk, kind))
+    wanted = min(count, 6 * SCALE)
+    for number in range(wanted):
+        file, disk = image()
+        moment = 1 + (number * count + count // 2) // wanted
+        interrupted(FOLDER, lambda disk=disk: change(disk, kind), moment, Interrupt)
+        try:
+            disk.flush()
+        except pyvirtio.BackendError as error:
+            assert "until it is reopened" in str(error)
+            continue
+        copy = pyvirtio.MemoryDisk(0, growable=True)
+        copy.write(0, file.read(0, file.size))
+        with pyvirtio.open_disk(copy, format="qcow2") as again:
+            where = f"moment {moment} of {count}"
+            assert again.read(12 * CLUSTER, 3 * CLUSTER) == b"n" * 3 * CLUSTER, where
+            assert again.read(7 * CLUSTER, 2 * CLUSTER) == b"o" * 2 * CLUSTER, where
+            assert not dangerous(again.check()), where  # type: ignore[attr-defined]

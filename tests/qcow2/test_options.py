@@ -12,6 +12,7 @@ import pytest
 
 import pyvirtio
 from pyvirtio.backend.disk import Disk
+from pyvirtio.qcow2 import cleaner
 from pyvirtio.qcow2.cache import TableCache
 from pyvirtio.qcow2.cleaner import CacheCleaner
 from pyvirtio.qcow2.geometry import Geometry
@@ -216,11 +217,11 @@ def test_cleaning_drops_what_was_not_used_since_the_last_time(tmp_path: Path) ->
         disk.write(0, b"a" * CLUSTER)
         disk.write(2 << 30, b"b" * CLUSTER)
         disk.flush()
-        cleaner = CacheCleaner(disk._metadata, 0)
-        cleaner.clean()
+        broom = CacheCleaner(disk._metadata, 0)
+        broom.clean()
         disk.read(0, 1)
         assert len(cached(disk).index) == 2
-        cleaner.clean()
+        broom.clean()
         assert len(cached(disk).index) == 1
         assert disk.read(0, 1) + disk.read(2 << 30, 1) == b"ab"
 
@@ -228,9 +229,9 @@ def test_cleaning_drops_what_was_not_used_since_the_last_time(tmp_path: Path) ->
 def test_cleaning_keeps_what_is_not_in_the_file(tmp_path: Path) -> None:
     with pyvirtio.create_disk(tmp_path / "image.qcow2", 4 << 30) as disk:
         disk.write(0, b"a" * CLUSTER)
-        cleaner = CacheCleaner(disk._metadata, 0)
-        cleaner.clean()
-        cleaner.clean()
+        broom = CacheCleaner(disk._metadata, 0)
+        broom.clean()
+        broom.clean()
         assert cached(disk).dirty
         assert disk.read(0, 1) == b"a"
 
@@ -242,9 +243,9 @@ def test_cleaning_gives_the_memory_back(tmp_path: Path) -> None:
         cache = cached(disk)
         (slot,) = cache.index.values()
         assert any(cache.slice(slot))
-        cleaner = CacheCleaner(disk._metadata, 0)
-        cleaner.clean()
-        cleaner.clean()
+        broom = CacheCleaner(disk._metadata, 0)
+        broom.clean()
+        broom.clean()
         assert not any(cache.slice(slot))  # an anonymous page that was given back is zeroes
 
 
@@ -254,9 +255,9 @@ def test_small_slices_are_given_back_by_whole_pages(tmp_path: Path) -> None:
         for i in range(0, 1 << 20, 512):
             disk.write(i, bytes([i // 512 % 251 + 1]) * 512)
         disk.flush()
-        cleaner = CacheCleaner(disk._metadata, 0)
+        broom = CacheCleaner(disk._metadata, 0)
         for _ in range(3):
-            cleaner.clean()
+            broom.clean()
             disk.read(0, 512)
         assert all(disk.read(i, 1) == bytes([i // 512 % 251 + 1]) for i in range(0, 1 << 20, 512))
 
@@ -274,6 +275,22 @@ def test_interval_makes_a_thread_clean(tmp_path: Path) -> None:
         if thread.name == "qcow2 cache cleaner":
             thread.join(60)
             assert not thread.is_alive()
+
+
+def test_a_thread_that_is_gone_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the child of a fork, which has no threads of its parent."""
+    gone = threading.Thread(target=lambda: None)
+    gone.start()
+    gone.join()
+    monkeypatch.setattr(cleaner, "_thread", gone)
+    path = tmp_path / "image.qcow2"
+    pyvirtio.create_disk(path, 64 << 20).close()
+    with pyvirtio.open_disk(path, cache_clean_interval=60):
+        assert cleaner._thread is not None
+        thread = cleaner._thread
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 # -- discards --------------------------------------------------------------------------------------
@@ -330,7 +347,7 @@ def test_cleaning_drops_unused_refcounts_too(tmp_path: Path) -> None:
         disk.flush()
         refcounts: TableCache = disk._metadata.refcounts.cache
         assert refcounts.index
-        cleaner = CacheCleaner(disk._metadata, 0)
-        cleaner.clean()
-        cleaner.clean()
+        broom = CacheCleaner(disk._metadata, 0)
+        broom.clean()
+        broom.clean()
         assert not refcounts.index

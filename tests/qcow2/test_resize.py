@@ -362,3 +362,22 @@ def test_a_disk_that_became_smaller_meanwhile_is_not_shrunk_to_more() -> None:
     disk.close()
     with reopen(file) as again:
         assert again.size == 1 << 20
+
+
+def test_who_hears_of_a_new_size_may_change_it_again() -> None:
+    _, disk = new_image(1 << 20)
+    heard: list[int] = []
+
+    def listen(size: int) -> None:
+        heard.append(size)
+        if size == 2 << 20:
+            disk.truncate(3 << 20)
+
+    disk.on_resize(listen)
+    worker = threading.Thread(target=disk.truncate, args=(2 << 20,), daemon=True)
+    worker.start()
+    worker.join(30)
+    assert not worker.is_alive()
+    assert heard == [2 << 20, 3 << 20]
+    assert disk.size == 3 << 20
+    disk.close()
