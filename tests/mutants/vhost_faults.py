@@ -65,6 +65,7 @@ VHOST: list[tuple[str, ...]] = [
     (SESSION, "any configuration can be written", "        if not whole and (flags or (offset, len(data)) != (where, 1)):\n", "        if False:\n", MAIN + "only_writeback_can_be_written"),
     (SESSION, "configuration out of bounds is no empty reply", "            return _Reply(b\"\")\n", "            raise\n", MAIN + "configuration_out_of_bounds_has_an_empty_reply"),
     (SESSION, "a suspended device speaks", "if generation != self._known and any(vring.started for vring in self._vrings.all):", "if generation != self._known:", FINE + "a_resize_while_all_rings_are_stopped_is_told_when_they_go_on"),
+    (SESSION, "another server's configuration is believed", "        self._known: int | None = None\n", "        self._known: int | None = device.config_generation\n", FINE + "a_front_end_that_comes_to_another_server_is_told_to_look"),
     (SESSION, "what was not told is forgotten", "        self._vrings.refresh(vring)\n        self._tell_configuration()\n", "        self._vrings.refresh(vring)\n", FINE + "a_resize_before_there_is_a_driver_is_told_when_its_rings_start"),
     (SESSION, "state is transferred under live rings", "        if phase or any(vring.live for vring in self._vrings.all):\n", "        if phase:\n", FINE + "a_state_transfer_that_is_refused_says_so_in_its_reply"),
     (MIGRATION, "state is read at the end only", "                self._watch(fd, self._receive)\n", "                pass\n", FINE + "state_that_is_longer_than_a_pipe_is_refused_and_not_waited_for"),

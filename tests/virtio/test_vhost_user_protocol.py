@@ -237,6 +237,7 @@ def test_a_resize_while_all_rings_are_stopped_is_told_when_they_go_on(
     rig = make_rig()
     driver = rig.driver()
     front: Any = driver.registers
+    told(front)  # its driver has read the configuration only now
     front.stop_queue(front.vrings[0])
     rig.disk.truncate(2 << 20)
     assert not told(front)
@@ -245,6 +246,24 @@ def test_a_resize_while_all_rings_are_stopped_is_told_when_they_go_on(
     front.stop_queue(front.vrings[0])
     front.start_queue(front.vrings[0])
     assert not told(front)
+
+
+def test_a_front_end_that_comes_to_another_server_is_told_to_look(tmp_path: Path) -> None:
+    """It has the configuration of the one before, whose disk may have had another size."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (
+        Rig(tmp_path / "one") as one,
+        Rig(tmp_path / "two", pyvirtio.MemoryDisk(2 << 20)) as two,
+    ):
+        front: Any = one.front()
+        front.set_up()
+        front.config_bytes(0, 60)
+        driver = one.driver(front)
+        assert not told(front)
+        front.reconnect(two.path)
+        assert told(front)
+        assert driver.capacity == (2 << 20) // 512
 
 
 # -- rings and memory ----------------------------------------------------------------------------

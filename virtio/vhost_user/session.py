@@ -77,8 +77,9 @@ class Session:
         self._features_given = 0
         self._protocol = 0
         self._status = 0
-        self._known = device.config_generation
-        """The configuration that the front-end has read, or heard of."""
+        self._known: int | None = None
+        """The configuration that the front-end has read here, or heard of. One that comes from
+        another server has read it there."""
         self._writeback: bytes | None = None
         """What the driver has chosen, while the device is reset by a stop of the machine."""
         self._log: DirtyLog | None = None
