@@ -338,7 +338,7 @@ def test_a_server_without_descriptors_goes_on_when_there_are_some(
 
 def random_session(source: random.Random) -> bytes:
     """What a client might say, here and there wrong: options, then requests."""
-    said = [struct.pack(">I", source.choice([3, 3, 3, 1, 2, 0, 0xFFFFFFFF]))]
+    said = [struct.pack(">I", source.choice([3] * 20 + [1, 1, 2, 0, 0xFFFFFFFF]))]
     name = struct.pack(">I", source.choice([0, 0, 0, 1, 5000, 0xFFFFFFFF]))
     for _ in range(source.randrange(5)):
         option = source.choice([*nbd.Option, 99, 0])
@@ -353,7 +353,7 @@ def random_session(source: random.Random) -> bytes:
                 source.randbytes(source.randrange(60)),
             ]
         )
-        length = source.choice([len(data)] * 6 + [0, len(data) + 1, 1 << 16, 1 << 31])
+        length = source.choice([len(data)] * 40 + [0, len(data) + 1, 1 << 16, 1 << 31])
         said.append(nbd.OPTION.pack(nbd.OPTION_MAGIC, option, length) + data)
     option = source.choice([nbd.Option.GO, nbd.Option.EXPORT_NAME])
     data = bytes(6) if option == nbd.Option.GO else b""
@@ -373,6 +373,16 @@ def random_session(source: random.Random) -> bytes:
     for _ in range(source.choice([0, 0, 0, 1, 3])):
         whole[source.randrange(len(whole))] = source.randrange(256)
     return bytes(whole[: source.choice([len(whole)] * 3 + [source.randrange(len(whole))])])
+
+
+def test_bytes_are_counted_when_they_have_been_read_or_written(running: Running) -> None:
+    with Client(running.path) as client:
+        client.ask(Command.READ, 0, 512)
+        client.ask(Command.READ, SIZE, 512)
+        client.ask(Command.WRITE, 0, 100, data=bytes(100))
+        client.ask(Command.WRITE, SIZE, 100, data=bytes(100))
+    found = running.server.statistics
+    assert (found.requests, found.read, found.written) == (4, 512, 100)
 
 
 def test_random_clients_neither_end_the_server_nor_leave_anything_behind(
