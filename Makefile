@@ -1,5 +1,5 @@
 # make venv | demo | demo-uboot | test | lint | bench | crash | crash-linux | interop-vhost |
-# fuzz | fuzz-img | fuzz-rings | fuzz-vhost | mutants:
+# fuzz (= fuzz-rings fuzz-vhost fuzz-qcow2 fuzz-img) | mutants | mutants-device | conformance:
 # each sets up what it needs, in this folder only.
 
 PYTHON ?= python3
@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost fuzz fuzz-rings fuzz-vhost fuzz-img \
-	mutants mutants-device conformance lint bench clean
+.PHONY: venv demo demo-uboot test crash crash-linux interop-vhost \
+	fuzz fuzz-rings fuzz-vhost fuzz-qcow2 fuzz-img mutants mutants-device conformance lint bench clean
 
 # Compiled at once, as pip does for what it installs itself: programs that are started thousands of
 # times do not compile, where the environment keeps Python from writing bytecode.
@@ -41,30 +41,34 @@ crash: venv
 crash-linux: venv
 	PYVIRTIO_LINUX_CUTS=50 $(BIN)/python -m pytest tests/examples/test_linux_crash.py
 
-# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed.
-# Ten minutes.
+# A Linux guest of QEMU on our vhost-user server: split and packed rings, reboots, servers killed,
+# live migration. Ten minutes.
 interop-vhost: venv
-	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py
+	PYVIRTIO_GUESTS=1 $(BIN)/python -m pytest tests/interop/test_vhost_user_guest.py \
+		tests/interop/test_vhost_user_migration.py
 
-# Random messages of a hostile vhost-user front-end: ten minutes.
-fuzz-vhost: venv
-	PYVIRTIO_VHOST_FUZZ=10000 $(BIN)/python -m pytest tests/virtio/test_vhost_user_messages.py
+# What follows one after the other, MINUTES (ten) each: hostile rings, hostile messages, images, command
+# lines. Each prints what it finds, with what runs it again, and fails; FUZZ="…" are its own options.
+MINUTES ?= 10
+fuzz: fuzz-rings fuzz-vhost fuzz-qcow2 fuzz-img
 
-# atheris looks for ways into the device, over rings, registers and guest memory: ten minutes.
-# FUZZ="-max_total_time=60" is libFuzzer's.
+# atheris looks for ways into the device, over rings, registers and guest memory; options are libFuzzer's.
 fuzz-rings: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
-	PYTHONPATH=tests $(BIN)/python -m support.ring_fuzz $(FUZZ)
+	PYTHONPATH=tests $(BIN)/python -m support.ring_fuzz -max_total_time=$$((60 * $(MINUTES))) $(FUZZ)
 
-# Twin images, ours and QEMU's, through random operations until interrupted; prints which features
-# met. FUZZ="--seed 1 --sequences 5" runs certain ones.
-fuzz: venv
-	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)
+# Random messages of a hostile vhost-user front-end. FUZZ="--seed 1" says which.
+fuzz-vhost: venv
+	PYTHONPATH=tests $(BIN)/python -m support.vhost_fuzz --minutes $(MINUTES) $(FUZZ)
 
-# Random command lines for pyvirtio-img and qemu-img until interrupted; prints what differs.
-# FUZZ="--seed 1 --count 100" gives both certain ones.
+# Twin images, ours and QEMU's, through random operations; prints which features met.
+# FUZZ="--seed 1 --sequences 5" runs certain ones.
+fuzz-qcow2: venv
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz --minutes $(MINUTES) $(FUZZ)
+
+# Random command lines for pyvirtio-img and qemu-img. FUZZ="--seed 1 --count 100" gives both certain ones.
 fuzz-img: venv
-	PYTHONPATH=tests $(BIN)/python -m support.img_twins $(FUZZ)
+	PYTHONPATH=tests $(BIN)/python -m support.img_twins --minutes $(MINUTES) $(FUZZ)
 
 # A list of one-line faults, each put into a copy of the code: the tests named must catch all.
 mutants: venv

@@ -22,6 +22,7 @@ _register_format("raw", f"{__name__}.backend.raw")
 for _name, _module, _attribute, _prefixes in (
     ("file", "protocols", "FILE", ("file",)),
     ("host_device", "protocols", "HOST_DEVICE", ("host_device",)),
+    ("host_cdrom", "protocols", "HOST_CDROM", ("host_cdrom",)),
     ("null-co", "null", "NULL_CO", ("null-co",)),
     ("null-aio", "null", "NULL_AIO", ("null-aio",)),
     ("blkdebug", "blkdebug", "DRIVER", ("blkdebug",)),

@@ -8,7 +8,6 @@ those that no driver has taken in the end are errors.
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from ..errors import BackendError, ImageError, PyvirtioError, UnsupportedError, prefixed
 from .chain import Overlay
 from .disk import Disk
+from .file import is_device
 from .node import Context, Graph, Node, Role, bottom_file
 from .options import parse_json
 from .references import FileReference, default_name, protocol_prefix
@@ -158,7 +158,7 @@ def _driver_of(
 def _protocol_of(name: str, *, prefixed: bool) -> Driver | Format:
     """The driver that a file name belongs to."""
     try:
-        if stat.S_ISBLK(os.stat(name).st_mode):
+        if is_device(os.stat(name).st_mode):
             return find_driver("host_device")
     except (OSError, ValueError):
         pass
@@ -211,6 +211,8 @@ def _open_format(kind: Format | None, node: Node, arguments: dict[str, Any]) -> 
         depth=context.depth + 1,
         read_only=read_only,
     )
+    given = node.options.left
+    strong = {name: given[name] for name in given if name.startswith(kind.strong_options)}
     _take_secrets(kind, node, arguments)
     data_file = node.child("data-file")
     if data_file is not None:
@@ -226,7 +228,10 @@ def _open_format(kind: Format | None, node: Node, arguments: dict[str, Any]) -> 
             raise ValueError(f"Block format '{kind.name}' does not support the option '{option}'")
     opened = _Named(node, backing)
     disk = kind.open(file, read_only=read_only, policy=opened, **options, **arguments)
+    disk.strong_options = strong
     node.options.left = {}
+    if context.graph.tell_repairs is not None:
+        context.graph.tell_repairs(getattr(disk, "repairs", ()))
     try:
         _settle_backing(disk, context, opened)
     except BaseException:
@@ -238,7 +243,7 @@ def _open_format(kind: Format | None, node: Node, arguments: dict[str, Any]) -> 
 def _take_secrets(kind: Format, node: Node, arguments: dict[str, Any]) -> None:
     for option, argument in kind.secret_options.items():
         secret = node.options.text(option)
-        if secret is not None:
+        if secret is not None and not arguments.get("no_io"):  # else nobody looks at it
             arguments[argument] = node.context.graph.secret(secret)
     for option, argument in kind.renamed_options.items():
         value = node.options.take(option)
@@ -320,17 +325,14 @@ class _Named:
         policy = self._node.context.graph.policy
         options: dict[str, Any] = {}
         filename = None
-        try:
-            if policy is None:
-                filename = default_name(reference)
-            else:
-                decision = policy(reference)
-                if decision is None or isinstance(decision, Disk):
-                    return decision
-                options = {"driver": "file", "filename": os.fsdecode(decision)}
-            return self._node.open(self._node.inherited(Role.FILE), filename, options)
-        except PyvirtioError as error:
-            raise prefixed("Could not open data-file: ", error) from error
+        if policy is None:
+            filename = default_name(reference)
+        else:
+            decision = policy(reference)
+            if decision is None or isinstance(decision, Disk):
+                return decision
+            options = {"driver": "file", "filename": os.fsdecode(decision)}
+        return self._node.open(self._node.inherited(Role.FILE), filename, options)
 
 
 def _must_be_known(format: str) -> None:
@@ -344,10 +346,10 @@ def path_options(path: Any) -> dict[str, Any]:
     """Options for an image at a path that is none of QEMU's file names."""
     name = os.fsdecode(path)
     try:
-        is_device = stat.S_ISBLK(os.stat(name).st_mode)
+        driver = "host_device" if is_device(os.stat(name).st_mode) else "file"
     except (OSError, ValueError):
-        is_device = False
-    return {"file.driver": "host_device" if is_device else "file", "file.filename": name}
+        driver = "file"
+    return {"file.driver": driver, "file.filename": name}
 
 
 def probe(file: Disk) -> Format:

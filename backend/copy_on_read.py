@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+
+from ..errors import BackendError
 from .buffers import is_zero
 from .chain import layers
 from .direct import SharedLock
@@ -71,6 +74,10 @@ class CopyOnReadDisk(FilterDisk):
         with self._lock.shared():
             super()._writev(offset, views, length)
 
+    def _write_compressed(self, offset: int, views: list[memoryview], length: int) -> None:
+        with self._lock.shared():
+            super()._write_compressed(offset, views, length)
+
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         with self._lock.shared():
             super()._write_zeroes(offset, length, unmap)
@@ -91,6 +98,8 @@ def _depth_below(disk: Disk, bottom: Disk | None) -> int | None:
 
 
 def _open(node: Node) -> Disk:
+    if node.context.read_only:
+        raise BackendError(errno.EACCES, "Block node is read-only")
     bottom_name = node.options.text("bottom")
     below = node.required("file", Role.FILTERED, filename=node.filename)
     bottom = None

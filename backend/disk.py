@@ -1,18 +1,21 @@
 """The one interface that everything speaks: formats, filters and protocols are all Disks.
 
 A Disk is an array of ``size`` bytes. Requests are synchronous and may come from any number of
-threads at once; each is either done whole or raises. What a class of disks has to provide are the
-methods with a leading underscore; the public ones check the request and call them.
+threads at once; each is either done whole or raises. They come from one process: after a fork only
+one of the two may go on with a disk, closing it included. What a class of disks has to provide are
+the methods with a leading underscore; the public ones check the request and call them.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from operator import index
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias
 
 from ..errors import BackendError, UnsupportedError
 from .buffers import as_views, clear, is_zero, split
@@ -94,6 +97,10 @@ class DiskInfo:
     """Of each internal snapshot, facts under QEMU's names (``SnapshotInfo``)."""
 
 
+class OutsideError(ValueError):
+    """A request leaves the disk: a caller's mistake, unless the disk has become smaller."""
+
+
 class Disk(ABC):
     """A guest's disk, or a layer of one."""
 
@@ -104,6 +111,10 @@ class Disk(ABC):
     """True for a file below a format: a write past the end makes it longer, and what a read finds
     past the end is zeroes, so that a format may use any offset. Whoever opens the file for a format
     asks for it; disks that guests see never grow by themselves."""
+
+    bounded: bool = False
+    """True for a file below a format that cannot grow (a block device). Formats set it: what a read
+    finds past the end is zeroes, too, and a write there finds no space (ENOSPC)."""
 
     def __init__(self, size: int, *, read_only: bool = False, limits: Limits | None = None) -> None:
         self.size = size
@@ -259,6 +270,9 @@ class Disk(ABC):
         """The backing file, if there is one."""
         return self.children.get("backing")
 
+    strong_options: Mapping[str, Any] = MappingProxyType({})
+    """Options it was opened with that decide what it holds: its file's name does not say all."""
+
     @property
     def filename(self) -> str | None:
         """The path or URL this disk was opened by, if there is one."""
@@ -272,7 +286,7 @@ class Disk(ABC):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=None if file is None else file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
         )
 
     # -- life --------------------------------------------------------------------------------
@@ -285,6 +299,7 @@ class Disk(ABC):
         """
         if self.closed or self.read_only:
             self._refuse(0, 0, writing=True)
+        size = index(size)
         if size < 0:
             raise ValueError(f"{self.format_name}: a disk cannot have {size} bytes")
         if size < self.size and not shrink:
@@ -334,6 +349,9 @@ class Disk(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; open it again")
 
     def __repr__(self) -> str:
         name = f" {self.filename!r}" if self.filename else ""
@@ -424,14 +442,18 @@ class Disk(ABC):
             length -= part
 
     def _refuse(self, offset: int, length: int, *, writing: bool = False) -> None:
-        """Raise for a request that failed a check; returns if it only passes a growable's end."""
+        """Raise for a request that failed a check; returns if it only passes a growable's end, or
+        reads past that of a bounded one."""
         if self.closed:
             raise ValueError(f"{self.format_name}: the disk is closed")
         if writing and self.read_only:
             raise BackendError(errno.EPERM, "the disk is read-only", self.filename)
-        if self.growable and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
+        may_pass = self.growable or self.bounded
+        if may_pass and offset >= 0 and length >= 0 and offset + length <= _MAX_SIZE:
+            if writing and not self.growable:
+                raise BackendError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.filename)
             return
-        raise ValueError(
+        raise OutsideError(
             f"{self.format_name}: {length} bytes at {offset} are not inside the disk "
             f"of {self.size} bytes"
         )

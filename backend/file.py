@@ -1,4 +1,4 @@
-"""A file or block device of the host as a Disk (QEMU's ``file`` and ``host_device``)."""
+"""A file or device of the host as a Disk (QEMU's ``file`` and ``host_device``)."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _FIRST_BLOCK = 4096
 
 
 class FileDisk(Disk):
-    """A regular file or a block device.
+    """A regular file, a block device or, as QEMU has it, a character device.
 
     ``size`` is the exact length in bytes. ``growable`` is for a file below a format, see
-    :attr:`Disk.growable`; a block device never grows. ``locking`` takes the locks that QEMU takes
+    :attr:`Disk.growable`; a device never grows. ``locking`` takes the locks that QEMU takes
     for such a use of an image: writing excludes everybody else, reading excludes writers, unless
     with ``force_share``, which bears everything.
 
@@ -96,6 +96,10 @@ class FileDisk(Disk):
         self.growable = growable and not self._is_device
         self._grow_lock = threading.Lock()
         self._cache_lost: BackendError | None = None
+        self._flushing = threading.Lock()
+        self._unflushed = True
+        """Something may not be on stable storage: at first, what others have written before. Set
+        once a write is done, for then a flush that has begun before need not have met it."""
         self._locks = FileLocks(fd, self._path)
         self._force_share = force_share
         if locking:
@@ -164,7 +168,7 @@ class FileDisk(Disk):
                     disk.truncate(0, shrink=True)
                     disk.truncate(size, preallocation=preallocation)
                 elif disk.size < size:
-                    raise BackendError(errno.ENOSPC, "The device is too small", name)
+                    raise BackendError(errno.EINVAL, "Cannot grow device files", name)
             except BaseException:
                 disk.close()
                 raise
@@ -206,6 +210,7 @@ class FileDisk(Disk):
                 and self.detect_zeroes == "off"
                 and os.pwritev(self._fd, views, offset) == length
             ):
+                self._unflushed = True
                 return
         except (AttributeError, BufferError, OSError):
             pass
@@ -219,6 +224,8 @@ class FileDisk(Disk):
             done = read_some(self._fd, offset, views, length)
         except OSError as error:
             raise self._failed(error, f"Could not read {length} bytes at {offset}") from error
+        except BufferError as error:
+            raise TypeError("the buffers of a read must be writable") from error
         if done < length:  # the file is shorter than it was: QEMU reads zeroes there, too
             clear(split(views, done, length - done))
 
@@ -230,6 +237,8 @@ class FileDisk(Disk):
                 write_all(self._fd, offset, views, length)
         except OSError as error:
             raise self._failed(error, f"Could not write {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
         self._reached(offset + length)
 
     # -- space ---------------------------------------------------------------------------------
@@ -247,6 +256,8 @@ class FileDisk(Disk):
                     self._space.zero(offset, zeroed, unmap=unmap)
         except OSError as error:
             raise self._failed(error, f"Could not zero {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
         if zeroed < length:
             # Past the end there is nothing yet; one byte makes the file reach so far, and unlike
             # ftruncate it can never cut off what another thread is appending.
@@ -265,6 +276,8 @@ class FileDisk(Disk):
                 self._space.discard(offset, length)
         except OSError as error:
             raise self._failed(error, f"Could not discard {length} bytes at {offset}") from error
+        finally:
+            self._unflushed = True
 
     def _block_status(self, offset: int, length: int) -> Extent:
         if self._is_device:
@@ -282,7 +295,7 @@ class FileDisk(Disk):
 
     @property
     def has_zero_init(self) -> bool:
-        """True for a file; a new block device may hold anything."""
+        """True for a file; a new device may hold anything."""
         return not self._is_device
 
     @property
@@ -307,7 +320,7 @@ class FileDisk(Disk):
         return DiskInfo(
             format=self.format_name,
             virtual_size=self.size,
-            actual_size=None if self._is_device else blocks * 512,
+            actual_size=blocks * 512,
             filename=self._path,
         )
 
@@ -325,13 +338,22 @@ class FileDisk(Disk):
     # -- life ----------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        if self._cache == "unsafe":
-            return
+        if self._cache != "unsafe":
+            with self._flushing:  # who finds nothing to flush has waited for the one who is at it
+                self._sync()
+
+    def _sync(self) -> None:
+        """Have on stable storage what was written, if anything was since the last time (with
+        ``_flushing`` held)."""
         if self._cache_lost is not None:
             lost = self._cache_lost
             raise BackendError(lost.errno, lost.strerror, self._path) from lost
+        if not self._unflushed:
+            return
+        self._unflushed = done = False
         try:
             os.fdatasync(self._fd)
+            done = True
         except OSError as error:
             failure = self._failed(error, "Could not flush")
             if self._direct is None:
@@ -339,6 +361,9 @@ class FileDisk(Disk):
                 # for data that is lost. So nothing is stable any more until the file is reopened.
                 self._cache_lost = failure
             raise failure from error
+        finally:
+            if not done:
+                self._unflushed = True
 
     def _truncate(self, size: int, preallocation: str) -> None:
         _check_preallocation(preallocation)
@@ -358,6 +383,8 @@ class FileDisk(Disk):
                 self._resize(old, size, preallocation)
         except OSError as error:
             raise self._failed(error, f"Could not resize file to {size} bytes") from error
+        finally:
+            self._unflushed = True
         self._set_size(size)
 
     def _resize(self, old: int, size: int, preallocation: str) -> None:
@@ -378,7 +405,9 @@ class FileDisk(Disk):
             else:
                 os.ftruncate(self._fd, size)
                 self._space.fill(old, size - old)
-                os.fsync(self._fd)
+                self._unflushed = True
+                with self._flushing:
+                    self._sync()
         except (OSError, UnsupportedError):
             os.ftruncate(self._fd, old)
             raise
@@ -424,6 +453,7 @@ class FileDisk(Disk):
             os.close(fd)
         self.read_only = read_only
         self._cache_lost = None
+        self._unflushed = True
         self._aim()
 
     def invalidate(self) -> None:
@@ -476,6 +506,11 @@ def file_identity(status: os.stat_result) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
+def is_device(mode: int) -> bool:
+    """True for a device that a disk can be in: for QEMU that is a character device, too."""
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+
 def _check_modes(cache: str, discard: str) -> None:
     if cache not in ("writeback", "none", "unsafe"):
         raise ValueError(f"Invalid cache option: {cache}")
@@ -491,10 +526,10 @@ def _check_preallocation(mode: str) -> None:
 
 
 def _kind_checked(status: os.stat_result, path: str) -> bool:
-    """True for a block device, False for a regular file; anything else raises BackendError."""
+    """True for a device, False for a regular file; anything else raises BackendError."""
     if stat.S_ISREG(status.st_mode):
         return False
-    if stat.S_ISBLK(status.st_mode):
+    if is_device(status.st_mode):
         return True
     number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
     raise BackendError(number, f"'file' driver requires '{path}' to be a regular file", path)
@@ -512,8 +547,8 @@ def _open(path: str, read_only: bool, cache: str) -> int:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode) and not read_only:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        is_device = _kind_checked(status, path)
-        return os.open(path, _flags(read_only, cache) | (0 if is_device else os.O_NONBLOCK))
+        blocking = _kind_checked(status, path) and stat.S_ISBLK(status.st_mode)
+        return os.open(path, _flags(read_only, cache) | (0 if blocking else os.O_NONBLOCK))
     except BackendError:
         raise
     except OSError as error:

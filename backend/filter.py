@@ -138,6 +138,14 @@ class AlignedFilter(FilterDisk):
             data[offset - start : offset - start + length] = gather(views)
             self._write_aligned(start, [data], end - start)
 
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        with self._padding.shared():
+            super()._write_zeroes(offset, length, unmap)
+
+    def _discard(self, offset: int, length: int) -> None:
+        with self._padding.shared():
+            super()._discard(offset, length)
+
     def _padded(self, offset: int, length: int) -> tuple[int, int]:
         """The range around a request that is aligned; the end of the disk counts as aligned."""
         end = offset + length

@@ -43,4 +43,5 @@ FORMAT = Format(
     _measure,
     shared_options=("passphrase",),
     secret_options={"key-secret": "passphrase"},
+    strong_options=("key-secret",),
 )

@@ -8,7 +8,7 @@ lead from one node to the next is QEMU's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
@@ -52,6 +52,8 @@ class Graph:
     """Other objects that options name: throttle groups."""
     warn: Callable[[str], None] | None = None
     """Hears QEMU's warnings; without, they are Python's."""
+    tell_repairs: Callable[[Iterable[str]], None] | None = None
+    """Hears what was repaired in an image while it was opened, in QEMU's words."""
     nodes: dict[str, Disk] = field(default_factory=dict)
     """The nodes that have a name."""
 

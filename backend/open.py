@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import ExitStack, suppress
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, UnsupportedError
@@ -99,7 +100,7 @@ def create_disk(
     format's for creating. An image that is there already is replaced, if nobody uses it, once the
     new one is complete: if it fails the old one is still there, and nothing half-made.
     """
-    if size < 0:
+    if index(size) < 0:
         raise ValueError(f"a disk cannot have {size} bytes")
     kind = find_format(format)
     if kind.create is None:

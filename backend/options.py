@@ -6,7 +6,6 @@ strings, or what JSON has (booleans, numbers, None). Errors are ValueErrors with
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -95,13 +94,17 @@ def _switch(name: str, warn: Callable[[str], None]) -> str:
 
 def parse_json(text: str) -> dict[str, Any]:
     """The options in a ``json:`` name's object; QEMU's JSON takes single quotes, too."""
+    import json
+
     try:
         value = json.loads(_requote(text), parse_constant=_refuse_constant)
+        if not isinstance(value, dict):
+            raise TypeError
+        return flatten(value)
+    except TypeError:
+        raise ValueError("Invalid JSON object given") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Could not parse the JSON options: {_reason(text, error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError("Invalid JSON object given")
-    return flatten(value)
 
 
 def _requote(text: str) -> str:
@@ -139,6 +142,8 @@ def _reason(text: str, error: BaseException) -> str:
     word = re.match(r"\s*([a-zA-Z]\w*)", text)
     if word and word[1] not in ("true", "false", "null"):
         return f"JSON parse error, invalid keyword '{word[1]}'"
+    import json
+
     if isinstance(error, json.JSONDecodeError):
         if error.pos >= len(error.doc.rstrip()):
             return "JSON parse error, premature EOI"

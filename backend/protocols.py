@@ -1,4 +1,5 @@
-"""The drivers ``file`` and ``host_device``: what FileDisk does, under QEMU's options."""
+"""The drivers ``file``, ``host_device`` and ``host_cdrom``: what FileDisk does, under QEMU's
+options."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from typing import Any
 
 from ..errors import BackendError
 from .disk import Disk
-from .file import CacheMode, FileDisk
+from .file import CacheMode, FileDisk, is_device
 from .node import Node, check_loop
 from .registry import Driver
 
-__all__ = ["FILE", "HOST_DEVICE"]
+__all__ = ["FILE", "HOST_CDROM", "HOST_DEVICE"]
 
 
 def _open(driver: str, node: Node) -> Disk:
@@ -30,7 +31,7 @@ def _open(driver: str, node: Node) -> Disk:
     options.boolean("x-check-cache-dropped", False)
     if options.text("pr-manager") is not None:
         raise ValueError("No persistent reservation manager is available")
-    _check_kind(driver, path)
+    _check_kind(driver, path, context.read_only)
     check_loop(context, path)
     cache: CacheMode = "none" if context.direct else "unsafe" if context.no_flush else "writeback"
 
@@ -54,16 +55,19 @@ def _open(driver: str, node: Node) -> Disk:
     return disk
 
 
-def _check_kind(driver: str, path: str) -> None:
-    """QEMU keeps files and devices apart; what is missing is FileDisk's to report."""
+def _check_kind(driver: str, path: str, read_only: bool) -> None:
+    """QEMU keeps files and devices apart; what is missing, and what cannot be written at all, is
+    FileDisk's to report."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return
-    if driver == "host_device" and not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
-        message = f"'host_device' driver requires '{path}' to be either a character or block device"
+    if stat.S_ISDIR(mode) and not read_only:
+        return
+    if driver != "file" and not is_device(mode):
+        message = f"'{driver}' driver requires '{path}' to be either a character or block device"
         raise BackendError(22, message, path)
-    if driver == "file" and (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
+    if driver == "file" and is_device(mode):
         raise BackendError(22, f"'file' driver requires '{path}' to be a regular file", path)
 
 
@@ -83,3 +87,4 @@ def _driver(name: str) -> Driver:
 
 FILE = _driver("file")
 HOST_DEVICE = _driver("host_device")
+HOST_CDROM = _driver("host_cdrom")

@@ -172,7 +172,8 @@ class RawDisk(Disk):
     def info(self) -> DiskInfo:
         """Facts about the disk."""
         below = self.file.info()
-        return DiskInfo(self.format_name, self.size, below.actual_size, self.filename)
+        name = None if self.strong_options else self.filename
+        return DiskInfo(self.format_name, self.size, below.actual_size, name)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -281,4 +282,4 @@ def _measure(size: int, source: Disk | None, *, preallocation: str = "off") -> M
     return Measurement(size, size)
 
 
-FORMAT = Format("raw", _probe, _open, _create, _measure)
+FORMAT = Format("raw", _probe, _open, _create, _measure, strong_options=("offset", "size"))

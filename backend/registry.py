@@ -78,6 +78,9 @@ class Format:
     passphrase itself under another name."""
     renamed_options: Mapping[str, str] = field(default_factory=dict)
     """Options of opening that have another name there."""
+    strong_options: tuple[str, ...] = ()
+    """How the names begin of options that decide what the disk holds: where one is given, no
+    file name describes the disk (QEMU's strong runtime options)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,7 @@ class ZonedDisk(Disk):
                     index, start, length, length if whole else min(capacity, length), kind, state, 0
                 )
             )
+        self._begun = self._has_begun(len(zones))
         self._load(zones)
         self._zones = Zones(zones, max_open=max_open, max_active=max_active)
         self._lock = threading.Lock()
@@ -117,7 +118,7 @@ class ZonedDisk(Disk):
         """Writes to one zone are done one after the other; the table is not locked meanwhile."""
         self._store_lock = threading.Lock()
         """Over the store; taken before the lock of the table."""
-        self._changed: set[int] = set(range(len(zones))) if self._store.size == 0 else set()
+        self._changed: set[int] = set() if self._begun else set(range(len(zones)))
         if self._changed and not self.read_only:
             self._flush()
 
@@ -235,14 +236,31 @@ class ZonedDisk(Disk):
 
     # -- Disk --------------------------------------------------------------------------------
 
-    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
-        end = offset + length
-        last = (end - 1) // self.zone_size
+    def check_request(self, offset: int, length: int, *, writing: bool) -> None:
+        """Raise the ZoneError of a request of so many bytes: for who does it in pieces."""
+        if not writing:
+            self._check_read(offset, length)
+            return
+        zone = self.zones[offset // self.zone_size]
+        last = self.zones[(offset + length - 1) // self.zone_size]
+        if not zone.sequential and not last.sequential:
+            self._check_conventional(zone, last)
+        else:
+            with self._lock:
+                self._zones.check_write(zone, offset, length, self.write_granularity)
+
+    def _check_read(self, offset: int, length: int) -> list[Zone]:
+        """The zones that a read touches, if it may."""
+        last = (offset + length - 1) // self.zone_size
         touched = self.zones[offset // self.zone_size : last + 1]
         if any(zone.state == ZoneState.OFFLINE for zone in touched) or (
             len(touched) > 1 and any(zone.type == ZoneType.SEQUENTIAL_REQUIRED for zone in touched)
         ):
             raise ZoneError(ZoneFault.INVALID, "read")  # BLK-96, BLK-100
+        return touched
+
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+        touched = self._check_read(offset, length)
         if all(not zone.sequential for zone in touched):
             self._disk.readv(offset, views)
             return
@@ -346,17 +364,26 @@ class ZonedDisk(Disk):
         return _ENTRY.pack(zone.written, zone.state)
 
     def _put(self, entries: list[tuple[int, bytes]]) -> None:
-        if self._store.size == 0:  # the header last: a store that is begun has all its zones
+        if not self._begun:  # the header last: a store that is begun has all its zones
             self._store.write(_HEADER.size, b"".join(entry for _, entry in entries))
             self._store.flush()
             self._store.write(0, self._header)
+            self._begun = True
             return
         for index, entry in entries:
             self._store.write(_HEADER.size + _ENTRY.size * index, entry)
 
+    def _has_begun(self, zones: int) -> bool:
+        """False for a store that is empty, or was begun and has no header yet, nor any data."""
+        if any(self._store.read(0, min(self._store.size, _HEADER.size))):
+            return True
+        count = min(max(0, self._store.size - _HEADER.size) // _ENTRY.size, zones)
+        entries = self._store.read(_HEADER.size, count * _ENTRY.size) if count else b""
+        return any(written for written, _ in _ENTRY.iter_unpack(entries))
+
     def _load(self, zones: list[Zone]) -> None:
         """Take the states over from the store; open zones are closed ones."""
-        if self._store.size == 0:
+        if not self._begun:
             return
         length = _HEADER.size + _ENTRY.size * len(zones)
         if self._store.size < length or self._store.read(0, _HEADER.size) != self._header:

@@ -34,7 +34,7 @@ def fork_disk(disk: Qcow2Disk, snapshot: Snapshot, path: StrPath, **options: Any
     ``disk`` goes on as it is; as long as the overlay is open the snapshot cannot be deleted.
     ``options`` are create_disk's. Raises ValueError if the names are too long for an image.
     """
-    options.setdefault("cluster_size", disk.info().cluster_size)
+    options.setdefault("cluster_size", disk.cluster_size)
     name = _describe(disk, snapshot, path)
     if len(os.fsencode(name)) > _MAX_NAME:
         raise ValueError("Backing file name too long")

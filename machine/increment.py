@@ -96,12 +96,12 @@ class Increments:
 
     # -- saving --------------------------------------------------------------------------------
 
-    def write(self) -> Pending:
-        """Write what changed to a draft, which is the caller's then.
+    def write(self, *, share: bool = True) -> Pending:
+        """Write what changed (or all, if nothing is to be shared) to a draft, the caller's then.
 
         Its machine must stand still until :meth:`adopt`.
         """
-        base, draft = self._begin()
+        base, draft = self._begin(share)
         try:
             pending = self._write(base, draft)
             if pending is None:  # the stream has no room any more
@@ -117,15 +117,16 @@ class Increments:
 
     def adopt(self, snapshot: Snapshot, pending: Pending) -> None:
         """The draft became this snapshot: the next one is based on it."""
+        self._trusted = False
         self._base = replace(pending.kept, snapshot=snapshot)
-        self._trusted = True
         for name, ram in self._machine.ram_views().items():
             self._trackers[name].settle(ram, pending.changed[name])
+        self._trusted = True
 
-    def _begin(self) -> tuple[Kept | None, Draft]:
+    def _begin(self, share: bool) -> tuple[Kept | None, Draft]:
         """The state to share with, if there is one, and a draft that begins with it."""
         base, snapshots = self._base, self._disk.snapshots
-        if base is not None and self._trusted:
+        if base is not None and self._trusted and share:
             base.snapshot = self._find(base)
             sizes = {name: len(ram) for name, ram in self._machine.ram_views().items()}
             same = sizes == {name: placed.size for name, placed in base.placed.items()}
@@ -140,9 +141,8 @@ class Increments:
         """The snapshot of ``base``, if it is still there."""
         if base.snapshot is None:
             return None
-        for other in self._disk.snapshots:
-            if other is base.snapshot:
-                return other
+        if base.snapshot in self._disk.snapshots:
+            return base.snapshot
         # It may have another name, or the image may have been read anew: its UUID is the same.
         for other in self._disk.snapshots:
             if other.l1_table_offset == base.snapshot.l1_table_offset and other.vm_state_size:
@@ -225,20 +225,20 @@ class Increments:
 
     def loaded(self, snapshot: Snapshot, source: Source) -> None:
         """The machine is what was saved in ``snapshot``: the next one is based on it."""
+        self._base, self._trusted = None, False
         views = self._machine.ram_views()
         reader = StreamReader(source, self._machine.known_sections())
-        self._base = None
         if LINEAGE in reader.sections and all(
             reader.sections[name].version == PLACED_VERSION for name in views
         ):
             lineage = parse_lineage(reader.read(LINEAGE))
             placed = {name: read_placed(reader, name, len(ram)) for name, ram in views.items()}
-            if _makes_sense(placed.values(), reader.length, self._disk.info().cluster_size or 1):
+            if _makes_sense(placed.values(), reader.length, self._disk.cluster_size):
                 reserve = min((p.position for p in placed.values()), default=0)
                 self._base = Kept(lineage, reserve, reader.length, placed, snapshot)
-                self._trusted = True
         for name, ram in views.items():
             self._trackers[name].settle(ram, None)
+        self._trusted = True
 
     def forget(self) -> None:
         """RAM may be anything: the next save is a whole one."""

@@ -24,6 +24,7 @@ from .stream import Source, StreamReader
 
 __all__ = [
     "PLACED_VERSION",
+    "WINDOW",
     "Placed",
     "check_placed",
     "load_placed",
@@ -33,10 +34,9 @@ __all__ = [
 
 PLACED_VERSION = 2
 _HEAD = struct.Struct("<QIQ")
-_WINDOW = 1 << 26
-"""Bytes that are checked at a time, in a buffer. An image is read the faster, the longer it is."""
-_LOAD_WINDOW = 1 << 28
-"""Bytes that are read into RAM at a time."""
+WINDOW = 1 << 28
+"""Bytes that are read at a time, and that are kept at most: an image is read the faster, the longer
+it is."""
 
 
 @dataclass(slots=True)
@@ -81,13 +81,16 @@ def read_placed(reader: StreamReader, name: str, size: int) -> Placed:
     return Placed(size, position, checksums)
 
 
-def check_placed(placed: Placed, name: str, source: Source) -> None:
-    """Read every page. Raises ImageError unless all are there and have their checksums."""
+def check_placed(placed: Placed, name: str, source: Source) -> memoryview:
+    """Read every page. Raises ImageError unless all are there and have their checksums.
+
+    Returns the last :data:`WINDOW` of them that was read: the whole RAM, if it is no longer.
+    """
     if placed.position + placed.size > source.size:
         raise ImageError(f"Section {name!r} of the VM state has pages past its end", field=name)
-    buffer = memoryview(bytearray(min(placed.size, _WINDOW)))
-    for start in range(0, placed.size, _WINDOW):
-        part = buffer[: min(_WINDOW, placed.size - start)]
+    buffer = memoryview(bytearray(min(placed.size, WINDOW)))
+    for start in range(0, placed.size, WINDOW):
+        part = buffer[: min(WINDOW, placed.size - start)]
         source.readv(placed.position + start, [part])
         wrong = _first_wrong(part, placed.checksums[start // PAGE :])
         if wrong is not None:
@@ -96,6 +99,7 @@ def check_placed(placed: Placed, name: str, source: Source) -> None:
                 field=name,
                 value=start // PAGE + wrong,
             )
+    return buffer
 
 
 def _first_wrong(data: memoryview, checksums: Sequence[int]) -> int | None:
@@ -108,5 +112,5 @@ def _first_wrong(data: memoryview, checksums: Sequence[int]) -> int | None:
 
 def load_placed(placed: Placed, source: Source, ram: memoryview) -> None:
     """Fill ``ram``; :func:`check_placed` has seen it."""
-    for start in range(0, placed.size, _LOAD_WINDOW):
-        source.readv(placed.position + start, [ram[start : start + _LOAD_WINDOW]])
+    for start in range(0, placed.size, WINDOW):
+        source.readv(placed.position + start, [ram[start : start + WINDOW]])

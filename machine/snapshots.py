@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from ..qcow2.driver import Qcow2Disk
@@ -26,7 +26,7 @@ from ..qcow2.snapshot_view import SnapshotDisk
 from ..qcow2.snapshots import Snapshot
 from .dirty import ByComparison, ByHash, Tracker
 from .fork import fork_disk
-from .increment import Increments, SaveFigures
+from .increment import Increments, Pending, SaveFigures
 from .lineage import Lineage, read_lineage
 from .state import Machine
 
@@ -37,6 +37,12 @@ __all__ = ["MachineSnapshots", "Node"]
 
 _WAY_BACK = "pyvirtio: before loadvm"
 """Name of the disk snapshots that exist while several disks go back."""
+
+
+class _Times(TypedDict):
+    vm_clock: int
+    icount: int | None
+    date: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,19 +209,21 @@ class MachineSnapshots:
                 raise ValueError(f"Snapshot '{name}' already exists in one or more devices")
         if date is None:
             date = time.time()
+        times: _Times = {"vm_clock": vm_clock, "icount": icount, "date": date}
         pending = None
         try:
             pending = self._increments.write()
             for disk in self._others:
-                disk.snapshots.create(name, vm_clock=vm_clock, icount=icount, date=date)
-            snapshot = self._state_disk.snapshots.create(
-                name,
-                vm_clock=vm_clock,
-                icount=icount,
-                date=date,
-                vm_state_size=pending.size,
-                draft=pending.draft,
-            )
+                disk.snapshots.create(name, **times)
+            try:
+                snapshot = self._keep(name, pending, times)
+            except ImageError as error:
+                if error.field != "refcount" or pending.figures.whole:
+                    raise
+                # Something cannot be shared once more.
+                pending.draft.close()
+                pending = self._increments.write(share=False)
+                snapshot = self._keep(name, pending, times)
         except BaseException as error:
             if pending is not None:
                 with _undoing(error):
@@ -228,6 +236,11 @@ class MachineSnapshots:
         self.last_save = pending.figures
         return snapshot
 
+    def _keep(self, name: str, pending: Pending, times: _Times) -> Snapshot:
+        return self._state_disk.snapshots.create(
+            name, vm_state_size=pending.size, draft=pending.draft, **times
+        )
+
     def forget(self) -> None:
         """RAM was changed in a way that its tracker does not know: save all of it next."""
         self._increments.forget()
@@ -236,8 +249,9 @@ class MachineSnapshots:
         """Make the machine and its disks what they were; the id is the state disk's.
 
         The whole stream is read, checked, and taken by the components before anything changes;
-        if a disk fails then, the others are what they were. Only if RAM cannot be read a second
-        time, the machine is left in pieces (its disks are those of the snapshot then).
+        if a disk fails then, the others are what they were. Only an interrupt in the last step
+        (KeyboardInterrupt), or RAM of more than 256 MiB that cannot be read a second time, leave
+        the machine in pieces: its disks are those of the snapshot then, and it can be loaded again.
         Raises KeyError where a disk has no such snapshot, UnsupportedError for one without a state,
         and the errors of :meth:`Machine.prepare`.
         """
@@ -296,7 +310,9 @@ class MachineSnapshots:
 
 
 def _find(disk: Qcow2Disk, name: str) -> Snapshot | None:
-    return next((snapshot for snapshot in disk.snapshots if snapshot.name == name), None)
+    with suppress(KeyError):
+        return disk.snapshots.find_by(name=name)
+    return None
 
 
 def _delete(disk: Qcow2Disk, name: str) -> None:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 from ..backend.state import StateReader, StateWriter
 from ..errors import ImageError
 from .lineage import LINEAGE, known_lineage
-from .placed import PLACED_VERSION, check_placed, load_placed, payload_length, read_placed
+from .placed import (
+    PLACED_VERSION,
+    WINDOW,
+    Placed,
+    check_placed,
+    load_placed,
+    payload_length,
+    read_placed,
+)
 from .ram import check_ram, load_ram, packed_length, save_ram
 from .stream import Known, Source, StreamReader, StreamWriter, Target
 
@@ -97,20 +105,24 @@ class Machine:
     def prepare(self, source: Source) -> Callable[[], None]:
         """Read and check the whole stream, and change nothing; returns how to put it in force.
 
-        ``source`` must stay until then: RAM is read from it once more. Raises ImageError for a
-        stream that is damaged or of another machine, UnsupportedError for one with parts that
-        this machine does not have, or newer than it knows them.
+        ``source`` must stay until then: RAM of more than 256 MiB is read from it once more, and so
+        is RAM inside the stream. Raises ImageError for a stream that is damaged or of another
+        machine, UnsupportedError for one with parts that this machine does not have, or newer than
+        it knows them.
         """
         known, views = self.known_sections(), self.ram_views()
         reader = StreamReader(source, known)
         for name in known:
             if name not in reader.sections and name != LINEAGE:
                 raise ImageError(f"The VM state has no section {name!r}", field=name)
-        placed = {}
+        placed: dict[str, Placed] = {}
+        checked: dict[str, memoryview] = {}
         for name, ram in views.items():
             if reader.sections[name].version >= PLACED_VERSION:
                 placed[name] = read_placed(reader, name, len(ram))
-                check_placed(placed[name], name, source)
+                contents = check_placed(placed[name], name, source)
+                if len(ram) + sum(map(len, checked.values())) <= WINDOW:
+                    checked[name] = contents
             else:
                 check_ram(reader, name, ram)
         adopt = []
@@ -122,7 +134,9 @@ class Machine:
 
         def load() -> None:
             for name, ram in views.items():
-                if name in placed:
+                if name in checked:
+                    ram[:] = checked[name]
+                elif name in placed:
                     load_placed(placed[name], source, ram)
                 else:
                     load_ram(reader, name, ram)

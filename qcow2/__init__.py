@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk
-from ..backend.registry import Format
+from ..backend.registry import Format, Measurement
 from .bitmaps import Bitmap, Bitmaps
-from .check import CheckResult
 from .corruption import CorruptionEvent
-from .create import CreateOptions
-from .create import create as _create
 from .driver import Qcow2Disk
 from .header import probe
-from .measure import measure
+from .result import CheckResult
 from .snapshots import Snapshot, Snapshots
+
+if TYPE_CHECKING:
+    from .create import CreateOptions
 
 __all__ = [
     "FORMAT",
@@ -34,7 +34,23 @@ def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: A
 
     ``data_disk`` is to be the external data file, if one is named, which is made otherwise.
     """
-    _create(file, size, CreateOptions(**options), data_disk)
+    from .create import CreateOptions, create
+
+    create(file, size, CreateOptions.of(**options), data_disk)
+
+
+def _measure(size: int, source: Disk | None, **options: Any) -> Measurement:
+    from .measure import measure
+
+    return measure(size, source, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "CreateOptions":  # not needed to open an image
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .create import CreateOptions
+
+    return CreateOptions
 
 
 FORMAT = Format(
@@ -42,8 +58,9 @@ FORMAT = Format(
     probe,
     Qcow2Disk.open,
     create,
-    measure,
+    _measure,
     shared_options=("passphrase",),
     secret_options={"encrypt.key-secret": "passphrase"},
     renamed_options={"encrypt.format": "encrypt_format"},
+    strong_options=("encrypt.",),
 )

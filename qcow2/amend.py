@@ -88,7 +88,9 @@ def amend(
 
     ``progress(done, total)`` is called for each long step, from 0 to its total. Raises ValueError,
     UnsupportedError or ImageError with QEMU's texts before anything changes, but where a refcount
-    does not fit, or the host has no room.
+    does not fit, or the host has no room, or version 2 cannot hold the image: what is asked for
+    besides has been done then, as by QEMU, for it may be what makes room for that (another size,
+    another refcount width).
     """
     metadata.check_writable()
     header = metadata.header
@@ -96,12 +98,13 @@ def amend(
     _check(metadata, snapshots, options, version)
     if options.encryption and metadata.encryption is not None:
         metadata.encryption.amend(**options.encryption, force=force)
+    bits = options.refcount_bits or 1 << header.refcount_order
+    steps = _Steps((version != header.version) + (bits != 1 << header.refcount_order), progress)
     with metadata.exclusive():
         if version > header.version:
-            _upgrade(metadata, snapshots)
-        bits = options.refcount_bits
-        if bits is not None and bits != 1 << header.refcount_order:
-            change_refcount_width(metadata, bits, progress)
+            _upgrade(metadata, snapshots, steps.next())
+        if bits != 1 << header.refcount_order:
+            change_refcount_width(metadata, bits, steps.next())
         if options.data_file_raw is False and header.autoclear_features & Autoclear.RAW_DATA:
             kept = header.autoclear_features & ~Autoclear.RAW_DATA
             update_header(metadata, autoclear_features=kept)
@@ -114,8 +117,9 @@ def amend(
     if options.size is not None and options.size != header.size:
         resize(options.size)
     if version < header.version:
+        _check_downgrade(metadata, snapshots)
         with metadata.exclusive():
-            _downgrade(metadata, snapshots, progress)
+            _downgrade(metadata, snapshots, steps.next())
 
 
 def _version(compat: str) -> int:
@@ -148,13 +152,10 @@ def _check(metadata: Metadata, snapshots: Snapshots, options: AmendOptions, vers
             "Lazy refcounts only supported with compatibility level 1.1 and above "
             "(use compat=1.1 or greater)"
         )
-    if version < header.version:
-        size = header.size if options.size is None else options.size
-        _check_downgrade(metadata, snapshots, bits or 1 << header.refcount_order, size)
 
 
-def _check_downgrade(metadata: Metadata, snapshots: Snapshots, bits: int, size: int) -> None:
-    if bits != 16:
+def _check_downgrade(metadata: Metadata, snapshots: Snapshots) -> None:
+    if metadata.header.refcount_order != 4:
         raise UnsupportedError("compat=0.10 requires refcount_bits=16", feature="downgrade")
     features = metadata.header.incompatible_features
     if features & Incompatible.DATA_FILE:
@@ -168,36 +169,70 @@ def _check_downgrade(metadata: Metadata, snapshots: Snapshots, bits: int, size: 
         raise UnsupportedError("Cannot downgrade an image with bitmaps", feature="downgrade")
     for snapshot in snapshots:
         # Version 2 has no place for what stands in the extra data.
-        if snapshot.vm_state_size >= 1 << 32 or snapshot.disk_size != size:
+        if snapshot.vm_state_size >= 1 << 32 or snapshot.disk_size != metadata.header.size:
             raise UnsupportedError(
                 "Internal snapshots prevent downgrade of image", feature="downgrade"
             )
     snapshots.refuse_views()
 
 
-def _upgrade(metadata: Metadata, snapshots: Snapshots) -> None:
+class _Steps:
+    """The progress of several steps as that of one, in QEMU's way: those to come are taken to be
+    as long as the ones before them on the average."""
+
+    def __init__(self, number: int, progress: Progress) -> None:
+        self._left = number
+        self._begun = self._before = self._length = 0
+        self._progress = progress
+
+    def next(self) -> Progress:
+        """Begin another step; its progress."""
+        self._before += self._length
+        self._length = 0
+        self._begun += 1
+        self._left -= 1
+
+        def tell(done: int, total: int) -> None:
+            self._length = total
+            known = self._before + total
+            self._progress(self._before + done, known + known * self._left // self._begun)
+
+        return tell
+
+
+def _upgrade(metadata: Metadata, snapshots: Snapshots, progress: Progress) -> None:
     """To version 3, whose snapshots must say how large the disk was."""
+    progress(0, 2)
     if len(snapshots):
         snapshots.write_table()
+    progress(1, 2)
     update_header(
         metadata,
+        adopt=metadata.adopt_geometry,
         version=3,
         incompatible_features=0,
         compatible_features=0,
         autoclear_features=0,
         refcount_order=4,
     )
-    metadata.adopt_geometry()
+    progress(2, 2)
 
 
 def _downgrade(metadata: Metadata, snapshots: Snapshots, progress: Progress) -> None:
     header = metadata.header
+    metadata.make_accurate()  # version 2 has no bit that says that refcounts may be wrong
+    metadata.lazy = False
     update_header(metadata, compatible_features=0, autoclear_features=0)
     l1_tables = [metadata.tables.l1, *(snapshots.l1_table(snapshot) for snapshot in snapshots)]
     backed = header.backing_file is not None
     expand_zero_clusters(metadata, l1_tables, backed=backed, progress=progress)
-    update_header(metadata, version=2, incompatible_features=0, unknown_fields=b"")
-    metadata.adopt_geometry()
+    update_header(
+        metadata,
+        adopt=metadata.adopt_geometry,
+        version=2,
+        incompatible_features=0,
+        unknown_fields=b"",
+    )
 
 
 def _change_backing_file(metadata: Metadata, options: AmendOptions) -> None:

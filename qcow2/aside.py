@@ -33,7 +33,8 @@ __all__ = ["Base", "Draft", "locked"]
 
 MAX_SHARING = 8
 """Compressed clusters in one host cluster. Each snapshot counts one reference for each of them, so
-with refcounts of 16 bits this many allow 8,191 snapshots to share a host cluster."""
+with refcounts of 16 bits this many allow 8,191 snapshots to share a host cluster. Where refcounts
+are too narrow for as many snapshots as that, each has one to itself."""
 
 _MAX_RUN = 4096
 """Clusters that are taken and written at a time."""
@@ -65,7 +66,7 @@ class Draft:
     """VM state on its way into a snapshot. Positions are bytes; whole clusters are written.
 
     For one thread. What is not made a snapshot of has to be given up (:meth:`close`, or a ``with``
-    statement): its clusters are in use until then.
+    statement): its clusters are in use until then. Deleting the base gives it up, too.
     """
 
     def __init__(self, metadata: Metadata, base: Base | None) -> None:
@@ -221,7 +222,8 @@ class Draft:
                     self._extra.append(host >> bits)
             else:
                 first, _ = self._take(1)
-                host, room, places = first << bits, 1 << bits, MAX_SHARING
+                narrow = metadata.geometry.refcount_max < MAX_SHARING**2
+                host, room, places = first << bits, 1 << bits, 1 if narrow else MAX_SHARING
             if (host + len(packed)) >> offset_bits:
                 raise BackendError(
                     errno.EFBIG,
@@ -279,7 +281,8 @@ class Draft:
         """
         metadata = self._metadata
         self._check_usable()
-        undo.callback(self.close)
+        self.closed = True  # from here on it is the snapshot's, or that of ``undo``
+        undo.callback(self._give_up)
         self._free_orphans()
         taken = [(first, self._references.take_run(first, count)) for first, count in self._fresh]
         try:
@@ -304,15 +307,16 @@ class Draft:
 
     def kept(self, snapshot: Snapshot) -> Base:
         """The draft became this snapshot, which another may be based on."""
-        self.closed = True
         return Base(snapshot, self._l1, self._references)
 
     def close(self) -> None:
         """Give the draft up, unless it became a snapshot. Should that fail, its clusters leak."""
+        if not self.closed:
+            self.closed = True
+            self._give_up()
+
+    def _give_up(self) -> None:
         metadata = self._metadata
-        if self.closed:
-            return
-        self.closed = True
         if metadata.refcounts is not self._refcounts:
             return  # read anew, and perhaps repaired: what was taken is not ours
         with metadata.lock, suppress(PyvirtioError):

@@ -13,7 +13,7 @@ it failed or not: one that is under way while a bitmap is cleared is not lost.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import Lock
@@ -39,6 +39,10 @@ __all__ = ["Bitmap", "Bitmaps"]
 
 _DEFAULT_GRANULARITY = (4096, 65536)
 """Between these it is the cluster size (QEMU)."""
+
+_MAX_LOADED = 1 << 21
+"""Chunks of bits that are read from one file: those of a disk of a petabyte, all of it dirty. Tiny
+images could name thousands of bitmaps without a clear bit."""
 
 
 class Bitmap:
@@ -135,6 +139,8 @@ class Bitmaps:
         """
         header = self._metadata.header
         self._list = []
+        self._loaded = 0
+        """How large what was read from the file is, in chunks of DirtyBits."""
         if header.stale_bitmaps:
             warnings.warn(
                 "a program lacking bitmap support modified this file, so all bitmaps are now "
@@ -204,7 +210,16 @@ class Bitmaps:
             if bitmap.entry is None:
                 bitmap.bits = DirtyBits(length)
             else:
-                bitmap.bits = load_bits(self._metadata, bitmap.entry, length)
+                bits = load_bits(self._metadata, bitmap.entry, length)
+                self._loaded += bits.chunks
+                if self._loaded > _MAX_LOADED:
+                    raise ImageError(
+                        "The image's bitmaps have too much in them to be held",
+                        field="bitmaps",
+                        value=self._loaded,
+                        limit=_MAX_LOADED,
+                    )
+                bitmap.bits = bits
         return bitmap.bits
 
     # -- changing --------------------------------------------------------------------------------
@@ -220,6 +235,8 @@ class Bitmaps:
         metadata.check_writable()
         if not name:
             raise ValueError("Bitmap name cannot be empty")
+        if not isinstance(name, str):
+            raise TypeError(f"a bitmap's name is a string, not {name!r}")
         if granularity is None:
             low, high = _DEFAULT_GRANULARITY
             granularity = min(max(metadata.cluster_size, low), high)
@@ -355,8 +372,7 @@ class Bitmaps:
         if self._ready:
             return
         with self.lock:
-            for bitmap in self._enabled:
-                self._touch(bitmap)
+            self._touch_all(self._enabled)
             self._ready = True
 
     def record(self, offset: int, length: int) -> None:
@@ -376,26 +392,32 @@ class Bitmaps:
 
     def _touch(self, bitmap: Bitmap) -> DirtyBits:
         """A bitmap is about to change (lock held): have its contents, and mark it in use."""
-        bits = self.contents(bitmap)
-        if bitmap.entry is not None and not bitmap.in_use:
-            self._metadata.check_writable()
-            entry = replace(bitmap.entry, flags=bitmap.entry.flags | BitmapFlags.IN_USE)
-            file = self._metadata.file
-            file.write(self._flags_offset(bitmap), layout.U32.pack(entry.flags))
-            file.flush()
-            bitmap.entry = entry
-        return bits
+        self._touch_all([bitmap])
+        return self.contents(bitmap)
 
-    def _flags_offset(self, bitmap: Bitmap) -> int:
-        """Where the flags of a stored bitmap are in the file: inside one sector."""
-        extension = self._metadata.header.bitmaps
-        offset = extension.directory_offset if extension is not None else 0
-        for other in self._list:
-            if other is bitmap:
-                break
-            if other.entry is not None:
-                offset += len(other.entry.pack())
-        return offset + layout.BITMAP_FLAGS_OFFSET
+    def _touch_all(self, bitmaps: Sequence[Bitmap]) -> None:
+        """:meth:`_touch` several, with one walk over the directory and one flush. The flags of
+        each are one write inside a sector."""
+        for bitmap in bitmaps:
+            self.contents(bitmap)
+        marked = {bitmap for bitmap in bitmaps if bitmap.entry is not None and not bitmap.in_use}
+        extension, file = self._metadata.header.bitmaps, self._metadata.file
+        if not marked or extension is None:
+            return
+        self._metadata.check_writable()
+        entries: list[tuple[Bitmap, DirectoryEntry]] = []
+        offset = extension.directory_offset
+        for bitmap in self._list:
+            if bitmap.entry is None:
+                continue
+            if bitmap in marked:
+                entry = replace(bitmap.entry, flags=bitmap.entry.flags | BitmapFlags.IN_USE)
+                file.write(offset + layout.BITMAP_FLAGS_OFFSET, layout.U32.pack(entry.flags))
+                entries.append((bitmap, entry))
+            offset += len(bitmap.entry.pack())
+        file.flush()
+        for bitmap, entry in entries:
+            bitmap.entry = entry
 
     # -- the size of the disk --------------------------------------------------------------------
 
@@ -409,8 +431,7 @@ class Bitmaps:
                 self._check_size(
                     bitmap.granularity_bits, size, f"Bitmap '{bitmap.name}' cannot be resized: "
                 )
-            for bitmap in self._list:
-                self._touch(bitmap)
+            self._touch_all(self._list)
 
     def end_resize(self) -> None:
         """The disk has the size that its header says: new bits are clear."""

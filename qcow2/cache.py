@@ -34,9 +34,9 @@ class TableCache:
         self.slot_size = slot_size
         self.slot_bits = slot_size.bit_length() - 1
         self.slots = slots
-        self.load_event, self.update_event = (
-            ("refblock_load", "refblock_update_part") if write_back else ("l2_load", "l2_update")
-        )
+        # Loads of refcount blocks are announced where one is to be changed, as in QEMU.
+        self.load_event = None if write_back else "l2_load"
+        self.update_event = "refblock_update_part" if write_back else "l2_update"
         self._file = file
         self._write_back = write_back
         self._slab = mmap(-1, slot_size * slots, flags=MAP_PRIVATE | MAP_ANONYMOUS)
@@ -82,16 +82,31 @@ class TableCache:
         slot = self._vacate()
         start = slot << self.slot_bits
         try:
-            self._file.debug_event(self.load_event)
+            if self.load_event is not None:
+                self._file.debug_event(self.load_event)
             self._file.readv(offset, [self.view[start : start + self.slot_size]])
         except BaseException:
             self._free.append(slot)
             raise
+        self._settle(slot, offset)
+        return slot
+
+    def put(self, offset: int, contents: bytes) -> None:
+        """Have a slice that stands in the file with these contents, and is in no slot yet.
+
+        Raises CacheFull.
+        """
+        slot = self._vacate()
+        start = slot << self.slot_bits
+        self.view[start : start + self.slot_size] = contents
+        self._settle(slot, offset)
+
+    def _settle(self, slot: int, offset: int) -> None:
+        """The slot has the slice at ``offset`` now."""
         self._offsets[slot] = offset
         self.generations[slot] += 1
         self.referenced[slot] = 1
         self.index[offset] = slot
-        return slot
 
     def _vacate(self) -> int:
         """A slot that holds nothing."""

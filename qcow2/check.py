@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from errno import EIO
 from typing import Literal
 
 from ..errors import BackendError, ImageError
 from .copied import check_copied
 from .metadata import Metadata
 from .references import CheckFailed
-from .repair import adjust_refcounts, rebuild_refcounts
+from .repair import adjust_refcounts, rebuild_refcounts, release_old_structure
 from .result import CheckResult
 from .snapshot_check import SnapshotTable, read_table
 from .snapshot_table import Snapshot
@@ -59,7 +60,7 @@ def check(metadata: Metadata, fix: Fix | None, rewrite: RewriteTable) -> CheckRe
         _add(again, result)
         result = again
         break
-    if not result.corruptions and not result.check_errors:
+    if not (result.corruptions or result.check_errors or result.failure):
         metadata.file.flush()
         mark_clean(metadata.file, metadata.header)
         mark_consistent(metadata.file, metadata.header)
@@ -80,12 +81,13 @@ def _look(metadata: Metadata, fix: Fix | None, rewrite: RewriteTable) -> CheckRe
     result = CheckResult(total_clusters=metadata.geometry.clusters(metadata.header.size))
     try:
         _look_at_all(metadata, result, fix, rewrite)
-    except CheckFailed:
-        pass  # the result says why
+    except CheckFailed as error:  # the result says why
+        result.failure = error.errno
     except BackendError as error:
         if fix is None:
             raise
         result.unreadable(f"The repair failed: {error.strerror}")
+        result.failure = error.errno
     finally:
         if fix is not None:
             metadata.reload()
@@ -125,9 +127,10 @@ def _compare(survey: Survey, fix: Fix | None) -> None:
         result.corruptions_fixed += old_corruptions - result.corruptions
         result.leaks_fixed += old_leaks
         survey.load_refcounts()
+        release_old_structure(survey)
     elif survey.rebuild:
         result.unreadable("need to rebuild refcount structures")
-        raise CheckFailed
+        raise CheckFailed(EIO)
     elif result.leaks or result.corruptions:
         result.corruptions, result.leaks = corruptions, 0
         adjust_refcounts(survey, raising=fix == "all")

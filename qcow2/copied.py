@@ -35,6 +35,9 @@ class _Copied:
         features = metadata.header.incompatible_features
         self.step = 2 if features & Incompatible.EXTENDED_L2 else 1
         self.external = bool(features & Incompatible.DATA_FILE)
+        self.found: dict[int, int] = {}
+        """Wrong entries that are left in each table that was looked at: however many L1 entries
+        name it, that is done once."""
 
     def run(self) -> None:
         metadata, survey = self.metadata, self.survey
@@ -62,19 +65,22 @@ class _Copied:
                 else:
                     self.result.corrupt(message)
             if not simple or table in survey.references.unflagged:
-                self.check_table(table)
+                left = self.found.get(table)
+                if left is None:
+                    self.found[table] = self.check_table(table)
+                else:
+                    self.result.corruptions += left
 
-    def check_table(self, offset: int) -> None:
+    def check_table(self, offset: int) -> int:
+        """Look at one table; how many wrong entries it has then."""
         size = self.metadata.cluster_size
         try:
             data = read_padded(self.metadata.file, offset, size)
         except BackendError as error:
             self.result.unreadable(f"Could not read L2 table: {error.strerror}")
-            raise CheckFailed from error
+            raise CheckFailed(error.errno) from error
         entries = unpack(data)
         wrong = self.wrong_entries(entries[:: self.step] if self.step > 1 else entries)
-        if not wrong:
-            return
         for i, refcount in wrong:
             message = (
                 f"OFLAG_COPIED data cluster: l2_entry={entries[i * self.step]:x} "
@@ -85,9 +91,11 @@ class _Copied:
                 self.result.fixed(message)
             else:
                 self.result.corrupt(message)
-        if self.repair:
-            self.metadata.overlap.check_l2(offset, size, active=True)
-            self.metadata.file.write(offset, pack_table(entries))
+        if not wrong or not self.repair:
+            return len(wrong)
+        self.metadata.overlap.check_l2(offset, size, active=True)
+        self.metadata.file.write(offset, pack_table(entries))
+        return 0
 
     def wrong_entries(self, entries: Sequence[int]) -> list[tuple[int, int]]:
         """(index, refcount) of the entries whose flag is not what it should be."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
@@ -18,7 +19,7 @@ from .health import Health
 from .requests import RequestGate
 from .state import mark_corrupt
 
-__all__ = ["Corruption", "CorruptionError", "CorruptionEvent", "CorruptionListener"]
+__all__ = ["REPORTING", "Corruption", "CorruptionError", "CorruptionEvent", "CorruptionListener"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,30 @@ class CorruptionError(ImageError):
 
     source: Corruption | None = None
     """Who tells the listeners."""
+
+    def report(self) -> None:
+        """Tell the listeners, now that no lock is held."""
+        if self.source is not None:
+            self.source.deliver()
+
+
+class _Reporting:
+    """To be ``with`` where no lock is held: a corruption that is met inside is reported."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, CorruptionError):
+            error.report()
+
+
+REPORTING = _Reporting()
 
 
 class Corruption:

@@ -118,9 +118,9 @@ class ClusterCounts:
         for cluster in range(first + inside, first + count):
             self[cluster] = self[cluster] + times
 
-    def clip(self, limit: int) -> int:
-        """Make ``limit`` the largest count; how much that took away in all."""
-        excess = 0
+    def clip(self, limit: int) -> list[tuple[int, int]]:
+        """Make ``limit`` the largest count; (cluster, how much that took away) where it did."""
+        excess: list[tuple[int, int]] = []
         if limit < MANY:
             table = bytes(min(value, limit) for value in range(256))
             for start in range(0, self.size, _CHUNK):
@@ -128,14 +128,14 @@ class ClusterCounts:
                 piece = self.bytes[start:end]
                 clipped = piece.translate(table)
                 if clipped != piece:
-                    pairs = range(limit + 1, MANY)
-                    excess += sum((value - limit) * piece.count(value) for value in pairs)
+                    pairs = enumerate(zip(piece, clipped, strict=True), start)
+                    excess += [(c, x - y) for c, (x, y) in pairs if limit < x < MANY]
                     self.bytes[start:end] = clipped
         for cluster, value in list(self.many.items()):
             if value > limit:
-                excess += value - limit
+                excess.append((cluster, value - limit))
                 self[cluster] = limit
-        return excess
+        return sorted(excess)
 
     # -- looking -------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import index
+from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.file import FileDisk
@@ -23,7 +25,7 @@ from .layout import (
 from .metadata import CacheSizes, Metadata
 from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
-from .refcounts import pack_table
+from .refcounts import pack_table, structure_size
 
 __all__ = ["CreateOptions", "create"]
 
@@ -56,8 +58,18 @@ class CreateOptions(EncryptionOptions):
     data_file_raw: bool = False
     """The data file shall be usable as a raw disk."""
 
+    @classmethod
+    def of(cls, **options: Any) -> CreateOptions:
+        """From keyword arguments. Raises ValueError for names that are none."""
+        known = {option.name for option in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"Invalid parameter '{name}'")
+        return cls(**options)
+
     def header(self, size: int) -> Header:
         """The header of such an image with no tables yet. Raises ValueError (QEMU's texts)."""
+        index(self.cluster_size), index(self.refcount_bits)  # or TypeError
         version = _VERSIONS.get(self.compat)
         if version is None:
             raise ValueError(f"Parameter 'version' does not accept value '{self.compat}'")
@@ -115,6 +127,8 @@ class CreateOptions(EncryptionOptions):
         name = None if self.backing_file is None else os.fspath(self.backing_file)
         if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME:
             raise ValueError("Backing file name too long")
+        if name is not None and "\0" in name:
+            raise ValueError("Invalid backing file name")
         if self.backing_fmt and len(self.backing_fmt) > layout.MAX_BACKING_FORMAT_NAME:
             raise ValueError("Backing format name too long")
         data_file = self._data_file(version)
@@ -173,7 +187,7 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     # Header, refcount table, refcount blocks, L1 table, LUKS area: in this order from cluster 0.
     l1_clusters = geometry.clusters(8 * header.l1_size)
     luks_clusters = geometry.clusters(len(luks))
-    blocks, table_clusters = _refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)
+    blocks, table_clusters = structure_size(geometry, 1 + l1_clusters + luks_clusters)
     header.refcount_table_offset = geometry.cluster_size
     header.refcount_table_clusters = table_clusters
     blocks_at = 1 + table_clusters
@@ -192,7 +206,10 @@ def create(file: Disk, size: int, options: CreateOptions, data_disk: Disk | None
     file.truncate(0, shrink=True)
     if options.nocow and isinstance(file, FileDisk):
         file.set_nocow()
-    file.truncate(used << geometry.cluster_bits)
+    end = used << geometry.cluster_bits
+    if l1_clusters and not luks and options.preallocation == "off":
+        end = header.l1_table_offset + 8 * header.l1_size  # QEMU's files end with the last entry
+    file.truncate(end)
     _write_refcounts(file, geometry, blocks_at, blocks, used)
     entries = [(blocks_at + block) << geometry.cluster_bits for block in range(blocks)]
     table = pack_table(entries).ljust(table_clusters << geometry.cluster_bits, b"\0")
@@ -240,18 +257,6 @@ def _luks_area(header: Header, options: CreateOptions) -> bytes:
     from .encryption import new_luks_area  # cryptography takes long to load
 
     return new_luks_area(options)
-
-
-def _refcount_clusters(geometry: Geometry, others: int) -> tuple[int, int]:
-    """Refcount blocks and refcount table clusters needed to count themselves and ``others``."""
-    blocks = table_clusters = 1
-    while True:
-        used = others + blocks + table_clusters
-        need_blocks = -(-used >> geometry.refcount_block_bits)
-        need_table = geometry.clusters(8 * need_blocks)
-        if need_blocks <= blocks and need_table <= table_clusters:
-            return blocks, table_clusters
-        blocks, table_clusters = max(blocks, need_blocks), max(table_clusters, need_table)
 
 
 def _write_refcounts(file: Disk, geometry: Geometry, at: int, blocks: int, used: int) -> None:

@@ -57,6 +57,9 @@ class MissingDataFile(Disk):
         """The name in the image."""
         return self._name
 
+    def reopen(self, *, read_only: bool) -> None:
+        """There is nothing to open."""
+
     def _refuse_data(self) -> NoReturn:
         raise ImageError(
             f"The data is in the data file '{self._name or ''}', which was not opened",
@@ -145,6 +148,7 @@ def open_data_file(
             value=size,
             limit=header.size,
         )
+    disk.bounded = not disk.growable
     return disk
 
 

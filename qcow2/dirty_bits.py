@@ -101,6 +101,11 @@ class DirtyBits:
 
     # -- asking --------------------------------------------------------------------------------
 
+    @property
+    def chunks(self) -> int:
+        """Stretches that have set bits: what the memory goes by."""
+        return len(self._chunks)
+
     def count(self) -> int:
         """How many bits are set."""
         return sum(int.from_bytes(chunk).bit_count() for chunk in list(self._chunks.values()))

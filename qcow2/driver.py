@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.references import FileReference
 from ..errors import BackendError, UnsupportedError
-from . import amend, emptying, header_update, info, layout, opening, resize, zeroing
+from . import header_update, info, layout, opening, zeroing
 from .bitmaps import Bitmaps
-from .check import CheckResult, Fix, check
 from .cleaner import CacheCleaner
 from .compressed_writing import CompressedWriter
-from .corruption import CorruptionError, CorruptionListener
+from .corruption import REPORTING, CorruptionError, CorruptionListener
 from .data_file import data_file_info, open_data_file, resize_data_file
 from .header import Header, read_header
 from .layout import Autoclear, CryptMethod, Incompatible
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, StrPath, WriteableBuffer
 
     from ..backend.luks1 import Passphrase
+    from .check import Fix
     from .encryption import Encryption
+    from .result import CheckResult
 
 __all__ = ["Qcow2Disk"]
 
@@ -72,7 +74,10 @@ class Qcow2Disk(Disk):
         self._file = file
         self._header = header
         self._metadata = metadata
+        self.repairs: tuple[str, ...] = ()
+        """What was found when the image, left dirty, was repaired as it was opened."""
         self._options = options
+        self._closing, self._resizing = Lock(), Lock()
         metadata.repair_only = for_check
         self._cleaner = CacheCleaner(metadata, options.cache_clean_interval)
         missing = header.backing_file if backing is None else None
@@ -118,6 +123,7 @@ class Qcow2Disk(Disk):
         is missing, PassphraseError if the passphrase is missing or wrong, or ValueError for an
         option.
         """
+        file.bounded = not file.growable
         header = read_header(file, for_check=for_check)
         runtime = opening.runtime_options(file, header, options)
         if not read_only and not for_check:
@@ -184,9 +190,11 @@ class Qcow2Disk(Disk):
         if not is_dirty(self._header):
             return
         result = self.check(fix="all")
-        if result.check_errors:
+        self.repairs = tuple(result.messages)
+        if result.check_errors or result.failure:
             raise BackendError(
-                errno.EIO, f"Could not repair dirty image: {'; '.join(result.messages[-3:])}"
+                result.failure or errno.EIO,
+                f"Could not repair dirty image: {'; '.join(result.messages[-3:])}",
             )
 
     # -- requests ------------------------------------------------------------------------------
@@ -206,7 +214,7 @@ class Qcow2Disk(Disk):
                     return
             super().readv(offset, buffers)
         except CorruptionError as error:
-            _report(error)
+            error.report()
             raise
 
     def writev(self, offset: int, buffers: Iterable[ReadableBuffer], *, fua: bool = False) -> None:
@@ -226,7 +234,7 @@ class Qcow2Disk(Disk):
                     return
             super().writev(offset, buffers, fua=fua)
         except CorruptionError as error:
-            _report(error)
+            error.report()
             raise
 
     def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
@@ -241,11 +249,8 @@ class Qcow2Disk(Disk):
             self._compressed_writer.write(offset, views, length)
 
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        try:
+        with REPORTING:
             self._write_zero_clusters(offset, length, unmap)
-        except CorruptionError as error:
-            _report(error)
-            raise
 
     def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
         # With subclusters the first and the last cluster may be there in part only.
@@ -268,40 +273,26 @@ class Qcow2Disk(Disk):
 
     def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
         backed = self._header.backing_file is not None
-        try:
-            with self.bitmaps.recording(offset, length):
-                if zeroing.write_zeroes_in_part(
-                    self.reader, offset, length, unmap=unmap, backed=backed
-                ):
-                    return
-        except CorruptionError as error:
-            _report(error)
-            raise
+        with REPORTING, self.bitmaps.recording(offset, length):
+            if zeroing.write_zeroes_in_part(
+                self.reader, offset, length, unmap=unmap, backed=backed
+            ):
+                return
         self._write_zero_bytes(offset, length)
 
     def _discard(self, offset: int, length: int) -> None:
         backed = self._header.backing_file is not None
         keep = self._options.discard_no_unref
-        try:
-            with self.bitmaps.recording(offset, length):
-                zeroing.discard(self._metadata, offset, length, backed=backed, keep=keep)
-        except CorruptionError as error:
-            _report(error)
-            raise
+        with REPORTING, self.bitmaps.recording(offset, length):
+            zeroing.discard(self._metadata, offset, length, backed=backed, keep=keep)
 
     def _flush(self) -> None:
-        try:
+        with REPORTING:
             self._metadata.flush()
-        except CorruptionError as error:
-            _report(error)
-            raise
 
     def _block_status(self, offset: int, length: int) -> Extent:
-        try:
+        with REPORTING:
             return block_status(self.reader, offset, length)
-        except CorruptionError as error:
-            _report(error)
-            raise
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         metadata = self._metadata
@@ -364,8 +355,15 @@ class Qcow2Disk(Disk):
 
     def make_empty(self) -> None:
         """Forget all data of this layer, so that the backing file's show (``qemu-img commit``)."""
+        from . import emptying
+
         with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
             emptying.make_empty(self._metadata)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self._metadata.cluster_size
 
     @property
     def encryption(self) -> Encryption | None:
@@ -378,7 +376,7 @@ class Qcow2Disk(Disk):
             format=self.format_name,
             virtual_size=self.size,
             actual_size=self._file.info().actual_size,
-            filename=self.filename,
+            filename=None if self.strong_options else self.filename,
             cluster_size=self._metadata.cluster_size,
             specific={
                 **info.specific_facts(header),
@@ -406,6 +404,8 @@ class Qcow2Disk(Disk):
         ``progress(done, total)`` is called for each long step. ``force`` allows to change the
         encryption so that nothing can be read any more.
         """
+        from . import amend
+
         amend.amend(
             self._metadata,
             self.snapshots,
@@ -421,11 +421,14 @@ class Qcow2Disk(Disk):
         ``fix`` says what is repaired: ``"leaks"``, refcounts that are too high, which is always
         safe; ``"all"``, corruptions, too. Without it nothing is changed.
         """
+        from .check import check
+
         metadata = self._metadata
         if fix not in (None, "leaks", "all"):
             raise ValueError("what is fixed is 'leaks' or 'all'")
         if fix is not None:
             metadata.check_writable(repair=True)
+            self._clear_unknown_autoclear()
         with metadata.gate.exclusive():
             if not self.read_only:
                 metadata.settle()
@@ -443,6 +446,12 @@ class Qcow2Disk(Disk):
     # -- life ----------------------------------------------------------------------------------
 
     def _truncate(self, size: int, preallocation: str) -> None:
+        with self._resizing:
+            self._resize(size, preallocation)
+
+    def _resize(self, size: int, preallocation: str) -> None:
+        from . import resize
+
         backing = self.reader.backing
         metadata, old_size = self._metadata, self._header.size
         self.bitmaps.begin_resize(size)
@@ -480,7 +489,7 @@ class Qcow2Disk(Disk):
             self._zero_past_end(offset, length)
 
     def reopen(self, *, read_only: bool) -> None:
-        """Change between read-only and read-write, the file below included.
+        """Change between read-only and read-write, the file below and the data file included.
 
         What was written is brought to the file before; on the way to read-write the image is read
         anew, so that one which refused to write can be used again. If it fails, the disk is what
@@ -496,20 +505,20 @@ class Qcow2Disk(Disk):
                 metadata.settle()
                 self.bitmaps.store()
                 metadata.make_accurate()
-            self._file.reopen(read_only=read_only)
-            try:
+            with ExitStack() as undo:
+                for file in filter(None, (self._file, metadata.data_file)):
+                    file.reopen(read_only=read_only)
+                    undo.callback(file.reopen, read_only=self.read_only)
                 if not read_only:
                     reload(metadata, self.snapshots, opening.refuse_corrupt)
-            except BaseException:
-                self._file.reopen(read_only=True)
-                raise
+                undo.pop_all()
             self.read_only = metadata.read_only = read_only
             if not read_only:
                 self._clear_unknown_autoclear()
             self.bitmaps.reload()
         if not read_only:
             self._repair_if_dirty()
-            metadata.lazy = self._options.lazy_refcounts
+            metadata.lazy = self._options.lazy_refcounts and self._header.version >= 3
         self._set_size(self._header.size // layout.SECTOR * layout.SECTOR)
 
     def invalidate(self) -> None:
@@ -542,12 +551,12 @@ class Qcow2Disk(Disk):
 
     @property
     def unflushed(self) -> tuple[str, ...]:
-        """Which kinds of metadata have changed and are not in the file yet, named as QEMU names its
-        caches of them."""
-        metadata = self._metadata
-        if metadata.tables.cache.dirty or metadata.tables.dirty_l1:
-            return "L2 table", "refcount block"
-        return ("refcount block",) if metadata.dirty else ()
+        """The caches of metadata, as QEMU names them, if something is not in the file yet, or not
+        stable there as far as the file knows.
+
+        It needs both to be written, whichever has changed."""
+        unflushed = self._metadata.dirty or getattr(self._file, "unflushed", False)
+        return ("L2 table", "refcount block") if unflushed else ()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():
@@ -569,12 +578,15 @@ class Qcow2Disk(Disk):
 
     def _close_alone(self) -> None:
         """Close the image and its file, but not its backing file."""
-        with ExitStack() as stack:
+        with self._closing, ExitStack() as stack:
+            if self.closed:
+                return
             stack.callback(self._file.close)
             if self._metadata.data_file is not None:
                 stack.callback(self._metadata.data_file.close)
             stack.callback(self._metadata.close)
             stack.callback(self.snapshots.close_views)
+            stack.callback(self._metadata.gate.end)
             self._cleaner.stop()
             try:
                 if not self.read_only and self._metadata.health.reason is None:
@@ -584,11 +596,6 @@ class Qcow2Disk(Disk):
                         self.bitmaps.store()
                         self._metadata.settle()
                         self._metadata.make_accurate()
+                        self._metadata.gate.end()  # before a late request finds a way in
             finally:
                 self.closed = True
-
-
-def _report(error: CorruptionError) -> None:
-    """Tell whoever listens, now that no lock is held."""
-    if error.source is not None:
-        error.source.deliver()

@@ -281,11 +281,14 @@ def _refuse_unknown_features(header: Header, cluster: bytes, extensions_end: int
 
 
 def _incompatible_names(table: bytes) -> dict[int, str]:
-    usable = len(table) - len(table) % layout.FEATURE_NAME.size
+    # As QEMU does: the last entry may be cut short, and one without a name ends the table.
+    padded = table + bytes(-len(table) % layout.FEATURE_NAME.size)
     names: dict[int, str] = {}
-    for kind, bit, name in layout.FEATURE_NAME.iter_unpack(table[:usable]):
+    for kind, bit, name in layout.FEATURE_NAME.iter_unpack(padded):
         text = name.split(b"\0")[0].decode(errors="replace")
-        if kind == 0 and text:
+        if not text:
+            break
+        if kind == 0:
             names.setdefault(bit, text)
     return names
 

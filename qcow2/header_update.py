@@ -11,6 +11,7 @@ way leads back into the plain order, in which other tools write a header, and wh
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,15 @@ _JUMP_NAMES = 3
 """Entries of the feature name table in a header whose table serves as the way over a gap."""
 
 
-def update_header(metadata: Metadata, **changes: Any) -> None:
+def update_header(
+    metadata: Metadata, *, adopt: Callable[[], object] = lambda: None, **changes: Any
+) -> None:
     """Give fields of the header (Header's own names) other values, on stable storage.
 
     In an exclusive operation. What the fields name must be on stable storage already. A cut
-    leaves the old header or the new one. Raises ImageError, with nothing changed, if it does not
-    fit the header cluster.
+    leaves the old header or the new one; in the same step ``adopt()`` is called (lock held), for
+    what in memory goes by them. Raises ImageError, with nothing changed, if it does not fit the
+    header cluster.
     """
     metadata.check_writable()
     new = replace(metadata.header, **changes)
@@ -46,6 +50,7 @@ def update_header(metadata: Metadata, **changes: Any) -> None:
         _write(metadata, packed)
         for name in Header.__slots__:
             setattr(metadata.header, name, getattr(new, name))
+        adopt()
 
 
 def change_backing_file(metadata: Metadata, name: str | None, format: str | None) -> None:
@@ -53,11 +58,13 @@ def change_backing_file(metadata: Metadata, name: str | None, format: str | None
 
     Nothing is opened, nothing is compared. Raises ValueError for what the header cannot hold.
     """
-    name = name or None
+    name = os.fsdecode(name) if name else None
     if name is None and format is not None:
         raise ValueError("Backing format cannot be used without backing file")
     if name is not None and len(os.fsencode(name)) > layout.MAX_BACKING_NAME:
         raise ValueError("Backing file name too long")
+    if name is not None and "\0" in name:
+        raise ValueError("Invalid backing file name")
     if format is not None and len(format.encode()) > layout.MAX_BACKING_FORMAT_NAME:
         raise ValueError("Backing format name too long")
     if name is not None and metadata.header.autoclear_features & layout.Autoclear.RAW_DATA:

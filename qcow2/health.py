@@ -18,22 +18,25 @@ class Health:
     consistent at every moment; closing the image keeps it so.
     """
 
-    __slots__ = ("reason",)
+    __slots__ = ("errno", "reason")
 
     def __init__(self) -> None:
         self.reason: str | None = None
         """Why nothing may be written any more; None as long as all is well."""
+        self.errno = errno.EIO
+        """The number of the error that is the reason, and of every write from then on."""
 
-    def poison(self, reason: str) -> None:
+    def poison(self, reason: str, number: int | None = None) -> None:
         """Refuse every write from now on. The first reason stays."""
         if self.reason is None:
             self.reason = reason
+            self.errno = number or errno.EIO
 
     def check(self) -> None:
-        """Raise BackendError (EIO) if the image may not be written any more."""
+        """Raise BackendError if the image may not be written any more."""
         if self.reason is not None:
             raise BackendError(
-                errno.EIO, f"The image is not written any more until it is reopened: {self.reason}"
+                self.errno, f"The image is not written any more until it is reopened: {self.reason}"
             )
 
     def step(self, what: str) -> AbstractContextManager[None]:
@@ -60,4 +63,5 @@ class _Step:
         traceback: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._health.poison(f"{self._what} was interrupted by {kind.__name__}: {error}")
+            number = error.errno if isinstance(error, BackendError) else None
+            self._health.poison(f"{self._what} was interrupted by {kind.__name__}: {error}", number)

@@ -6,6 +6,8 @@ with many more clusters in use than the host has space for: their metadata were 
 
 from __future__ import annotations
 
+from ..errors import BackendError
+from .corruption import CorruptionError
 from .metadata import Metadata
 
 __all__ = ["HostHoles"]
@@ -21,7 +23,13 @@ class HostHoles:
     def look(self, host: int, length: int) -> tuple[bool, int]:
         """Whether host bytes of a data cluster are known to be zeroes, and how far that is so."""
         if self._worth_asking is None:
-            self._worth_asking = self._detect()
+            self._worth_asking = False  # where nobody knows; the data can be had all the same
+            try:
+                self._worth_asking = self._detect()
+            except BackendError:
+                pass
+            except CorruptionError as error:
+                error.report()
         if not self._worth_asking:
             return False, length
         file = self._metadata.file
@@ -41,12 +49,17 @@ class HostHoles:
             return False
         real = actual >> metadata.cluster_bits
         threshold = max(real * 10 // 9, real + 2)
-        used = 0
+        used, end = 0, metadata.geometry.clusters(metadata.file.size)
+        bits = metadata.geometry.refcount_block_bits
         with metadata.lock:
-            for values in metadata.refcounts.counts(
-                0, metadata.geometry.clusters(metadata.file.size)
-            ):
-                used += sum(map(bool, values))
-                if used >= threshold:
-                    return True
+            for block, entry in enumerate(metadata.refcounts.table):
+                first = block << bits
+                if first >= end:
+                    break
+                if not entry:  # a sparse file may be so long that its clusters cannot be gone over
+                    continue
+                for values in metadata.refcounts.counts(first, min(1 << bits, end - first)):
+                    used += sum(map(bool, values))
+                    if used >= threshold:
+                        return True
         return False

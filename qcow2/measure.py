@@ -20,7 +20,7 @@ def measure(size: int, source: Disk | None, **options: Any) -> Measurement:
     the image gets a backing file, that it shares nothing with the source's.
     """
     preallocation = options.pop("preallocation", "off")
-    chosen = CreateOptions(**options)
+    chosen = CreateOptions.of(**options)
     geometry = chosen.header(size).geometry
     size = geometry.clusters(size) << geometry.cluster_bits
     if 8 * geometry.l1_entries(size) > layout.MAX_L1_SIZE:

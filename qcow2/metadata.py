@@ -34,7 +34,7 @@ from .options import CacheSizes
 from .overlap import TEMPLATES, Overlap, Section
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcount_codec import uniform
-from .refcounts import Refcounts, load_table, pack_table
+from .refcounts import Refcounts, load_table, pack_table, switch_fields
 from .requests import RequestGate
 from .state import mark_clean, mark_dirty
 from .tables import entry_kind
@@ -149,11 +149,14 @@ class Metadata:
         """Have an L2 table of our own for guest cluster ``cluster``, its slice pinned.
 
         Returns the position of the entry in the slab; :meth:`Tables.set_entries` on this slice
-        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull.
+        then cannot fail. Unpin with :meth:`unpin`. Raises CacheFull, or BackendError (EIO) if the
+        disk has become so small, since the request was let through, that nothing maps the cluster.
         """
         l1_index = cluster >> self.geometry.l2_bits
+        if l1_index >= len(self.tables.l1):
+            raise BackendError(errno.EIO, "The request is not inside the disk any more")
         if self.tables.l1[l1_index] & layout.COPIED == 0 or not self.tables.l2_offset(l1_index):
-            self._own_l2_table(l1_index)
+            self.tables.keep(cluster, self._own_l2_table(l1_index))
         position = self.tables.locate(cluster)
         self.tables.cache.pin(position >> self.tables.cache.slot_bits)
         return position
@@ -162,19 +165,26 @@ class Metadata:
         """Release the slice that :meth:`prepare` pinned."""
         self.tables.cache.unpin(position >> self.tables.cache.slot_bits)
 
-    def _own_l2_table(self, l1_index: int) -> None:
-        """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table."""
+    def _own_l2_table(self, l1_index: int) -> bytes:
+        """Make an empty L2 table, or a copy of one that is shared, and name it in the L1 table;
+        its contents."""
         old = self.tables.l2_offset(l1_index)
+        if old:
+            self.file.debug_event("l2_alloc_cow_read")
         contents = self.read_l2_table(old) if old else bytes(self.cluster_size)
         new, _, _ = self.refcounts.allocate(1, "L2 table")
         try:
             self.overlap.check(new << self.cluster_bits, self.cluster_size)
             self.overlap.add(new, Section.ACTIVE_L2)
+            self.file.debug_event("l2_alloc_write")
             self.file.write(new << self.cluster_bits, contents)
+            if self.lazy:
+                self.refcounts.cache.write_dirty()  # tables are counted even so, as in QEMU
         except BaseException:
             self.refcounts.add(new, 1, -1)
             raise
         self.replace_l2_table(l1_index, new)
+        return contents
 
     def replace_l2_table(self, l1_index: int, cluster: int) -> None:
         """Name another L2 table, our own, written to a host cluster already, in the L1 table."""
@@ -208,10 +218,11 @@ class Metadata:
         self.file.debug_event("l1_update")
         self.file.write(place, pack_table(entries))
 
-    def write_l2_table(self, offset: int, contents: bytes, *, active: bool = True) -> None:
+    def write_l2_table(self, offset: int, contents: bytes, *, active: bool | None = True) -> None:
         """Replace a whole L2 table at once, in the file and in the cache.
 
-        For changes that are right at any moment, in an exclusive operation.
+        For changes that are right at any moment, in an exclusive operation. ``active`` is for
+        :meth:`Overlap.check_l2`.
         """
         cache = self.tables.cache
         self.overlap.check_l2(offset, self.cluster_size, active=active)
@@ -307,7 +318,8 @@ class Metadata:
 
     def check_writable(self, *, repair: bool = False) -> None:
         """Raise BackendError if the image is open read-only, or for a ``repair`` only and this is
-        none, or must not be written any more."""
+        none, or must not be written any more; ValueError if it is closed."""
+        self.gate.check_open()
         if self.repair_only and not repair:
             raise BackendError(errno.EPERM, "the image is open for a check", self.file.filename)
         if self.read_only:
@@ -319,20 +331,29 @@ class Metadata:
         self.geometry = self.header.geometry
         self.tables.adopt(self.geometry)
 
-    def switch_l1(self, l1: array[int], offset: int, size: int) -> None:
+    def switch_l1(self, l1: array[int], offset: int, size: int) -> BackendError | None:
         """Make another L1 table, stable at host byte ``offset``, the active one (lock held).
 
-        ``size`` is the disk's size with it. One write into the header's first sector.
+        ``size`` is the disk's size with it. One write into the header's first sector. Returns the
+        error where that failed and nothing has changed; raises BackendError where that is not
+        certain.
         """
-        header = self.header
-        self.file.write(
+        header, overlap, pack = self.header, self.overlap, layout.SIZE_AND_L1.pack
+        failed = switch_fields(
+            self.file,
             layout.SIZE_OFFSET,
-            layout.SIZE_AND_L1.pack(size, header.crypt_method, len(l1), offset),
+            pack(size, header.crypt_method, len(l1), offset),
+            pack(header.size, header.crypt_method, header.l1_size, header.l1_table_offset),
         )
-        self.file.flush()
+        if failed is not None:
+            return failed
+        overlap.drop(Section.ACTIVE_L1, header.l1_table_offset, 8 * header.l1_size)
         header.size, header.l1_size, header.l1_table_offset = size, len(l1), offset
         self.tables.l1 = l1
-        self.overlap.forget()
+        overlap.put(Section.ACTIVE_L1, offset, 8 * len(l1))
+        for entry in filter(None, l1):
+            overlap.add((entry & layout.OFFSET_MASK) >> self.cluster_bits, Section.ACTIVE_L2)
+        return None
 
     def make_accurate(self) -> None:
         """Bring postponed refcounts to the file, which is clean then (in an exclusive
@@ -376,30 +397,31 @@ class Metadata:
         """:meth:`flush` where no other flush can run: in an exclusive operation."""
         self.health.check()
         self.file.debug_event("flush_to_os")
-        with self.lock:
-            if not self.dirty:
-                staged = None
-            elif self.lazy:
-                # In the file before anything that the counts there do not know of.
-                mark_dirty(self.file, self.header)
-                with self.health.step("Gathering what to flush"):
-                    staged = _Staged(self)
-            else:
-                self.refcounts.cache.write_dirty()
-                with self.health.step("Gathering what to flush"):
-                    staged = _Staged(self)
+        staged = None
+        try:
+            with self.lock:
+                if self.dirty:
+                    if self.lazy:
+                        # In the file before anything that the counts there do not know of.
+                        mark_dirty(self.file, self.header)
+                    else:
+                        self.refcounts.cache.write_dirty()
+                    with self.health.step("Gathering what to flush"):
+                        staged = _Staged(self)
+            if staged is not None:
+                staged.write(self)
+        except BaseException:
+            # Wherever that came from: what is not in the file is dirty again.
+            if staged is not None:
+                with self.lock, self.health.step("Giving back what was to be flushed"):
+                    staged.give_back(self)
+            raise
         if staged is None:
             if self.data_file is not None:
                 self.data_file.flush()
             self.file.debug_event("flush_to_disk")
             self.file.flush()
             return
-        try:
-            staged.write(self)
-        except BaseException:
-            with self.lock:
-                staged.give_back(self)
-            raise
         with self.lock:
             staged.slices.done(written=True)
             dropped = staged.dropped
@@ -415,12 +437,14 @@ class Metadata:
             self.flush_alone()
 
     @contextmanager
-    def exclusive(self, *, settled: bool = True) -> Iterator[None]:
+    def exclusive(self, *, settled: bool = True, told: bool = False) -> Iterator[None]:
         """Be alone with an image whose metadata is settled, and leave it so.
 
         With ``settled`` False refcounts that differ from the file may stay so, as between any two
-        flushes, and what was written may not be stable yet.
+        flushes, and what was written may not be stable yet. ``told``: the overlap check hears of
+        each structure that comes or goes (those that snapshots refer to excepted).
         """
+        done = False
         try:
             with self.gate.exclusive():
                 if settled:
@@ -432,8 +456,10 @@ class Metadata:
                 yield
                 if settled:
                     self.settle()
+            done = True
         finally:
-            self.overlap.forget()
+            if not (told and done) or self.overlap.sections & Section.INACTIVE_L2:
+                self.overlap.forget()
             self.corruption.deliver()
 
 

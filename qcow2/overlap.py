@@ -4,14 +4,14 @@ Refcounts that are wrong would let a write destroy tables. So each write asks fi
 clusters, whether a structure of the image lies there, whatever the refcounts say (QEMU's
 ``overlap-check``). What is asked is a set of L2 tables' and refcount blocks' cluster numbers, and
 the few other structures as sorted intervals. Both are collected when the first write needs them,
-kept as tables come, and collected again after whatever changed more. They may lag behind with
-tables that went: a hit is looked up in the tables themselves before it counts.
+kept as structures come and go, and collected again after whatever changed more. They may lag behind
+with tables that went: a hit is looked up in the tables themselves before it counts.
 """
 
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntFlag
 from typing import TYPE_CHECKING
@@ -91,7 +91,11 @@ class Overlap:
         """Clusters that are, or were, tables of one cluster, and which kinds (bits of Section)."""
         self._starts: list[int] = []
         self._ends: list[int] = []
-        """Intervals of clusters that other structures take, sorted, not touching."""
+        """Intervals of clusters that other structures take, sorted, none in another."""
+        self._kinds: list[Section] = []
+        """What stands in each of them."""
+        self._apart = True
+        """Each is one structure."""
         self._inactive_l2: set[int] = set()
 
     def forget(self) -> None:
@@ -106,6 +110,28 @@ class Overlap:
     def add_block(self, cluster: int) -> None:
         """There is a new refcount block."""
         self.add(cluster, Section.REFCOUNT_BLOCK)
+
+    def put(self, section: Section, offset: int, length: int) -> None:
+        """There is a new structure, of another kind, at these host bytes."""
+        if self._known and length and section & self.sections:
+            first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+            at = bisect_left(self._ends, first)
+            if bisect_right(self._starts, last) > at:
+                self.forget()  # it lies in another one
+            else:
+                self._starts.insert(at, first)
+                self._ends.insert(at, last)
+                self._kinds.insert(at, section)
+
+    def drop(self, section: Section, offset: int, length: int) -> None:
+        """The structure that was there is none any more."""
+        if self._known and length and section & self.sections:
+            first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+            at = bisect_left(self._starts, first)
+            if self._apart and (self._starts[at:][:1], self._ends[at:][:1]) == ([first], [last]):
+                del self._starts[at], self._ends[at], self._kinds[at]
+            else:
+                self.forget()
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -129,9 +155,12 @@ class Overlap:
         """:meth:`check` before a write to the active L1 table."""
         self.check(offset, length, Section.ACTIVE_L1)
 
-    def check_l2(self, offset: int, length: int, *, active: bool = True) -> None:
-        """:meth:`check` before a write to an L2 table."""
-        self.check(offset, length, Section.ACTIVE_L2 if active else Section.INACTIVE_L2)
+    def check_l2(self, offset: int, length: int, *, active: bool | None = True) -> None:
+        """:meth:`check` before a write to an L2 table; ``active`` None: to one of either kind."""
+        ignored = Section.ACTIVE_L2 if active else Section.INACTIVE_L2
+        if active is None:
+            ignored |= Section.ACTIVE_L2
+        self.check(offset, length, ignored)
 
     def check_l2_slice(self, offset: int, length: int) -> None:
         """:meth:`check` before the cache writes a slice of an active L2 table."""
@@ -161,13 +190,19 @@ class Overlap:
                 touched = {c for c in range(first, last + 1) if c in clusters}
             else:
                 touched = {c for c in clusters if first <= c <= last}
+        others = range(bisect_left(self._ends, first), bisect_right(self._starts, last))
+        standing = Section.NONE
+        for at in others:
+            standing |= self._kinds[at]
         for section, name in _NAMES.items():
             if not section & wanted:
                 continue
             if section & _SINGLE:
                 hit = bool(touched) and not touched.isdisjoint(self._present(section, touched))
             else:
-                hit = any(a <= last and first <= b for a, b in self._intervals(section))
+                hit = bool(section & standing) and any(
+                    a <= last and first <= b for a, b in self._intervals(section)
+                )
             if hit:
                 raise self._metadata.corruption.found(
                     f"Preventing invalid write on metadata (overlaps with {name})",
@@ -193,20 +228,25 @@ class Overlap:
                 for cluster in self._present(section):
                     tables[cluster] = tables.get(cluster, 0) | bit
         intervals = sorted(
-            interval
+            (*interval, section)
             for section in _NAMES
             if section & self.sections and not section & _SINGLE
             for interval in self._intervals(section)
         )
         starts: list[int] = []
         ends: list[int] = []
-        for first, last in intervals:
-            if ends and first <= ends[-1] + 1:
+        kinds: list[Section] = []
+        self._apart = True
+        for first, last, kind in intervals:
+            if ends and first <= ends[-1]:
                 ends[-1] = max(ends[-1], last)
+                kinds[-1] |= kind
+                self._apart = False
             else:
                 starts.append(first)
                 ends.append(last)
-        self._starts, self._ends = starts, ends
+                kinds.append(kind)
+        self._starts, self._ends, self._kinds = starts, ends, kinds
 
     def _present(self, section: Section, only: set[int] | None = None) -> Iterable[int]:
         """Clusters of the tables of that kind; with ``only`` those of them."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..backend.disk import Disk
 from ..errors import BackendError, ImageError
 from . import layout
 from .cache import TableCache
+from .geometry import Geometry
 from .header import Header
 from .health import Health
 from .refcount_codec import codec_for, uniform
@@ -24,7 +25,7 @@ from .refcount_codec import codec_for, uniform
 if TYPE_CHECKING:
     from .overlap import Overlap
 
-__all__ = ["Refcounts", "load_table", "pack_table"]
+__all__ = ["Refcounts", "load_table", "pack_table", "structure_size"]
 
 
 def load_table(file: Disk, offset: int, entries: int) -> array[int]:
@@ -41,6 +42,34 @@ def pack_table(entries: Sequence[int]) -> bytes:
     if sys.byteorder == "little":
         table.byteswap()
     return table.tobytes()
+
+
+def switch_fields(file: Disk, place: int, new: bytes, old: bytes) -> BackendError | None:
+    """Put other values in fields of the header that one write changes, stable at once.
+
+    Returns the error if that failed and the ``old`` values stand there, stable, all the same.
+    Raises BackendError where nobody knows what stands there.
+    """
+    try:
+        file.write(place, new)
+        file.flush()
+    except BackendError as error:
+        file.write(place, old)
+        file.flush()
+        return error
+    return None
+
+
+def structure_size(geometry: Geometry, others: int) -> tuple[int, int]:
+    """Refcount blocks and refcount table clusters needed to count themselves and ``others``."""
+    blocks = table_clusters = 1
+    while True:
+        used = others + blocks + table_clusters
+        need_blocks = -(-used >> geometry.refcount_block_bits)
+        need_table = geometry.clusters(8 * need_blocks)
+        if need_blocks <= blocks and need_table <= table_clusters:
+            return blocks, table_clusters
+        blocks, table_clusters = max(blocks, need_blocks), max(table_clusters, need_table)
 
 
 class Refcounts:
@@ -184,6 +213,9 @@ class Refcounts:
                     raise self._out_of_range(cluster, part, max(changed))
                 if delta < 0 and not lowest:
                     freed += [cluster + i for i, value in enumerate(changed) if not value]
+            # Where QEMU looks for the block that it is about to change.
+            self._file.debug_event("refblock_alloc")
+            self._file.debug_event("refblock_load")
             self.cache.mark_dirty(slot)
             self._codec.store(self.cache.slice(slot), index, changed)
             cluster += part
@@ -226,22 +258,36 @@ class Refcounts:
 
     # -- allocation ----------------------------------------------------------------------------
 
-    def allocate(self, want: int, what: str | None = None) -> tuple[int, int, bool]:
+    def allocate(
+        self, want: int, what: str | None = None, *, follow: int = 0
+    ) -> tuple[int, int, bool]:
         """Take up to ``want`` free clusters in a row, at least one; their refcount becomes 1.
 
         Returns the first cluster, how many, and whether all of them are fresh (past everything
         ever written, so they read as zeroes). Gaps that are too small are passed by, until
-        something before them becomes free (QEMU). ``what`` they are for, in QEMU's words.
+        something before them becomes free (QEMU), but what is free from cluster ``follow`` on is
+        taken in any case. ``what`` they are for, in QEMU's words.
         """
         want = min(want, max(1, 1 << self._block_bits - 1))
+        while follow:
+            count = self._free_run(follow, want)
+            if not count:
+                break
+            if self._ensure_blocks(follow, count):
+                hint = self._hint
+                taken = self._take(follow, count, what)
+                if hint < follow:
+                    self._hint = hint
+                return taken
+        self._file.debug_event("cluster_alloc")
         while True:
             first = self._hint = self._find_contiguous(want)
             if self._ensure_blocks(first, want):
-                self._file.debug_event("cluster_alloc")
                 return self._take(first, want, what)
 
     def allocate_contiguous(self, count: int) -> int:
         """Take exactly ``count`` clusters in a row; the first of them."""
+        self._file.debug_event("cluster_alloc")
         if count >= 1 << self._block_bits - 1:
             # The refcount blocks that come to lie in between would never leave so much room.
             first = self._find_contiguous(count)
@@ -273,14 +319,15 @@ class Refcounts:
                 if len(needed) == len(missing):
                     break
                 missing = needed
-            if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
-                raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+            self._check_end(end)
             if blocks[-1] < len(self.table):
                 break
-            self._grow_table(blocks[-1] + 1)
+            self._grow_table(len(self.table), {}, blocks[-1] + 1)
         self._refuse_invalid(first, end - first)
         if extend is not None:
             extend(end << self._geometry.cluster_bits)
+        if missing:
+            self.fresh = max(self.fresh, end)  # should it fail, what is written now is there
         for i, block in enumerate(missing):
             start, stop = max(first, block << bits), min(end, block + 1 << bits)
             self._write_block(first + count + i, stop - start, start - (block << bits))
@@ -304,14 +351,17 @@ class Refcounts:
 
     def _take(self, first: int, count: int, what: str | None = None) -> tuple[int, int, bool]:
         end = first + count
-        if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
-            raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
+        self._check_end(end)
         self._refuse_invalid(first, count, what)
         self.add(first, count, 1)
         fresh = first >= self.fresh
         self.fresh = max(self.fresh, end)
         self._hint = end
         return first, count, fresh
+
+    def _check_end(self, end: int) -> None:
+        if end << self._geometry.cluster_bits > layout.MAX_HOST_OFFSET:
+            raise BackendError(errno.EFBIG, "The image file would exceed the format's limit")
 
     def _refuse_invalid(self, first: int, count: int, what: str | None = None) -> None:
         """Raise ImageError, and write nothing any more, if clusters about to be handed out hold
@@ -340,9 +390,10 @@ class Refcounts:
 
     def _find_free(self, start: int, want: int) -> tuple[int, int]:
         """The first free cluster from ``start`` on, and how many up to ``want`` are free there
-        in one slice."""
+        in one slice. Raises BackendError (EFBIG) if there is none that an entry can name."""
         cluster = start
         while True:
+            self._check_end(cluster)
             slot, index, left = self._locate(cluster)
             if slot < 0:
                 return cluster, min(want, left)
@@ -352,6 +403,13 @@ class Refcounts:
                 end = min(free + want, index + left)
                 return cluster + free - index, self._codec.zero_run(view, free, end)
             cluster += left
+
+    def _free_run(self, first: int, want: int) -> int:
+        """How many clusters from ``first`` on, up to ``want``, are free."""
+        run = 0
+        while run < want and not self.get(first + run):
+            run += self._find_free(first + run, want - run)[1]
+        return run
 
     def _find_contiguous(self, count: int, start: int = 0) -> int:
         first, found = self._find_free(max(self._hint, start), count)
@@ -381,9 +439,6 @@ class Refcounts:
 
         Nothing names the block before the counts, its own too, are on stable storage.
         """
-        if block >= len(self.table):
-            self._grow_table(block + 1)
-            return
         place, _ = self._find_free(start, 1)
         home = place >> self._block_bits
         if home != block and (home >= len(self.table) or not self.table[home]):
@@ -397,8 +452,16 @@ class Refcounts:
         else:
             self._write_block(place, 0)
             self.add(place, 1, 1)
-        self._dirty_entries.add(block)
-        self.table[block] = place << self._geometry.cluster_bits
+        if block < len(self.table):
+            self._dirty_entries.add(block)
+            self.table[block] = place << self._geometry.cluster_bits
+            return
+        try:
+            self._grow_table(max(block, home) + 1, {block: place})
+        except BaseException:
+            if home != block:
+                self.add(place, 1, -1)
+            raise
 
     def _write_block(self, cluster: int, used: int, start: int = 0) -> None:
         """Write a refcount block into ``cluster`` that counts ``used`` entries from ``start`` on
@@ -412,37 +475,43 @@ class Refcounts:
         self._file.debug_event("refblock_alloc_write")
         self._file.write(offset, contents)
 
-    def _grow_table(self, blocks: int) -> None:
-        """Move the refcount table to a place where it has at least ``blocks`` entries.
+    def _grow_table(self, at: int, named: Mapping[int, int], least: int = 0) -> None:
+        """Move the refcount table to a place where it has room for blocks ``named`` (by number the
+        cluster), and at least ``least`` entries.
 
-        The new table, and the blocks that count it, lie behind everything counted today. Ends
-        with all of it on stable storage and the old table's clusters free.
+        The new table, and the blocks that count it, lie where block number ``at`` begins, behind
+        everything counted today; it grows as QEMU's. Ends with all of it on stable storage and the
+        old table's clusters free.
         """
         self._file.debug_event("reftable_grow")
         geometry = self._geometry
         limit = layout.MAX_REFCOUNT_TABLE_SIZE >> geometry.cluster_bits
-        first_block = len(self.table)
-        first = first_block << self._block_bits
         per_block = 1 << self._block_bits
-        clusters = self._header.refcount_table_clusters
-        wanted = max(blocks, first_block + 2) * 3 // 2
-        clusters = min(max(geometry.clusters(8 * wanted), clusters + 1), limit)
-        new_blocks = 1
-        while new_blocks * per_block < clusters + new_blocks:
-            new_blocks += 1
+        first = at << self._block_bits
+        _, half = structure_size(geometry, first)
+        blocks, _ = structure_size(geometry, first + -(-half // 2))
+        clusters = geometry.clusters(8 * max(blocks + -(-blocks // 2), least))
+        clusters = min(clusters, limit)
+        while (blocks - at) * per_block < clusters + blocks - at:
+            blocks += 1
+        new_blocks = blocks - at
         entries = clusters << (geometry.cluster_bits - 3)
-        if entries < max(blocks, first_block + new_blocks):
+        if entries < max(blocks, least):
             raise BackendError(errno.EFBIG, "The refcount table cannot grow beyond QEMU's limit")
         used = clusters + new_blocks
         self.fresh = max(self.fresh, first + used)
         table = array("Q", self.table)
-        table.frombytes(bytes(8 * (entries - first_block)))
+        table.frombytes(bytes(8 * (entries - len(table))))
+        for block, cluster in named.items():
+            table[block] = cluster << geometry.cluster_bits
+        self._file.debug_event("refblock_alloc_write_blocks")
         for i in range(new_blocks):
-            self._write_block(first + i, min(per_block, used - i * per_block))
-            table[first_block + i] = (first + i) << geometry.cluster_bits
+            self._write_block(first + i, max(0, min(per_block, used - i * per_block)))
+            table[at + i] = (first + i) << geometry.cluster_bits
         offset = (first + new_blocks) << geometry.cluster_bits
         if self.overlap is not None:
             self.overlap.check(offset, clusters << geometry.cluster_bits)
+        self._file.debug_event("refblock_alloc_write_table")
         self._file.write(offset, pack_table(table))
         self.cache.write_dirty()
         self._file.flush()
@@ -450,17 +519,21 @@ class Refcounts:
         old_clusters = self._header.refcount_table_clusters
         with self._health.step("Moving the refcount table"):
             self._file.debug_event("refblock_alloc_switch_table")
-            self._file.write(
+            failed = switch_fields(
+                self._file,
                 layout.REFCOUNT_TABLE_OFFSET_OFFSET,
                 layout.REFCOUNT_TABLE_FIELDS.pack(offset, clusters),
+                layout.REFCOUNT_TABLE_FIELDS.pack(old << geometry.cluster_bits, old_clusters),
             )
-            self._file.flush()
-            self._header.refcount_table_offset = offset
-            self._header.refcount_table_clusters = clusters
-            self.table = table
-            self._dirty_entries.clear()
-            if self.overlap is not None:
-                self.overlap.forget()
+            if failed is None:
+                self._header.refcount_table_offset = offset
+                self._header.refcount_table_clusters = clusters
+                self.table = table
+                self._dirty_entries.clear()
+                if self.overlap is not None:
+                    self.overlap.forget()
+        if failed is not None:
+            raise failed
         self.add(old, old_clusters, -1)
 
     def drop_empty_blocks(self) -> None:

@@ -153,7 +153,7 @@ class ReferenceVector:
         """Put back what :meth:`take_run` took."""
         pieces = self._pieces(first, sum(map(len, taken)))
         for (number, start, part), counts in zip(pieces, taken, strict=True):
-            self._slices[number][start : start + part] = counts
+            self._slice(number)[start : start + part] = counts
 
     def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(slice, index in it, counts) of a run of clusters."""
@@ -182,10 +182,12 @@ class ReferenceVector:
         try:
             for number in sorted(self._slices):
                 counts = self._slices[number]
-                if counts != self._zeroes:
-                    deltas = refcounts.pack(counts)
-                    refcounts.add_slice(number, deltas, 1)
-                    done.append((number, deltas))
+                if counts == self._zeroes:
+                    del self._slices[number]
+                    continue
+                deltas = refcounts.pack(counts)
+                refcounts.add_slice(number, deltas, 1)
+                done.append((number, deltas))
         except (ImageError, BackendError):
             take_off()
             raise

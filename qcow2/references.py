@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from errno import EFBIG, EIO
 
 from ..backend.disk import Disk
 from ..errors import BackendError
@@ -32,7 +33,11 @@ _SWAP = sys.byteorder == "little"
 
 
 class CheckFailed(Exception):
-    """The check cannot go on; the result says why (``check_errors``)."""
+    """The check cannot go on; the result says why (``check_errors``). ``errno`` is QEMU's."""
+
+    def __init__(self, errno: int | None) -> None:
+        super().__init__(errno)
+        self.errno = errno or EIO
 
 
 def read_padded(file: Disk, offset: int, length: int) -> bytes:
@@ -89,7 +94,7 @@ class References:
         clusters = -(-self.size >> self.bits)
         if clusters > MAX_CLUSTERS:
             result.unreadable(f"The file is too long to be checked: {self.size} bytes")
-            raise CheckFailed
+            raise CheckFailed(EFBIG)
         self.counts = ClusterCounts(clusters)
         self.unflagged: set[int] = set()
         """Host offsets of L2 tables with entries that lack the COPIED flag, or may be wrong."""
@@ -116,6 +121,7 @@ class References:
                 f"counting reference for region exceeding the end of the file by one cluster or "
                 f"more: offset {offset:#x} size {length:#x}",
                 times,
+                mark="ERROR: ",
             )
             return
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
@@ -128,9 +134,18 @@ class References:
 
     def clip(self, limit: int) -> None:
         """A refcount cannot be larger than ``limit``: more references are corruptions."""
-        excess = self.counts.clip(limit)
-        if excess:
-            self.result.corrupt("overflow: clusters have more references than fit", excess)
+        for cluster, excess in self.counts.clip(limit):
+            self.overflow(cluster, excess)
+
+    def overflow(self, cluster: int, times: int = 1) -> None:
+        """Count references to a cluster that its refcount cannot count."""
+        for _ in range(times):
+            self.result.corrupt(
+                f"overflow cluster offset={cluster << self.bits:#x}\n"
+                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to "
+                "create a clean copy if the image cannot be opened for writing",
+                mark="ERROR: ",
+            )
 
     # -- L1 and L2 tables ------------------------------------------------------------------------
 
@@ -142,7 +157,7 @@ class References:
             l1 = unpack(read_padded(self.file, offset, 8 * size))
         except BackendError as error:
             self.result.unreadable(f"I/O error in check_refcounts_l1: {error.strerror}")
-            raise CheckFailed from error
+            raise CheckFailed(error.errno) from error
         for entry in filter(None, l1):
             if entry & layout.L1_RESERVED_MASK:
                 self.result.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
@@ -162,7 +177,7 @@ class References:
             data = read_padded(self.file, offset, self.cluster_size)
         except BackendError as error:
             self.result.unreadable(f"I/O error in check_refcounts_l2: {error.strerror}")
-            raise CheckFailed from error
+            raise CheckFailed(error.errno) from error
         if data == self._zeroes:
             return
         self._table, follows = offset, 0

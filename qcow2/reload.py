@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..errors import ImageError
 from .header import Header, read_header
+from .layout import Incompatible
 from .metadata import Metadata
 from .refcounts import load_table
 from .snapshots import Snapshots
@@ -22,15 +23,14 @@ def reload(metadata: Metadata, snapshots: Snapshots, accept: Callable[[Header], 
     """
     file, present = metadata.file, metadata.header
     header = read_header(file)
-    if (header.cluster_bits, header.geometry.extended_l2) != (
-        present.cluster_bits,
-        present.geometry.extended_l2,
-    ):
-        raise ImageError(
-            "The image has another cluster size now: it must be opened anew",
-            field="cluster_bits",
-            value=header.cluster_bits,
-        )
+    for field in ("cluster_bits", "crypt_method"):
+        _compare(field, getattr(present, field), getattr(header, field))
+    features = Incompatible.EXTENDED_L2 | Incompatible.DATA_FILE
+    _compare(
+        "incompatible_features",
+        present.incompatible_features & features,
+        header.incompatible_features & features,
+    )
     accept(header)
     load_table(file, header.l1_table_offset, header.l1_size)
     entries = header.refcount_table_clusters << (header.cluster_bits - 3)
@@ -45,3 +45,14 @@ def reload(metadata: Metadata, snapshots: Snapshots, accept: Callable[[Header], 
         metadata.vm_state_end = None
         adopt_snapshots()
     metadata.health.reason = None
+
+
+def _compare(field: str, present: int, found: int) -> None:
+    """Raise ImageError if the image is one of another kind now, which nobody here is made for."""
+    if found != present:
+        raise ImageError(
+            "The image has another layout now: it must be opened anew",
+            field=field,
+            value=int(found),
+            limit=int(present),
+        )

@@ -19,7 +19,7 @@ from .refcounts import pack_table
 from .references import read_padded
 from .survey import Survey
 
-__all__ = ["adjust_refcounts", "rebuild_refcounts"]
+__all__ = ["adjust_refcounts", "rebuild_refcounts", "release_old_structure"]
 
 
 def adjust_refcounts(survey: Survey, *, raising: bool) -> None:
@@ -68,18 +68,14 @@ def _changed_block(survey: Survey, block: int, old: bytes) -> bytes:
 
 
 def rebuild_refcounts(survey: Survey) -> None:
-    """Make a new refcount table with new blocks from the references; the old ones become free.
+    """Make a new refcount table with new blocks from the references.
 
-    One write to the header switches to it. Raises BackendError where it cannot be made.
+    One write to the header switches to it. The old structure is in use until then, so the new one
+    counts it; :func:`release_old_structure` is for afterwards. Raises BackendError where the new
+    one cannot be made.
     """
     metadata, counts = survey.metadata, survey.references.counts
     blocks, table_at, table_clusters = _place(survey)
-    # Until the switch the old structure is in use: places were looked for with it counted.
-    for first, number in survey.structure:
-        for cluster in range(first, first + number):
-            counts[cluster] -= 1
-    for cluster in [*blocks.values(), *range(table_at, table_at + table_clusters)]:
-        counts[cluster] += 1
     table = array("Q", bytes(table_clusters << survey.bits))
     order, size = metadata.geometry.refcount_order, metadata.cluster_size
     for block, cluster in blocks.items():
@@ -89,39 +85,57 @@ def rebuild_refcounts(survey: Survey) -> None:
     metadata.file.write(table_at << survey.bits, pack_table(table))
     metadata.file.flush()
     fields = layout.REFCOUNT_TABLE_FIELDS.pack(table_at << survey.bits, table_clusters)
-    metadata.file.write(layout.REFCOUNT_TABLE_OFFSET_OFFSET, fields)
-    metadata.file.flush()
     header = metadata.header
-    header.refcount_table_offset = table_at << survey.bits
-    header.refcount_table_clusters = table_clusters
-    metadata.renew_refcounts()
+    with metadata.health.step("Switching to new refcounts"):
+        metadata.file.write(layout.REFCOUNT_TABLE_OFFSET_OFFSET, fields)
+        metadata.file.flush()
+        header.refcount_table_offset = table_at << survey.bits
+        header.refcount_table_clusters = table_clusters
+        metadata.renew_refcounts()
+
+
+def release_old_structure(survey: Survey) -> None:
+    """Give the clusters of the former refcount structure back. They are no findings."""
+    result, counts = survey.result, survey.references.counts
+    for first, number in survey.structure:
+        for cluster in range(first, first + number):
+            counts[cluster] -= 1
+    leaks_fixed, corruptions = result.leaks_fixed, result.corruptions
+    adjust_refcounts(survey, raising=False)
+    result.leaks_fixed, result.corruptions = leaks_fixed, corruptions
 
 
 def _place(survey: Survey) -> tuple[dict[int, int], int, int]:
-    """Clusters for the blocks that are needed (by block number) and for a table of them.
+    """Clusters for the blocks that are needed (by block number) and for a table of them, counted.
 
-    New places may need blocks of their own: look again until there are enough.
+    In QEMU's order: a block is at the first free cluster that is counted in it or behind it, and
+    the table behind the first blocks, wherever there is room. New places may need more blocks.
     """
-    counts, bits = survey.references.counts, survey.bits
-    needed = _blocks_in_use(counts, survey.per_block)
-    while True:
-        table_clusters = -(-8 * (max(needed) + 1) >> bits)
-        if table_clusters << bits > layout.MAX_REFCOUNT_TABLE_SIZE:
-            raise BackendError(errno.EFBIG, "The refcount table would exceed QEMU's limit")
-        table_at = _find_run(counts, table_clusters)
-        blocks: dict[int, int] = {}
-        cluster = -1
-        for block in sorted(needed):
-            cluster = counts.find_unused(cluster + 1)
-            while table_at <= cluster < table_at + table_clusters:
-                cluster = counts.find_unused(table_at + table_clusters)
-            blocks[block] = cluster
-        used = [*blocks.values(), table_at, table_at + table_clusters - 1]
-        wider = needed.union(cluster // survey.per_block for cluster in used)
-        wider.update(range(table_at // survey.per_block, used[-1] // survey.per_block + 1))
-        if wider == needed:
-            return blocks, table_at, table_clusters
-        needed = wider
+    counts, bits, per_block = survey.references.counts, survey.bits, survey.per_block
+    blocks: dict[int, int] = {}
+    missing = sorted(_blocks_in_use(counts, per_block))
+    table_at = table_clusters = 0
+    while missing:
+        for block in missing:
+            while block not in blocks:
+                blocks[block] = cluster = counts.find_unused(block * per_block)
+                counts[cluster] += 1
+                block = cluster // per_block
+        if -(-8 * (max(blocks) + 1) >> bits) > table_clusters:
+            _count(counts, table_at, table_clusters, -1)
+            table_clusters = -(-8 * (max(blocks) + 1) >> bits)
+            if table_clusters << bits > layout.MAX_REFCOUNT_TABLE_SIZE:
+                raise BackendError(errno.EFBIG, "The refcount table would exceed QEMU's limit")
+            table_at = _find_run(counts, table_clusters)
+            _count(counts, table_at, table_clusters, 1)
+        last = (table_at + table_clusters - 1) // per_block
+        missing = [b for b in range(table_at // per_block, last + 1) if b not in blocks]
+    return blocks, table_at, table_clusters
+
+
+def _count(counts: ClusterCounts, first: int, number: int, times: int) -> None:
+    for cluster in range(first, first + number):
+        counts[cluster] += times
 
 
 def _blocks_in_use(counts: ClusterCounts, per_block: int) -> set[int]:

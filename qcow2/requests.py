@@ -70,6 +70,8 @@ class RequestGate:
         self._exclusive: int | None = None
         """The thread that is, or wants to be, alone; no thread's once the gate is shut."""
         self._shut: str | None = None
+        self._ended = False
+        """The disk is closed: nobody comes in any more."""
         self._waiting = 0
         self._past: deque[tuple[int, Callable[[], None]]] = deque()
         """Former epochs, oldest first, and what to do when nobody is inside since then."""
@@ -107,6 +109,7 @@ class RequestGate:
     def _enter_slowly(self, me: int) -> None:
         self._tidy_up(me)
         while self._exclusive is not None:
+            self.check_open()
             if self._shut is not None:
                 raise BackendError(
                     errno.EIO, f"The image is corrupt and refuses everything: {self._shut}"
@@ -117,6 +120,20 @@ class RequestGate:
         """Let nobody in any more; who is inside may finish. Needs no lock, may hold it."""
         self._shut = reason
         self._exclusive = _NOBODY
+
+    def end(self) -> None:
+        """The disk is closed: let nobody in any more, and wait until nobody is inside."""
+        with self.lock:
+            self._tidy_up(get_ident())
+            self._ended = True
+            self._exclusive = _NOBODY
+            self._changed.notify_all()
+            self._wait_until_empty()
+
+    def check_open(self) -> None:
+        """Raise ValueError if the disk is closed. Needs no lock."""
+        if self._ended:
+            raise ValueError("qcow2: the disk is closed")
 
     def _tidy_up(self, me: int) -> None:
         """Undo what an interrupted request or operation of this thread left standing."""
@@ -155,8 +172,7 @@ class RequestGate:
             self._enter_slowly(me)
             self._exclusive = me
             try:
-                while self._inside:
-                    self._wait()
+                self._wait_until_empty()
             except BaseException:
                 if self._exclusive == me:
                     self._exclusive = None
@@ -168,6 +184,14 @@ class RequestGate:
             if self._exclusive == get_ident():
                 self._exclusive = None
             self._changed.notify_all()
+
+    def _wait_until_empty(self) -> None:
+        self._waiting += 1  # before looking: who leaves, without the lock, calls us then
+        try:
+            while self._inside:
+                self._wait()
+        finally:
+            self._waiting -= 1
 
     def _wait(self) -> None:
         self._waiting += 1

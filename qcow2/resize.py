@@ -40,7 +40,7 @@ def truncate(
     ``hide(offset, length)`` makes a part of the disk past its end read as zeroes, by requests;
     ``hide_stored`` does so if it does not yet.
     Raises ValueError, UnsupportedError or BackendError with QEMU's texts; the size is the old one
-    then.
+    then. BackendError (EBUSY), too, if something else has changed the disk meanwhile.
     """
     metadata.check_writable()
     check_mode(preallocation)
@@ -73,6 +73,7 @@ def _grow(
         grow_l1(metadata, metadata.geometry.l1_entries(size))
         partial = min(size, metadata.geometry.clusters(old) << metadata.cluster_bits) - old
         stored = _stored_runs(metadata, old, old + partial)
+        l1 = metadata.tables.l1
     # What the cluster with the old end holds behind it, and what the backing file has there.
     reserve = preallocation in ("falloc", "full")  # which the cluster's end may lack
     for at, length in stored:
@@ -85,6 +86,9 @@ def _grow(
     if metadata.data_file is not None and (preallocation != "off" or is_raw(metadata.header)):
         map_everything(metadata, old, size)
     with metadata.exclusive():
+        # A snapshot may have been applied, or VM state written, where the disk is to be.
+        if metadata.header.size != old or metadata.tables.l1 is not l1 or metadata.vm_state_end:
+            raise BackendError(errno.EBUSY, "The disk has changed while it was to grow")
         if metadata.data_file is None and preallocation != "off":
             preallocate(metadata, old, size, preallocation)
         set_size(metadata, size)
@@ -117,33 +121,49 @@ def grow_l1(metadata: Metadata, entries: int) -> None:
     l1.frombytes(bytes(8 * (entries - len(l1))))
     clusters = geometry.clusters(8 * entries)
     with metadata.lock:
+        metadata.file.debug_event("l1_grow_alloc_table")
         first = metadata.refcounts.allocate_contiguous(clusters)
         metadata.overlap.check(first << metadata.cluster_bits, clusters << metadata.cluster_bits)
         try:
             contents = pack_table(l1).ljust(clusters << metadata.cluster_bits, b"\0")
+            metadata.file.debug_event("l1_grow_write_table")
             metadata.file.write(first << metadata.cluster_bits, contents)
         except BaseException:
-            for part in metadata.refcounts.slices(first, clusters):
-                metadata.refcounts.add(*part, -1)
+            _give_back(metadata, first, clusters)
             raise
     metadata.flush_alone()
     old_offset, old_size = header.l1_table_offset, header.l1_size
     with metadata.lock, metadata.health.step("Growing the L1 table"):
-        metadata.switch_l1(l1, first << metadata.cluster_bits, header.size)
+        metadata.file.debug_event("l1_grow_activate_table")
+        failed = metadata.switch_l1(l1, first << metadata.cluster_bits, header.size)
         old_clusters = geometry.clusters(8 * old_size)
-        if old_clusters:
+        if failed is not None:
+            _give_back(metadata, first, clusters)
+        elif old_clusters:
             metadata.lower(old_offset >> metadata.cluster_bits, old_clusters, DiscardKind.OTHER)
+    if failed is not None:
+        raise failed
+
+
+def _give_back(metadata: Metadata, first: int, clusters: int) -> None:
+    """Give back clusters that came to no use (lock held)."""
+    for part in metadata.refcounts.slices(first, clusters):
+        metadata.refcounts.add(*part, -1)
 
 
 def set_size(metadata: Metadata, size: int) -> None:
     """Make ``size`` bytes, which the L1 table can map, the disk's size (exclusively)."""
     header = metadata.header
     with metadata.lock, metadata.health.step("Changing the size"):
-        metadata.switch_l1(metadata.tables.l1, header.l1_table_offset, size)
+        failed = metadata.switch_l1(metadata.tables.l1, header.l1_table_offset, size)
+    if failed is not None:
+        raise failed
 
 
 def _shrink(metadata: Metadata, size: int) -> None:
     with metadata.exclusive():
+        if size >= metadata.header.size:
+            raise BackendError(errno.EBUSY, "The disk has changed while it was to shrink")
         set_size(metadata, size)
         drop_past_end(metadata, size)
         with metadata.lock, metadata.health.step("Shrinking the refcount table"):

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CheckResult"]
+__all__ = ["CheckResult", "Report"]
 
 _MAX_MESSAGES = 1000
+
+
+class Report(str):
+    """A message that QEMU's programs print under their own name, as they do other errors."""
+
+    __slots__ = ()
 
 
 @dataclass(slots=True)
@@ -18,6 +24,8 @@ class CheckResult:
     """Clusters with a refcount that is too high."""
     check_errors: int = 0
     """Parts that could not be checked."""
+    failure: int | None = None
+    """The number of the error (``errno``) that ended the check before its end."""
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
     allocated_clusters: int = 0
@@ -35,17 +43,17 @@ class CheckResult:
     @property
     def clean(self) -> bool:
         """True if nothing is wrong."""
-        return not (self.corruptions or self.leaks or self.check_errors)
+        return not (self.corruptions or self.leaks or self.check_errors or self.failure)
 
     def say(self, message: str) -> None:
         """Add a line."""
         if len(self.messages) < _MAX_MESSAGES:
             self.messages.append(message)
 
-    def corrupt(self, message: str, times: int = 1) -> None:
+    def corrupt(self, message: str, times: int = 1, *, mark: str = "ERROR ") -> None:
         """Count a corruption, found ``times`` times."""
         self.corruptions += times
-        self.say(f"ERROR {message}")
+        self.say(mark + message)
 
     def fixed(self, message: str, times: int = 1) -> None:
         """Count a corruption that was repaired at once."""

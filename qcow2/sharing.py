@@ -78,7 +78,8 @@ def walk_references(
     """Call ``action(first cluster, counts)`` for all that an L1 table reaches: its L2 tables and
     what they refer to; ``counts[i]`` is how often ``first + i`` is (lock held).
 
-    The pieces lie within one slice of the refcounts each. A cluster may come up again.
+    The pieces lie within one slice of the refcounts each. A cluster may come up again. What is in
+    an external data file has no refcounts.
     """
 
     def in_slices(first: int, counts: Sequence[int]) -> None:
@@ -89,8 +90,10 @@ def walk_references(
 
     tally = Tally(metadata.geometry, in_slices)
     for offset, times in Counter(offset for _, offset in l2_tables(metadata, l1)).items():
+        table = read_plain(metadata, offset)  # before its own cluster may be given back
         tally.add_run(offset >> metadata.cluster_bits, 1, times)
-        tally.add_table(read_plain(metadata, offset), times)
+        if metadata.data_file is None:
+            tally.add_table(table, times)
     tally.finish()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..backend.disk import Disk
 from ..errors import ImageError
 from . import layout
 from .header import Header
 
-__all__ = ["Snapshot", "TableRepair", "check_l1", "check_size", "pack_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "TableRepair", "check_l1", "check_size", "read_snapshots"]
+
+
+_INT_MAX = (1 << 31) - 1
 
 
 @dataclass(slots=True)
@@ -64,13 +67,6 @@ class Snapshot:
         return entry + bytes(-len(entry) % 8)
 
 
-def pack_snapshots(snapshots: list[Snapshot]) -> bytes:
-    """The whole table. Raises ImageError where it exceeds what QEMU reads."""
-    table = b"".join(snapshot.pack() for snapshot in snapshots)
-    check_size(len(snapshots), len(table))
-    return table
-
-
 def check_size(count: int, length: int) -> None:
     """Raise ImageError if QEMU does not read a table of so many snapshots, or bytes."""
     if count > layout.MAX_SNAPSHOTS:
@@ -95,6 +91,8 @@ class TableRepair:
 
     extra_data_dropped: int = 0
     """Entries that have lost extra data."""
+    messages: list[str] = field(default_factory=list)
+    """What is lost, in QEMU's words."""
 
 
 def read_snapshots(
@@ -105,22 +103,37 @@ def read_snapshots(
     ``count``: only so many of them. With ``repair`` entries with too much extra data lose what is
     too much, and a table that is too long ends with the last entry inside the limit.
     """
+    if count is None:
+        count = header.nb_snapshots
     reader = _TableReader(file, header.snapshots_offset)
     snapshots: list[Snapshot] = []
-    for number in range(header.nb_snapshots if count is None else count):
+    kept = 0
+    for number in range(count):
         start = reader.position
-        try:
-            snapshots.append(_read_entry(reader, header, number, repair))
-        except _TooLong:
+        snapshot, length = _read_entry(reader, header, number, repair)
+        kept += -kept % 8 + length
+        if kept > layout.MAX_SNAPSHOT_TABLE_SIZE or reader.position > _INT_MAX:
+            left = count - number
             if repair is None:
-                raise
+                raise ImageError(
+                    f"Snapshot table is too big\nYou can force-remove all {left} overhanging "
+                    "snapshots with qemu-img check -r all",
+                    field="snapshot table",
+                    value=kept,
+                    limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
+                )
+            repair.messages.append(
+                f"Discarding {left} overhanging snapshots (snapshot table is too big)"
+            )
             return snapshots, start
+        snapshots.append(snapshot)
     return snapshots, reader.position
 
 
 def _read_entry(
     reader: _TableReader, header: Header, number: int, repair: TableRepair | None
-) -> Snapshot:
+) -> tuple[Snapshot, int]:
+    """An entry, and its length in bytes (without the extra data that it has lost)."""
     reader.align()
     (
         l1_table_offset,
@@ -135,20 +148,25 @@ def _read_entry(
     ) = layout.SNAPSHOT_HEADER.unpack(reader.take(layout.SNAPSHOT_HEADER.size))
     if extra_size > layout.MAX_SNAPSHOT_EXTRA_DATA and repair is None:
         raise ImageError(
-            f"Too much extra metadata in snapshot table entry {number}",
+            f"Too much extra metadata in snapshot table entry {number}\n"
+            "You can force-remove this extra metadata with qemu-img check -r all",
             field="extra_data_size",
             value=extra_size,
             limit=layout.MAX_SNAPSHOT_EXTRA_DATA,
         )
     extra = reader.take(min(extra_size, layout.MAX_SNAPSHOT_EXTRA_DATA))
     if repair is not None and extra_size > len(extra):
-        reader.skip(extra_size - len(extra))
+        repair.messages.append(
+            f"Discarding too much extra metadata in snapshot table entry {number} "
+            f"({extra_size} > {layout.MAX_SNAPSHOT_EXTRA_DATA})"
+        )
         repair.extra_data_dropped += 1
+        reader.position += extra_size - len(extra)
     known = layout.SNAPSHOT_EXTRA_DATA
     large, disk_size, icount = known.unpack(extra[: known.size].ljust(known.size, b"\0"))
     snapshot = Snapshot(
-        id=reader.take(id_length).decode(errors="surrogateescape"),
-        name=reader.take(name_length).decode(errors="surrogateescape"),
+        id=_text(reader.take(id_length)),
+        name=_text(reader.take(name_length)),
         l1_table_offset=l1_table_offset,
         l1_size=l1_size,
         disk_size=disk_size if extra_size >= 16 else header.size,
@@ -160,7 +178,12 @@ def _read_entry(
         unknown_extra_data=extra[known.size :],
         extra_data_size=extra_size,
     )
-    return snapshot
+    return snapshot, layout.SNAPSHOT_HEADER.size + len(extra) + id_length + name_length
+
+
+def _text(data: bytes) -> str:
+    """A text as QEMU sees it, which keeps it as one of C's: a NUL ends it."""
+    return data.split(b"\0")[0].decode(errors="surrogateescape")
 
 
 def check_l1(header: Header, snapshot: Snapshot) -> None:
@@ -181,12 +204,8 @@ def check_l1(header: Header, snapshot: Snapshot) -> None:
         )
 
 
-class _TooLong(ImageError):
-    """The table goes on past what it may be long."""
-
-
 class _TableReader:
-    """Reads the table from its start on, in pieces, no further than it may be long."""
+    """Reads the table from its start on, in pieces."""
 
     _CHUNK = 1 << 16
 
@@ -202,22 +221,8 @@ class _TableReader:
         """Go on at the next multiple of 8."""
         self.position += -self.position % 8
 
-    def skip(self, length: int) -> None:
-        """Leave out the next bytes."""
-        if self.position + length > layout.MAX_SNAPSHOT_TABLE_SIZE:
-            raise _TooLong(
-                "Snapshot table is too big",
-                field="snapshot table",
-                value=self.position + length,
-                limit=layout.MAX_SNAPSHOT_TABLE_SIZE,
-            )
-        self.position += length
-
     def take(self, length: int) -> bytes:
         """The next bytes."""
-        start = self.position
-        self.skip(length)
-        self.position = start
         at = self.position - self._start
         if at < 0 or at + length > len(self._data):
             self._start = self.position

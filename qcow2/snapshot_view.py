@@ -84,5 +84,6 @@ class SnapshotDisk(Disk):
         )
 
     def _close(self) -> None:
+        self._metadata.gate.end()
         self._metadata.close()
         self._released(self)

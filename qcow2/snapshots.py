@@ -12,11 +12,13 @@ delete  table without it stable | header | its refcounts down and stable | COPIE
 from __future__ import annotations
 
 import errno
+import operator
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from weakref import WeakSet
 
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
@@ -25,6 +27,7 @@ from .data_file import refuse_with_data_file
 from .header import read_header
 from .known_references import KnownReferences
 from .metadata import Metadata
+from .overlap import Section
 from .past_end import drop_tables
 from .quarantine import DiscardKind
 from .reading import Reader
@@ -37,7 +40,8 @@ from .sharing import (
     strip_tables,
     update_copied,
 )
-from .snapshot_table import Snapshot, check_l1, check_size, pack_snapshots, read_snapshots
+from .snapshot_list import SnapshotList
+from .snapshot_table import Snapshot, check_l1, read_snapshots
 from .snapshot_view import SnapshotDisk
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -58,32 +62,37 @@ class Snapshots:
         """Whether there are dirty bitmaps, which would not know what applying changes."""
         self._resized = resized
         self._make_reader = make_reader
-        self._views: list[SnapshotDisk] = []
-        self._list: list[Snapshot] = []
-        self._table_length = 0
+        self._views = WeakSet[SnapshotDisk]()
+        """Those open. One that nobody has any more (an interrupt came before it could be closed) is
+        in nobody's way."""
+        self._list = SnapshotList()
         self._drafts: list[Draft] = []
         self._base: Base | None = None
         """The snapshot made last, if made of a draft: the next is likely based on it."""
         self._active = KnownReferences(metadata)
-        metadata.overlap.snapshots = lambda: (self._list, self._table_length)
+        metadata.overlap.snapshots = lambda: (self._list, self._list.length)
 
     def load(self) -> None:
         """Read the table that the header names."""
-        self._list, self._table_length = read_snapshots(self._metadata.file, self._metadata.header)
+        self._list = SnapshotList(*read_snapshots(self._metadata.file, self._metadata.header))
         self._metadata.overlap.forget()
 
     def rewrite(self, snapshots: list[Snapshot], old_length: int) -> None:
         """Write a table with these snapshots in place of the one there, of ``old_length`` bytes (in
         an exclusive operation)."""
-        self._table_length = old_length
-        self._replace_list(snapshots)
+        self._list.length = old_length
+        self._replace_list(SnapshotList(snapshots))
         self._metadata.settle()
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return iter(list(self._list))
+        return iter(self._list)
 
     def __len__(self) -> int:
         return len(self._list)
+
+    def __contains__(self, snapshot: object) -> bool:
+        """Whether it is one of them; what merely equals one is none."""
+        return isinstance(snapshot, Snapshot) and snapshot in self._list
 
     def find(self, id_or_name: str) -> Snapshot:
         """The snapshot with that id, else the first with that name. Raises KeyError.
@@ -91,18 +100,20 @@ class Snapshots:
         So QEMU finds the one to apply; the one that ``qemu-img snapshot -d`` deletes it finds by
         name alone (:meth:`find_by`).
         """
-        for snapshot in self._list:
-            if snapshot.id == id_or_name:
-                return snapshot
-        return self.find_by(name=id_or_name)
+        return self._list.with_id(id_or_name) or self.find_by(name=id_or_name)
 
     def find_by(self, *, id: str | None = None, name: str | None = None) -> Snapshot:
         """The first snapshot with that id, that name, or both. Raises KeyError."""
-        if id is None and name is None:
-            raise ValueError("a snapshot is found by its id or its name")
-        for snapshot in self._list:
-            if id in (None, snapshot.id) and name in (None, snapshot.name):
-                return snapshot
+        if id is None:
+            if name is None:
+                raise ValueError("a snapshot is found by its id or its name")
+            found = self._list.named(name)
+        elif name is None:
+            found = self._list.with_id(id)
+        else:
+            found = next((s for s in self._list if (s.id, s.name) == (id, name)), None)
+        if found is not None:
+            return found
         wanted = name if id is None else id if name is None else f"{id} ({name})"
         raise KeyError(f"snapshot {wanted!r} does not exist")
 
@@ -114,16 +125,16 @@ class Snapshots:
         As long as it is open the snapshot cannot be deleted; closing the image closes it.
         ``closed()`` is called when it has been closed.
         """
-        found = self._resolve(snapshot)
 
         def release(view: SnapshotDisk) -> None:
-            self._views.remove(view)
+            self._views.discard(view)
             closed()
 
         alone = nullcontext() if self._metadata.read_only else self._metadata.gate.exclusive()
         with alone:  # nobody may free the tables while they are looked at
+            found = self._resolve(snapshot)
             view = SnapshotDisk(self._metadata, found, self._make_reader, release)
-        self._views.append(view)
+            self._views.add(view)
         return view
 
     def close_views(self) -> None:
@@ -137,49 +148,57 @@ class Snapshots:
             draft.close()
 
     def refuse_views(self, snapshot: Snapshot | None = None) -> None:
-        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open, or a draft is
-        based on it."""
-        for view in self._views:
-            if snapshot is None or view.snapshot is snapshot:
+        """Raise BackendError (EBUSY) if a view of this snapshot, or of any, is open.
+
+        Drafts that are based on it are given up.
+        """
+        for view in list(self._views):
+            if snapshot is None or _is_same(view.snapshot, snapshot):
                 raise BackendError(
                     errno.EBUSY, f"a view of the snapshot {view.snapshot.name!r} is open"
                 )
-
         for draft in self._drafts:
-            if draft.base is not None and not draft.closed and snapshot in (None, draft.base):
-                raise BackendError(
-                    errno.EBUSY, f"a draft is based on the snapshot {draft.base.name!r}"
-                )
+            base = draft.base
+            if base is not None and (snapshot is None or _is_same(base, snapshot)):
+                draft.close()
 
     def reload(self) -> Callable[[], None]:
         """Read the table again, as the header of the file names it; returns how to adopt it."""
-        found = read_snapshots(self._metadata.file, read_header(self._metadata.file))
+        header = read_header(self._metadata.file)
+        found = SnapshotList(*read_snapshots(self._metadata.file, header))
 
         def adopt() -> None:
-            self._list, self._table_length = found
+            self._list = found
 
         return adopt
 
     def write_table(self) -> None:
         """Write the snapshot table anew, with all its extra data (in an exclusive operation)."""
-        self._replace_list(list(self._list))
+        self._replace_list(SnapshotList(self._list))
 
     def rename(self, snapshot: str | Snapshot, name: str) -> None:
-        """Give a snapshot another name."""
+        """Give a snapshot another name.
+
+        Raises BackendError (EBUSY) while a view of it is open; drafts based on it are given up.
+        """
         self._check_writable(
             f"Could not rename snapshot '{snapshot}': -95 (Operation not supported)"
         )
-        found = self._resolve(snapshot)
-        renamed = replace(found, name=name)
+        _check_name(name)
         with self._metadata.exclusive():
-            self._replace_list([renamed if other is found else other for other in self._list])
+            found = self._resolve(snapshot)
+            self.refuse_views(found)
+            renamed = replace(found, name=name)
+            changed = [renamed if other is found else other for other in self._list]
+            self._replace_list(SnapshotList(changed))
 
     def _resolve(self, snapshot: str | Snapshot) -> Snapshot:
         if isinstance(snapshot, str):
             return self.find(snapshot)
-        for other in self._list:
-            if other is snapshot:
-                return other
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"a snapshot is named by a string, not {snapshot!r}")
+        if snapshot in self._list:
+            return snapshot
         raise KeyError(f"snapshot {snapshot.name!r} does not exist")
 
     def create(
@@ -201,24 +220,30 @@ class Snapshots:
         """
         self._check_writable(f"Could not create snapshot '{name}': -95 (Operation not supported)")
         metadata = self._metadata
-        nanoseconds = time.time_ns() if date is None else int(date * 1_000_000_000)
-        snapshot = Snapshot(
-            id=self._new_id(),
-            name=name,
-            l1_table_offset=0,
-            l1_size=0,
-            disk_size=metadata.header.size,
-            vm_state_size=vm_state_size,
-            date_sec=nanoseconds // 1_000_000_000 & 0xFFFF_FFFF,
-            date_nsec=nanoseconds % 1_000_000_000,
-            vm_clock_nsec=vm_clock,
-            icount=icount,
-        )
-        if len(name.encode(errors="surrogateescape")) > 0xFFFF:
-            raise ValueError("the name of a snapshot may be 65535 bytes long")
+        nanoseconds = time.time_ns() if date is None else int(date * 1.0 * 1_000_000_000)
+        _check_name(name)
+        for what, number in (
+            ("vm_clock", vm_clock),
+            ("vm_state_size", vm_state_size),
+            ("icount", icount or 0),
+        ):
+            if not 0 <= operator.index(number) < 1 << 64:
+                raise ValueError(f"the {what} of a snapshot cannot be {number}")
         kept = None
-        with metadata.exclusive(settled=False), ExitStack() as undo:
-            check_size(len(self._list) + 1, self._table_length + 8 + len(snapshot.pack()))
+        with metadata.exclusive(settled=False, told=True), ExitStack() as undo:
+            snapshot = Snapshot(
+                id=self._list.new_id(),
+                name=name,
+                l1_table_offset=0,
+                l1_size=0,
+                disk_size=metadata.header.size,
+                vm_state_size=vm_state_size,
+                date_sec=nanoseconds // 1_000_000_000 & 0xFFFF_FFFF,
+                date_nsec=nanoseconds % 1_000_000_000,
+                vm_clock_nsec=vm_clock,
+                icount=icount,
+            )
+            self._list.added(snapshot).packed()
             used = metadata.geometry.l1_entries(metadata.header.size)
             with metadata.lock:
                 stripped = strip_copied(metadata)
@@ -233,7 +258,9 @@ class Snapshots:
                     l1 = l1 + array("Q", bytes(8 * (used - len(l1)))) + draft.finish(undo)
                 snapshot.l1_size = len(l1)
                 snapshot.l1_table_offset = self._write_table(pack_table(l1), undo)
-            self._replace_list([*self._list, snapshot], undo)
+            self._replace_list(self._list.added(snapshot), undo)
+            place = snapshot.l1_table_offset, 8 * snapshot.l1_size
+            metadata.overlap.put(Section.INACTIVE_L1, *place)
             if draft is not None:
                 kept = draft.kept(snapshot)
             if vm_state_size:
@@ -251,26 +278,33 @@ class Snapshots:
         it is spread too far over the file.
         """
         self._check_writable("Could not begin a snapshot: -95 (Operation not supported)")
-        metadata, geometry = self._metadata, self._metadata.geometry
-        known = self._base
-        if known is not None and known.references.refcounts is not metadata.refcounts:
-            known = None  # counted for another layout
-        if base is not None and (known is None or known.snapshot is not base):
-            l1 = self.l1_table(self._resolve(base))
-            first = geometry.l1_entries(base.disk_size)
-            with metadata.gate.exclusive(), metadata.lock:
-                known = Base.read(metadata, base, l1[first:])
-        if base is not None:
-            self._resolve(base)
-            if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):
-                raise UnsupportedError(
-                    "The VM state of a disk of another size cannot be shared",
-                    feature="shared VM state",
-                )
-        draft = Draft(metadata, known if base is not None else None)
-        self._drafts = [other for other in self._drafts if not other.closed]
-        self._drafts.append(draft)
+        metadata = self._metadata
+        with metadata.gate.exclusive():  # nobody deletes the base before the draft is known
+            known = None if base is None else self._known_base(base)
+            draft = Draft(metadata, known)
+            self._drafts = [other for other in self._drafts if not other.closed]
+            self._drafts.append(draft)
         return draft
+
+    def _known_base(self, base: Snapshot) -> Base:
+        """What is known of a snapshot that VM state is to be shared with (exclusively)."""
+        metadata, geometry = self._metadata, self._metadata.geometry
+        self._resolve(base)
+        if geometry.l1_entries(base.disk_size) != geometry.l1_entries(metadata.header.size):
+            raise UnsupportedError(
+                "The VM state of a disk of another size cannot be shared",
+                feature="shared VM state",
+            )
+        known = self._base
+        if (
+            known is None
+            or known.snapshot is not base
+            or known.references.refcounts is not metadata.refcounts  # counted for another layout
+        ):
+            l1 = self.l1_table(base)
+            with metadata.lock:
+                known = Base.read(metadata, base, l1[geometry.l1_entries(base.disk_size) :])
+        return known
 
     def apply(self, snapshot: str | Snapshot, *, vm_state: bool = True) -> None:
         """Make the disk what it was when the snapshot was taken, its size included.
@@ -284,8 +318,8 @@ class Snapshots:
         metadata = self._metadata
         if self._has_bitmaps():
             raise UnsupportedError("Device has active dirty bitmaps", feature="bitmaps")
-        snapshot = self._resolve(snapshot)
-        with metadata.exclusive(settled=False):
+        with metadata.exclusive(settled=False, told=True):
+            snapshot = self._resolve(snapshot)
             target = self.l1_table(snapshot)
             needed = metadata.geometry.l1_entries(snapshot.disk_size)
             if 8 * needed > layout.MAX_L1_SIZE:
@@ -325,7 +359,9 @@ class Snapshots:
             undo.pop_all()
         previous = header.l1_table_offset, header.l1_size
         with metadata.lock, metadata.health.step("Applying a snapshot"):
-            metadata.switch_l1(target, offset, size)
+            failed = metadata.switch_l1(target, offset, size)
+            if failed is not None:
+                raise failed
             self._lower(going, *previous)
 
     def delete(self, snapshot: str | Snapshot) -> None:
@@ -337,11 +373,13 @@ class Snapshots:
             f"Could not delete snapshot '{snapshot}': -95 (Operation not supported)"
         )
         metadata = self._metadata
-        snapshot = self._resolve(snapshot)
-        self.refuse_views(snapshot)
-        with metadata.exclusive():
+        with metadata.exclusive(told=True):
+            snapshot = self._resolve(snapshot)  # nobody else has deleted it, or opens it now
+            self.refuse_views(snapshot)
             l1 = self.l1_table(snapshot)
-            self._replace_list([other for other in self._list if other is not snapshot])
+            self._replace_list(self._list.removed(snapshot))
+            place = snapshot.l1_table_offset, 8 * snapshot.l1_size
+            metadata.overlap.drop(Section.INACTIVE_L1, *place)
             with metadata.lock, metadata.health.step("Deleting a snapshot"):
                 self._lower(l1, snapshot.l1_table_offset, snapshot.l1_size)
             metadata.settle()
@@ -353,10 +391,6 @@ class Snapshots:
     def _check_writable(self, refusal: str) -> None:
         self._metadata.check_writable()
         refuse_with_data_file(self._metadata, refusal)
-
-    def _new_id(self) -> str:
-        numbers = [int(s.id) for s in self._list if s.id.isascii() and s.id.isdigit()]
-        return str(max(numbers, default=0) + 1)
 
     def l1_table(self, snapshot: Snapshot) -> array[int]:
         """The L1 table of a snapshot, without the COPIED flags, which mean nothing there."""
@@ -406,27 +440,45 @@ class Snapshots:
         if clusters:
             metadata.lower(offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
 
-    def _replace_list(self, snapshots: list[Snapshot], undo: ExitStack | None = None) -> None:
+    def _replace_list(self, snapshots: SnapshotList, undo: ExitStack | None = None) -> None:
         """Write a new snapshot table, switch to it, free the old one.
 
         ``undo`` is for what came before, and done with when the switch begins.
         """
         metadata = self._metadata
-        table = pack_snapshots(snapshots)
+        table = snapshots.packed()
         with undo if undo is not None else ExitStack() as undo:
             with metadata.lock:
                 offset = self._write_table(table, undo)
             metadata.flush_alone()
             undo.pop_all()
         header = metadata.header
-        old_offset, old_length = header.snapshots_offset, self._table_length
+        old_offset, old_length = header.snapshots_offset, self._list.length
         with metadata.lock, metadata.health.step("Switching the snapshot table"):
             metadata.file.write(
                 layout.NB_SNAPSHOTS_OFFSET, layout.SNAPSHOT_FIELDS.pack(len(snapshots), offset)
             )
             metadata.file.flush()
             header.nb_snapshots, header.snapshots_offset = len(snapshots), offset
-            self._list, self._table_length = snapshots, len(table)
+            self._list, snapshots.length = snapshots, len(table)
+            metadata.overlap.drop(Section.SNAPSHOT_TABLE, old_offset, old_length)
+            metadata.overlap.put(Section.SNAPSHOT_TABLE, offset, len(table))
+            if metadata.overlap.sections & Section.INACTIVE_L2:
+                metadata.overlap.forget()  # tables are not a deleted snapshot's any more
             clusters = metadata.geometry.clusters(old_length)
             if clusters:
                 metadata.lower(old_offset >> metadata.cluster_bits, clusters, DiscardKind.SNAPSHOT)
+
+
+def _is_same(one: Snapshot, other: Snapshot) -> bool:
+    """True for two objects that stand for one entry of the table, however often it was read."""
+    return one is other or (one.id, one.l1_table_offset) == (other.id, other.l1_table_offset)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a snapshot's name is a string, not {name!r}")
+    if "\0" in name:
+        raise ValueError("the name of a snapshot cannot contain NUL")
+    if len(name.encode(errors="surrogateescape")) > 0xFFFF:
+        raise ValueError("the name of a snapshot may be 65535 bytes long")

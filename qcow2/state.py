@@ -47,6 +47,9 @@ def mark_consistent(file: Disk, header: Header) -> None:
 def _change(file: Disk, header: Header, features: int) -> None:
     if features == header.incompatible_features:
         return
+    if not features & ~header.incompatible_features:
+        # Bits that go: should the file still have them, that does no harm, but the other way.
+        header.incompatible_features = features
     if header.version >= 3:
         file.write(layout.INCOMPATIBLE_FEATURES_OFFSET, layout.U64.pack(features))
         file.flush()

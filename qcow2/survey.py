@@ -142,7 +142,7 @@ class Survey:
     def _refer_block(self, index: int, cluster: int) -> None:
         counts = self.references.counts
         if counts[cluster] >= self.metadata.geometry.refcount_max:
-            self.result.corrupt(f"overflow cluster offset={cluster << self.bits:#x}")
+            self.references.overflow(cluster)
         else:
             counts[cluster] += 1
             self.structure.append((cluster, 1))
@@ -179,7 +179,7 @@ class Survey:
             if not offset:
                 continue
             try:
-                if offset % metadata.cluster_size:
+                if offset % metadata.cluster_size or offset > layout.INT64_MAX:
                     raise BackendError(5, "Input/output error")
                 data = read_padded(metadata.file, offset, metadata.cluster_size)
             except BackendError as error:

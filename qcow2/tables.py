@@ -123,6 +123,14 @@ class Tables:
             self._slices[cluster >> self._slice_bits] = slot << self._slot_bits
         return (slot << self._slot_bits) + ((cluster & self._slice_mask) << self._entry_bits)
 
+    def keep(self, cluster: int, table: bytes) -> None:
+        """Have the slice with the entry of ``cluster`` in the cache, of an L2 table that was just
+        written to the file. Raises CacheFull."""
+        at = (cluster & self._l2_mask) >> self._slice_bits << self._slot_bits
+        offset = self.l2_offset(cluster >> self._l2_bits) + at
+        if offset not in self._slots:
+            self.cache.put(offset, table[at : at + self.cache.slot_size])
+
     def entry_at(self, position: int) -> int:
         """The L2 entry at a position in the slab."""
         value: int = _unpack(self._view, position)[0]

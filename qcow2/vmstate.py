@@ -30,6 +30,10 @@ __all__ = ["VmState", "VmStateStream"]
 
 _MAX_POSITION = layout.INT64_MAX
 _ZERO_CHUNK = 1 << 21
+_BRIDGED = 1 << 15
+"""Bytes between two pieces of the file that are read, too, where that saves a system call."""
+_MAX_ROW = 1000
+"""Buffers that one read fills; systems take 1,024."""
 
 
 class VmState:
@@ -95,7 +99,8 @@ class VmState:
 
     def _read_in_order(self, offset: int, views: list[memoryview], length: int) -> None:
         """Read in the order of the file. The clusters of a snapshot are where those were that it
-        shares with, so hardly any follows the one before; but each of the others wrote a row.
+        shares with, so hardly any follows the one before; but each of the others wrote a row, in
+        which there are gaps where a later one has written something else.
 
         Of a snapshot's view: nothing that is mapped there moves.
         """
@@ -110,13 +115,20 @@ class VmState:
         stored.sort()
         row: list[memoryview] = []
         row_start = row_end = 0
+        nobodys = memoryview(bytearray(_BRIDGED))
+        whole = views[0] if len(views) == 1 else None
         for host, at, size in stored:
-            if row and host != row_end:
-                self._metadata.data.readv(row_start, row)
-                row = []
-            if not row:
-                row_start = host
-            row += split(views, at, size)
+            gap = host - row_end
+            if not 0 <= gap <= _BRIDGED or len(row) > _MAX_ROW:
+                if row:
+                    self._metadata.data.readv(row_start, row)
+                row, row_start = [], host
+            elif gap:
+                row.append(nobodys[:gap])
+            if whole is not None:
+                row.append(whole[at : at + size])
+            else:
+                row += split(views, at, size)
             row_end = host + size
         if row:
             self._metadata.data.readv(row_start, row)
@@ -250,6 +262,8 @@ class VmStateStream(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence not in (io.SEEK_SET, io.SEEK_CUR, io.SEEK_END):
+            raise ValueError(f"invalid whence ({whence})")
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._state.size}
         _check(base[whence] + offset, 0)
         self._position = base[whence] + offset

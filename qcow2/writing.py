@@ -116,28 +116,36 @@ class Writer:
 
     def _write_runs(self, offset: int, views: list[memoryview], length: int) -> None:
         """Write what may be several runs, one after the other (inside)."""
+        follow = 0
         while length:
-            done = self._write_run(offset, views, length)
+            done, follow = self._write_run(offset, views, length, follow)
             views = split(views, done, length - done)
             offset += done
             length -= done
         if len(self._metadata.dropped.runs) > MAX_DROPPED:
             self._metadata.flush_inside()
 
-    def _write_run(self, offset: int, views: list[memoryview], length: int) -> int:
-        """Write as much as goes in one piece; how much that was."""
+    def _write_run(
+        self, offset: int, views: list[memoryview], length: int, follow: int
+    ) -> tuple[int, int]:
+        """Write as much as goes in one piece: how much that was, and the host byte behind it.
+
+        New clusters are taken from host byte ``follow`` on, where the piece before has ended, if
+        there are free ones (QEMU): 0 for the first piece.
+        """
         while True:
             try:
                 with self._lock:
-                    plan = self._plan(offset, length)
+                    plan = self._plan(offset, length, follow)
                 break
             except CacheFull:
                 self._metadata.flush_inside()
         if isinstance(plan, _NewClusters):
-            return self._write_new(plan, offset, views, length)
+            end = plan.host + (plan.allocation.count << self._metadata.cluster_bits)
+            return self._write_new(plan, offset, views, length), end
         host, run = plan
         self._store(host, offset, split(views, 0, run), run)
-        return run
+        return run, host + run
 
     def _store(self, host: int, guest: int, views: list[memoryview], length: int) -> None:
         """Write guest bytes from ``guest`` on to their place in the file."""
@@ -173,7 +181,7 @@ class Writer:
 
     # -- planning (lock held) --------------------------------------------------------------------
 
-    def _plan(self, offset: int, length: int) -> tuple[int, int] | _NewClusters:
+    def _plan(self, offset: int, length: int, follow: int) -> tuple[int, int] | _NewClusters:
         """Where the data goes: (host offset, bytes) in place, or new clusters."""
         metadata = self._metadata
         tables, gate = metadata.tables, metadata.gate
@@ -191,7 +199,7 @@ class Writer:
                 count = min(count, allocation.first - cluster)
         position = metadata.prepare(cluster)
         try:
-            return self._take_clusters(cluster, count, position, offset, length)
+            return self._take_clusters(cluster, count, position, offset, length, follow)
         except BaseException:
             metadata.unpin(position)
             raise
@@ -208,7 +216,7 @@ class Writer:
         return metadata.tables.entry(cluster) == host | layout.COPIED | layout.ZERO
 
     def _take_clusters(
-        self, cluster: int, count: int, position: int, offset: int, length: int
+        self, cluster: int, count: int, position: int, offset: int, length: int, follow: int
     ) -> _NewClusters:
         metadata = self._metadata
         old = metadata.tables.entries_at(position, count)
@@ -222,7 +230,9 @@ class Writer:
             count = next((i for i, entry in enumerate(old) if self._is_own(entry)), count)
             host, fresh = cluster << metadata.cluster_bits, False
             if metadata.data_file is None:
-                first, count, fresh = metadata.refcounts.allocate(count)
+                first, count, fresh = metadata.refcounts.allocate(
+                    count, follow=follow >> metadata.cluster_bits
+                )
                 host = first << metadata.cluster_bits
                 fresh = fresh and self._encryption is None  # zeroes are encrypted, too
         start, end = cluster << metadata.cluster_bits, (cluster + count) << metadata.cluster_bits

@@ -43,31 +43,44 @@ def expand_zero_clusters(
 ) -> None:
     """Have no zero cluster left in what these L1 tables reach (exclusively; standard entries).
 
-    ``backed``: there is a backing file, which nothing must let show. Raises BackendError where
-    there is no room; the image is what it was then, partly expanded.
+    ``progress(done, total)`` is called for each L1 entry. ``backed``: there is a backing file,
+    which nothing must let show. Raises BackendError where there is no room; the image is what it
+    was then, partly expanded.
     """
-    tables = sorted({offset for l1 in l1_tables for _, offset in l2_tables(metadata, l1)})
-    for start in range(0, len(tables), _BATCH):
-        progress(start, len(tables))
-        with metadata.lock:
-            changes = [
-                change
-                for offset in tables[start : start + _BATCH]
-                if (change := _expand(metadata, offset, backed)) is not None
-            ]
-        if not changes:
-            continue
-        metadata.settle()
-        with metadata.lock:
-            for change in changes:
-                metadata.write_l2_table(change.offset, change.contents)
-            metadata.file.flush()
-            with metadata.health.step("Expanding zero clusters"):
-                for change in changes:
-                    for cluster, times in change.dropped:
-                        metadata.lower(cluster, 1, DiscardKind.OTHER, times)
+    l1_tables = list(l1_tables)
+    total = sum(len(l1) for l1 in l1_tables)
+    seen: set[int] = set()
+    done = 0
+    for l1 in l1_tables:
+        named = dict(l2_tables(metadata, l1))
+        for start in range(0, len(l1), _BATCH):
+            batch = range(start, min(start + _BATCH, len(l1)))
+            tables = list(dict.fromkeys(named[i] for i in batch if i in named))
+            _expand_tables(metadata, [table for table in tables if table not in seen], backed)
+            seen.update(tables)
+            for _ in batch:
+                done += 1
+                progress(done, total)
     metadata.settle()
-    progress(len(tables), len(tables))
+
+
+def _expand_tables(metadata: Metadata, tables: Iterable[int], backed: bool) -> None:
+    """Expand a batch of L2 tables."""
+    with metadata.lock:
+        changes = [
+            change for offset in tables if (change := _expand(metadata, offset, backed)) is not None
+        ]
+    if not changes:
+        return
+    metadata.settle()
+    with metadata.lock:
+        for change in changes:
+            metadata.write_l2_table(change.offset, change.contents, active=None)
+        metadata.file.flush()
+        with metadata.health.step("Expanding zero clusters"):
+            for change in changes:
+                for cluster, times in change.dropped:
+                    metadata.lower(cluster, 1, DiscardKind.OTHER, times)
 
 
 def _expand(metadata: Metadata, offset: int, backed: bool) -> _Change | None:

@@ -234,6 +234,8 @@ def _replace_in_slice(
             tables.check_entry(entry, cluster + i)
         new = [replace(entry) for entry in old]
         announce()
+        if list(old) == new:
+            return count  # nothing to be written
         with metadata.health.step("Changing the mapping"):
             tables.set_entries(position, new)
             for before, after in zip(old, new, strict=True):

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 from ..errors import PyvirtioError
 
-__all__ = ["Failure", "errno_text", "program_name", "report", "say_more", "text_of", "warn"]
+__all__ = [
+    "Failure",
+    "errno_text",
+    "program_name",
+    "report",
+    "say_findings",
+    "say_more",
+    "text_of",
+    "warn",
+]
 
 
 class Failure(Exception):
@@ -46,6 +56,13 @@ def say_more(text: str) -> None:
         sys.stderr.flush()
         sys.stderr.buffer.write(text.encode(errors="surrogateescape"))
         sys.stderr.buffer.flush()
+
+
+def say_findings(messages: Iterable[str]) -> None:
+    """What a check or repair of an image has found."""
+    for message in messages:
+        # Those that are reports stand under the program's name.
+        say_more(message + "\n") if type(message) is str else report(message)
 
 
 def text_of(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..backend.node import Graph
 from ..errors import PyvirtioError
-from .messages import Failure, say_more, text_of, warn
+from .messages import Failure, say_findings, say_more, text_of, warn
 from .optlist import split
 
 __all__ = ["Objects"]
@@ -37,7 +37,9 @@ class Objects:
         self.secrets: dict[str, bytes] = {}
         self.named: dict[str, Any] = {}
         """What drivers take by a name: throttle groups, credentials."""
-        self.graph = Graph(secrets=self.secrets, objects=self.named, warn=_warn)
+        self.graph = Graph(
+            secrets=self.secrets, objects=self.named, warn=_warn, tell_repairs=say_findings
+        )
         """For every image opened in this run."""
         self._known: set[str] = set()
 

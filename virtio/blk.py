@@ -8,7 +8,7 @@ from threading import get_ident
 from time import monotonic_ns
 from typing import Any
 
-from ..backend.disk import Disk
+from ..backend.disk import Disk, OutsideError
 from ..backend.state import StateReader, StateWriter
 from ..backend.zones import ZoneError
 from ..errors import GuestError, PyvirtioError
@@ -155,7 +155,7 @@ class VirtioBlk(VirtioDevice):
 
     def _refresh_config(self) -> None:
         """Have the configuration that goes with what was negotiated, if that is settled."""
-        settled = self.status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK)
+        settled = self.status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK | at.STATUS_SUSPEND)
         self._config = self._make_config(zoned=not settled or self.accepted(at.VIRTIO_BLK_F_ZONED))
 
     def read_config(self, offset: int, length: int) -> bytes:
@@ -168,7 +168,7 @@ class VirtioBlk(VirtioDevice):
         """See :class:`VirtioDevice`. ``writeback`` alone can be written (BLK-47)."""
         where = at.BLK_CONFIG_WRITEBACK - offset
         allowed = self.legacy or self.accepted(at.VIRTIO_BLK_F_CONFIG_WCE)  # BF-53
-        if 0 <= where < len(data) and allowed:
+        if 0 <= where < len(data) and allowed and not self.suspended:  # BF-64
             with self.lock:
                 self.writeback = bool(data[where])
                 self._refresh_config()
@@ -202,9 +202,16 @@ class VirtioBlk(VirtioDevice):
 
     def _resized(self, size: int) -> None:
         with self.holding():
+            if self.suspended:  # BF-67: later
+                return
             self.capacity = size // SECTOR_SIZE
             self._refresh_config()
             self.config_changed()
+
+    def woken(self) -> None:
+        """See :class:`VirtioDevice`: the disk may have been resized (BF-69)."""
+        if self.disk.size // SECTOR_SIZE != self.capacity:
+            self._resized(self.disk.size)
 
     def save_own(self, stream: StateWriter) -> None:
         """See :class:`VirtioDevice`."""
@@ -213,7 +220,8 @@ class VirtioBlk(VirtioDevice):
         stream.flag(self.writeback)
 
     def load_own(self, stream: StateReader) -> Callable[[], object]:
-        """See :class:`VirtioDevice`. The disk may have another size: the driver is told then."""
+        """See :class:`VirtioDevice`. The disk may have another size: the driver is told then, or
+        when it wakes a device that is suspended."""
         block_size, capacity, writeback = stream.u32(), stream.u64(), stream.flag()
         if block_size != self.logical_block_size:
             raise stream.malformed(
@@ -222,7 +230,7 @@ class VirtioBlk(VirtioDevice):
 
         def adopt() -> None:
             self.writeback = writeback
-            self.capacity = self.disk.size // SECTOR_SIZE
+            self.capacity = capacity if self.suspended else self.disk.size // SECTOR_SIZE
             self._refresh_config()
             if self.capacity != capacity:
                 self.config_changed()
@@ -294,6 +302,9 @@ class VirtioBlk(VirtioDevice):
             # A driver that did not take the zones knows their statuses as little.
             zoned = self.accepted(at.VIRTIO_BLK_F_ZONED)
             return ZONE_STATUS[error.fault] if zoned else at.VIRTIO_BLK_S_IOERR
+        if isinstance(error, OutsideError):
+            _log.warning("request at sector %d: the disk was made smaller (%s)", sector, error)
+            return at.VIRTIO_BLK_S_IOERR
         if _closed(self.disk):
             _log.warning("request at sector %d: the disk is closed (%s)", sector, error)
             return at.VIRTIO_BLK_S_IOERR
@@ -328,7 +339,7 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            self._check_long(length, segments, True)
+            self._check_long(offset, length, segments, True)
             for part, size in _pieces(segments, memory.map_limit):
                 self._read(offset // SECTOR_SIZE, part)
                 offset += size
@@ -352,7 +363,7 @@ class VirtioBlk(VirtioDevice):
             raise self._out_of_bounds(sector, length)
         offset = sector * SECTOR_SIZE
         if length > memory.map_limit:
-            self._check_long(length, segments, False)
+            self._check_long(offset, length, segments, False)
             for part, size in _pieces(segments, memory.map_limit):
                 self._write(offset // SECTOR_SIZE, part)
                 offset += size
@@ -364,11 +375,13 @@ class VirtioBlk(VirtioDevice):
             for view in views:
                 view.release()
 
-    def _check_long(self, length: int, segments: list[Segment], writable: bool) -> None:
+    def _check_long(self, offset: int, length: int, segments: list[Segment], reading: bool) -> None:
         """Before a transfer that is done in pieces: refuse it whole."""
-        if length > at.CHAIN_BYTES_MAX:
+        if length > at.DATA_BYTES_MAX:
             raise RefusedError(f"a chain of {length} bytes")  # VQ-S-16
-        self._memory.check(segments, writable)
+        self._memory.check(segments, reading)
+        if self.traits.zoned is not None:
+            self.traits.zoned.check_request(offset, length, writing=not reading)
 
     def _out_of_bounds(self, sector: int, length: int) -> RefusedError:
         if length % SECTOR_SIZE:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from ..backend.state import StateReader, StateWriter
 from ..errors import GuestError
+from . import suspension
 from .guarded import Guarded, locked
 from .iommu import Translate, TranslatedMemory
 from .layout import (
@@ -29,11 +30,13 @@ from .layout import (
     STATUS_FAILED,
     STATUS_FEATURES_OK,
     STATUS_NEEDS_RESET,
+    STATUS_SUSPEND,
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_NOTIFY_ON_EMPTY,
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
@@ -41,7 +44,7 @@ from .layout import (
     Structs,
 )
 from .memory import GuestMemory
-from .observe import Observer, Observers
+from .observe import Observer
 from .queue import DeviceState, Queue
 from .ring import Chain, QueueState, Ring
 from .rings import make_ring
@@ -59,6 +62,7 @@ _DRIVER_BITS = (
 )
 """Status bits that a driver may set."""
 
+_LEGACY_FEATURES = 1 << VIRTIO_F_ANY_LAYOUT | 1 << VIRTIO_F_NOTIFY_ON_EMPTY
 _NO_MEMORY = GuestMemory.from_buffer(b"")
 """The guest memory of a device that is not attached."""
 
@@ -125,7 +129,6 @@ class VirtioDevice(Guarded, ABC):
         """Called with the error that has paused the device (an error policy of ``stop``), from the
         thread that served; :meth:`resume` tries the request again."""
         self._stopped_by: Exception | None = None
-        self._observers: list[Observer] = []
         self.service = WorkerService(self, io_threads) if io_threads else Service(self)
         self.kick: Callable[[int], None] = self.service.kick
         """See :class:`~.transport.TransportDevice`."""
@@ -164,7 +167,7 @@ class VirtioDevice(Guarded, ABC):
         self.legacy_structs = LITTLE if order == "little" else BIG
         self.legacy = legacy
         self.structs = self.legacy_structs if legacy else LITTLE
-        self.service.defer = defer
+        self.service.defer = defer and self.service.inline  # threads need nobody who polls
         self._transport_features = features
         self.reset()
 
@@ -202,7 +205,7 @@ class VirtioDevice(Guarded, ABC):
         """What the device offers, as a bit mask; a legacy driver sees 32 bits."""
         features = self._type_features | self._transport_features
         if self.legacy:
-            return (features | 1 << VIRTIO_F_ANY_LAYOUT) & 0xFFFF_FFFF
+            return (features | _LEGACY_FEATURES) & 0xFFFF_FFFF
         return features | 1 << VIRTIO_F_VERSION_1
 
     @property
@@ -221,7 +224,7 @@ class VirtioDevice(Guarded, ABC):
         Ignored once it has said FEATURES_OK (BF-48), or DRIVER_OK on a legacy device.
         """
         state = self.state
-        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK):
+        if state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK | STATUS_SUSPEND):
             return
         state.driver_features = state.driver_features & ~mask | features & mask
         if self.legacy:  # in force at once, rings that are in use already included
@@ -242,7 +245,12 @@ class VirtioDevice(Guarded, ABC):
     @property
     def status(self) -> int:
         """The device status field (§2.1)."""
-        return self.state.status
+        return suspension.shown(self.state.status)
+
+    @property
+    def suspended(self) -> bool:
+        """The driver has the device stand still; see :mod:`.suspension`."""
+        return suspension.is_suspended(self.state.status)
 
     @locked
     def set_status(self, value: int) -> None:
@@ -251,6 +259,8 @@ class VirtioDevice(Guarded, ABC):
             self.reset()
             return
         state = self.state
+        if suspension.asked_for(self, value):
+            return
         new = value & _DRIVER_BITS & ~state.status
         if self.legacy:
             new &= ~STATUS_FEATURES_OK
@@ -269,12 +279,7 @@ class VirtioDevice(Guarded, ABC):
             self.negotiated()
         self.refresh_rings()
         if new & STATUS_DRIVER_OK:
-            # What was kicked too early (BF-51) is not lost.
-            for queue in self.queues:
-                if self.service.defer:
-                    queue.pending = queue.ring is not None
-                else:
-                    self.kick(queue.index)
+            self.service.look()  # what was kicked too early (BF-51) is not lost
 
     @locked
     def reset(self) -> None:
@@ -287,6 +292,7 @@ class VirtioDevice(Guarded, ABC):
         state.driver_features = 0
         state.broken = False
         self._violation = None
+        self._config_due = False
         self.resets += 1
         for queue in self.queues:
             self._forget(queue)
@@ -296,7 +302,6 @@ class VirtioDevice(Guarded, ABC):
     def _forget(self, queue: Queue) -> None:
         max_size = queue.state.max_size
         queue.state = QueueState(max_size, max_size)
-        queue.drop()
 
     @locked
     def guest_error(self, error: GuestError) -> None:
@@ -311,6 +316,7 @@ class VirtioDevice(Guarded, ABC):
         """An error was met that only a reset can mend: let go of the queues, and say so."""
         state = self.state
         state.broken = True
+        state.status = suspension.shown(state.status)  # it is not to be suspended any more (BF-70)
         for queue in self.queues:
             queue.drop()
         if not self.legacy and not state.status & STATUS_NEEDS_RESET:
@@ -332,10 +338,7 @@ class VirtioDevice(Guarded, ABC):
 
     @locked
     def enable_queue(self, index: int) -> None:
-        """The driver has set up queue ``index`` (its :class:`QueueState`) and enables it.
-
-        A second time changes nothing. A queue that cannot work breaks the device.
-        """
+        """See :class:`~.transport.TransportDevice`. A second time changes nothing."""
         queue = self.queues[index]
         if queue.state.ready or self.state.broken:
             return
@@ -345,7 +348,7 @@ class VirtioDevice(Guarded, ABC):
             self.guest_error(error)
             return
         queue.state.ready = True
-        if self._may_serve():
+        if self._may_serve() and not suspension.is_suspending(self.state.status):
             self._go_live(queue, ring)
 
     @locked
@@ -365,6 +368,7 @@ class VirtioDevice(Guarded, ABC):
         self.service.drain(queue)
         queue.drop()
         queue.state.ready = False
+        suspension.finish(self)
 
     @locked
     def reset_queue(self, index: int) -> None:
@@ -375,9 +379,11 @@ class VirtioDevice(Guarded, ABC):
         """
         if self.accepted(VIRTIO_F_RING_RESET):
             self.queues[index].drop()
+            self.queues[index].state.ready = False  # from here on it goes on: :meth:`resetting`
             self.service.drain(self.queues[index])
             self._forget(self.queues[index])
             self.state.queues[index] = self.queues[index].state
+            suspension.finish(self)
 
     def resetting(self, index: int) -> bool:
         """A request that was being done when queue ``index`` was reset still is (MMIO-12)."""
@@ -394,10 +400,11 @@ class VirtioDevice(Guarded, ABC):
     def refresh_rings(self) -> None:
         """Bring every queue's ring in line with status and features."""
         live = self._may_serve()
+        suspending = suspension.is_suspending(self.state.status)
         for queue in self.queues:
             if not (live and queue.state.ready):
                 queue.ring = queue.express = None
-            elif queue.ring is None:
+            elif queue.ring is None and (queue.held or not suspending):
                 try:
                     self._go_live(queue, self.make_ring(queue.state, self.state.driver_features))
                 except GuestError as error:
@@ -447,20 +454,11 @@ class VirtioDevice(Guarded, ABC):
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Have ``observer`` told what the device does, until what this returns is called."""
-        self._observers.append(observer)
-        self._set_observers()
-
-        def stop() -> None:
-            if observer in self._observers:
-                self._observers.remove(observer)
-                self._set_observers()
-
-        return stop
+        return self.service.observe(observer)
 
     @locked
-    def _set_observers(self) -> None:
-        observers = self._observers
-        self.service.observer = Observers(observers) if observers else None
+    def observed(self) -> None:
+        """Others watch now, or nobody: watched queues have no short way."""
         for queue in self.queues:
             if queue.ring is not None:
                 queue.express = self._express(queue, queue.ring)
@@ -480,6 +478,7 @@ class VirtioDevice(Guarded, ABC):
     def after_serving(self, failure: Exception | None) -> None:
         """A kick was served, up to an error of the driver's or our own, if there was one."""
         self.attention = False
+        self.told()
         stopped_by, self._stopped_by = self._stopped_by, None
         if stopped_by is not None and self.on_stop is not None:
             self.on_stop(stopped_by)
@@ -487,6 +486,17 @@ class VirtioDevice(Guarded, ABC):
             error, self._violation = failure or self._violation, None
             if self.strict and error is not None:
                 raise error
+
+    @property
+    def silent(self) -> bool:
+        """See :class:`Guarded` (BF-68)."""
+        return self.suspended
+
+    def told(self) -> None:
+        """Something that was under way is done: a device that is to be suspended may be ready."""
+        if suspension.is_suspending(self.state.status):
+            self.attention = True
+            suspension.finish(self)
 
     def violation(self, error: GuestError) -> None:
         """The driver broke a rule and has its answer; under ``strict`` raise when that is out."""
@@ -506,9 +516,11 @@ class VirtioDevice(Guarded, ABC):
         has worker threads; :meth:`pause` it then. What the driver has made available and was not
         taken is in guest memory; what was taken and is held is written.
         """
-        if not self.service.idle():
-            raise ValueError("a device is not saved from inside one of its requests")
         with self.lock:
+            if not self.service.idle():
+                raise ValueError("a device is not saved from inside one of its requests")
+            if not self.service.inline and not self.service.paused:
+                raise ValueError("a device with worker threads is saved while it is paused")
             save_device(self, stream)
 
     def load_state(self, stream: StateReader) -> Callable[[], object]:
@@ -555,6 +567,10 @@ class VirtioDevice(Guarded, ABC):
     @abstractmethod
     def was_reset(self) -> None:
         """Everything is as it was at the start again."""
+
+    @abstractmethod
+    def woken(self) -> None:
+        """The device was suspended and goes on: tell the driver what has changed meanwhile."""
 
     @abstractmethod
     def memory_changed(self) -> None:

@@ -45,7 +45,7 @@ def make_express(
     """A function that serves ``queue`` as :class:`.service.Service` does; None where none can."""
     plain = memory.plain_region()
     places = None if plain is None else _places(ring, *plain[:2])
-    if plain is None or places is None:
+    if plain is None or places is None or ring.notify_on_empty:
         return None
     base, _, buffer = plain
     available, heads, used_event, used, avail_event, elements = places
@@ -53,9 +53,12 @@ def make_express(
     usual = _make_recogniser(blk, ring, state.descriptor_area - base, plain)
     disk, mask, fence, event_idx = blk.disk, size - 1, ring.fence, ring.event_idx
     process_next = blk.service.process_next
+    in_order, begin_batch = ring.in_order, ring.begin_batch
 
     def express() -> None:
         left = budget
+        if in_order:
+            begin_batch()  # of what is done here the ring hears nothing
         # Not kept from kick to kick: an open view keeps a mmap from being closed.
         ram = memoryview(buffer)
         words = ram.cast("H")

@@ -26,6 +26,8 @@ class Guarded:
         self.transport: Transport | None = None
         self.attention = False
         """Something besides an interrupt for a queue may be due."""
+        self.telling = 0
+        """How many threads are just now sending a configuration interrupt."""
         self._depth = 0
         self._config_due = False
 
@@ -33,26 +35,52 @@ class Guarded:
     def holding(self) -> Iterator[None]:
         """Hold the lock; a configuration interrupt that is due is sent after that."""
         try:
-            with self.lock:
-                self._depth += 1
-                try:
-                    yield
-                finally:
-                    self._depth -= 1
+            with self.quietly():
+                yield
         finally:
             self.announce()
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Hold the lock; what is due is left to the next :meth:`announce`, under no lock."""
+        with self.lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def config_due(self) -> None:
         """The driver is to hear of a change of the configuration; the lock is held."""
         self._config_due = self.attention = True
 
+    @property
+    def silent(self) -> bool:
+        """Nothing may be sent now; what is due stays so."""
+        return False
+
+    def told(self) -> None:
+        """A configuration interrupt was sent."""
+
     def announce(self) -> None:
         """Send the configuration interrupt if it is due and the lock is not held; if it is, that is
         done when it is given back."""
-        if self._config_due and not self._depth:
+        if not self._config_due:
+            return
+        with self.lock:
+            if not self._config_due or self._depth or self.silent:
+                return
             self._config_due = False
+            self.telling += 1
             if self.transport is not None:
-                self.transport.config_interrupt()
+                self.transport.note_interrupt(None)
+        try:
+            if self.transport is not None:
+                self.transport.deliver()
+        finally:
+            with self.lock:
+                self.telling -= 1
+            self.told()
 
 
 def locked(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:

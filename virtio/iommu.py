@@ -24,6 +24,14 @@ __all__ = ["Translate", "TranslatedMemory"]
 Translate = Callable[[int, int, bool], Iterable[Segment]]
 
 
+class _Views(list[memoryview]):
+    """Views, and the physical memory that they are of."""
+
+    def __init__(self, views: Iterable[memoryview], pieces: list[Segment]) -> None:
+        super().__init__(views)
+        self.pieces = pieces
+
+
 class TranslatedMemory(GuestMemory):
     """``memory`` as seen through ``translate``."""
 
@@ -68,12 +76,12 @@ class TranslatedMemory(GuestMemory):
         self._memory.check(self._flat(segments, writable), writable)
 
     def map(self, segments: Iterable[Segment], writable: bool) -> list[memoryview]:
-        return self._memory.map(self._flat(segments, writable), writable)
+        pieces = self._flat(segments, writable)
+        return _Views(self._memory.map(pieces, writable), pieces)
 
     def commit(self, segments: Iterable[Segment], views: Sequence[memoryview]) -> None:
-        pieces = self._flat(segments, True)
-        if [length for _, length in pieces] != [len(view) for view in views]:
-            raise GuestError("the translation changed under a request")
+        """What was mapped is where it was then, whatever the translation is by now."""
+        pieces = views.pieces if isinstance(views, _Views) else self._flat(segments, True)
         self._memory.commit(pieces, views)
 
     def reader(

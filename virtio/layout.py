@@ -37,6 +37,7 @@ VIRTIO_F_IN_ORDER: Final = 35
 VIRTIO_F_ORDER_PLATFORM: Final = 36
 VIRTIO_F_NOTIFICATION_DATA: Final = 38
 VIRTIO_F_RING_RESET: Final = 40
+VIRTIO_F_SUSPEND: Final = 43
 
 # -- §2.7 split virtqueues ---------------------------------------------------------------------
 
@@ -44,6 +45,8 @@ QUEUE_SIZE_MAX: Final = 32768
 """§2.7: entries; a split queue's size is also a power of two."""
 CHAIN_BYTES_MAX: Final = 1 << 32
 """§2.7.5.1: a chain must not be longer than this in total."""
+DATA_BYTES_MAX: Final = CHAIN_BYTES_MAX - 17
+"""So of a block request's data: header and status are in the chain, too."""
 
 VIRTQ_DESC_ALIGN: Final = 16
 VIRTQ_AVAIL_ALIGN: Final = 2

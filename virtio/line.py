@@ -37,6 +37,11 @@ class InterruptLine:
         if not self.causes & cause:
             self._change(cause, 0)
 
+    def note(self, cause: int) -> None:
+        """The same, and :meth:`update` is called by who says so, when nothing is locked."""
+        with self._lock:
+            self.causes |= cause
+
     def remove(self, causes: int) -> int:
         """These bits are dealt with; all that there were before."""
         return self._change(0, causes)

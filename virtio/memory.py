@@ -24,7 +24,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import GuestError
-from .layout import CHAIN_BYTES_MAX, ByteOrder
+from .layout import DATA_BYTES_MAX, ByteOrder
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -54,7 +54,7 @@ class Words(Protocol):
 class GuestMemory(ABC):
     """Guest RAM by physical address. Make one with one of the three ``from_`` methods."""
 
-    map_limit: int = CHAIN_BYTES_MAX
+    map_limit: int = DATA_BYTES_MAX
     """Bytes that may be mapped at one time; longer transfers are done in pieces."""
 
     @staticmethod
@@ -347,6 +347,8 @@ class CallbackMemory(GuestMemory):
     def read(self, pa: int, length: int) -> bytes:
         if pa < 0 or length < 0 or pa + length > ADDRESS_LIMIT:
             raise GuestError(f"{length} bytes at {pa:#x} are outside the address space")
+        if not length:
+            return b""
         try:
             data = bytes(self._read(pa, length))
         except Exception as error:
@@ -359,6 +361,8 @@ class CallbackMemory(GuestMemory):
         data = bytes(data)
         if pa < 0 or pa + len(data) > ADDRESS_LIMIT:
             raise GuestError(f"{len(data)} bytes at {pa:#x} are outside the address space")
+        if not data:
+            return
         try:
             self._write(pa, data)
         except Exception as error:

@@ -76,6 +76,7 @@ class VirtioMmio:
             order=order,
             defer=notify == "deferred",
             features=1 << at.VIRTIO_F_RING_RESET
+            | 1 << at.VIRTIO_F_SUSPEND
             | notification_data << at.VIRTIO_F_NOTIFICATION_DATA,
         )
 
@@ -122,9 +123,14 @@ class VirtioMmio:
         """See :class:`~.transport.Transport`."""
         self._line.add(MMIO_INTERRUPT_USED_BUFFER)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`~.transport.Transport`."""
-        self._line.add(at.MMIO_INTERRUPT_CONFIG_CHANGE)
+        config = at.MMIO_INTERRUPT_CONFIG_CHANGE
+        self._line.note(config if index is None else MMIO_INTERRUPT_USED_BUFFER)
+
+    def deliver(self) -> None:
+        """See :class:`~.transport.Transport`."""
+        self._line.update()
 
     # -- registers ---------------------------------------------------------------------------
 
@@ -198,6 +204,8 @@ class VirtioMmio:
             self.device.set_driver_features(value << 32 * select, 0xFFFF_FFFF << 32 * select)
 
     def _write_status(self, value: int) -> None:
+        if value and not value & 0xFF:
+            return  # bits that mean nothing, and no reset
         if value == 0:
             self._reset_registers()
             self.device.set_status(0)
@@ -313,7 +321,8 @@ class VirtioMmio:
         self._page_size = value
 
     def _write_queue_align(self, value: int) -> None:
-        self._queue_align[self._queue_sel] = value
+        if self._selected() is not None:
+            self._queue_align[self._queue_sel] = value
 
     def _read_queue_pfn(self) -> int:
         return self._queue_pfn.get(self._queue_sel, 0)

@@ -44,11 +44,18 @@ class MsixTable:
         self._table = bytearray(entry * self.vectors)
         self._pending = 0
 
-    def notify(self, vector: int) -> None:
-        """Send the message of a vector, now or when that is possible again."""
+    def note(self, vector: int) -> None:
+        """The message of a vector is to be sent, by :meth:`send` or when that is possible again."""
         with self._lock:
             self._pending |= 1 << vector
-        self._send_pending(vector)
+
+    def send(self) -> None:
+        """Send what waits, as far as it is not masked."""
+        pending = self._pending
+        while pending:
+            vector = pending.bit_length() - 1
+            pending ^= 1 << vector
+            self._send_pending(vector)
 
     def forget(self, vector: int) -> None:
         """Nothing is pending on a vector any more: what it was for is no more."""
@@ -58,9 +65,8 @@ class MsixTable:
     def set_open(self, value: bool) -> None:
         """See :attr:`open`; what has waited for it is sent."""
         self.open = value
-        if value and self._pending:
-            for vector in range(self.vectors):
-                self._send_pending(vector)
+        if value:
+            self.send()
 
     def _send_pending(self, vector: int) -> None:
         with self._lock:

@@ -54,6 +54,9 @@ class VirtioPci:
     ``transitional`` adds the legacy interface, whose structures have the guest's byte ``order``.
     Which of the two a driver uses is decided by the first register that it touches after a reset.
 
+    ``vendor_data``: a PCI vendor id and bytes of this vendor's, for a capability of their own
+    (§4.1.4.6) that drivers of other vendors pass over.
+
     With ``io_threads`` in the device the three callables are called from those, too.
     """
 
@@ -70,6 +73,7 @@ class VirtioPci:
         notify: Literal["inline", "deferred"] = "inline",
         notification_data: bool = False,
         on_map: Callable[[int, int | None], object] | None = None,
+        vendor_data: tuple[int, bytes] | None = None,
     ) -> None:
         if notify not in ("inline", "deferred"):
             raise ValueError(f"notify is {notify!r}, must be 'inline' or 'deferred'")
@@ -77,7 +81,10 @@ class VirtioPci:
             raise ValueError("only a legacy interface has the guest's byte order")
         if vectors is None:
             vectors = min(device.num_queues + 1, at.MSIX_VECTORS_MAX)
+        if vendor_data is not None and vendor_data[0] == at.VIRTIO_PCI_VENDOR:
+            raise ValueError("vendor data is of another vendor than virtio's own")  # PCI-83
         self.device = device
+        self._vendor_data = vendor_data
         self._transitional = transitional
         self._on_map = on_map
         self._held_kicks: set[int] = set()
@@ -105,6 +112,7 @@ class VirtioPci:
             order=order,
             defer=notify == "deferred",
             features=1 << layout.VIRTIO_F_RING_RESET
+            | 1 << layout.VIRTIO_F_SUSPEND
             | notification_data << layout.VIRTIO_F_NOTIFICATION_DATA,
         )
 
@@ -152,6 +160,14 @@ class VirtioPci:
             control = at.MSIX_CONTROL_ENABLE | at.MSIX_CONTROL_MASK_ALL
             mask = bytes(2) + control.to_bytes(2, "little")
             self._msix_capability = config.add_capability(body, mask)
+        if self._vendor_data is not None:
+            vendor, data = self._vendor_data
+            data += bytes(-(at.CAP_VENDOR.size + len(data)) % 4)  # PCI-84
+            size, kind = at.CAP_VENDOR.size + len(data), at.VIRTIO_PCI_CAP_VENDOR_CFG
+            if size > 0xFF:
+                raise ValueError(f"{len(data)} bytes of vendor data are too many")
+            head = at.CAP_VENDOR.pack(at.PCI_CAP_ID_VENDOR, 0, size, kind, vendor)
+            config.add_capability(head + data)
         features = bytes((at.PCI_CAP_ID_AF, 0, 6, at.AF_CAP_TP_FLR, 0, 0))
         self._af_capability = config.add_capability(features)
         return config
@@ -342,7 +358,7 @@ class VirtioPci:
             self._legacy.reset()
             self.device.set_status(0)
             self.interrupts.reset()
-        elif value & layout.STATUS_DRIVER_OK and not self._bus_master:
+        elif value & ~self.device.status & layout.STATUS_DRIVER_OK and not self._bus_master:
             self._held_status = value
         else:
             self.device.set_status(value)
@@ -353,9 +369,13 @@ class VirtioPci:
         """See :class:`~.transport.Transport`."""
         self.interrupts.queue_interrupt(index)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`~.transport.Transport`."""
-        self.interrupts.config_interrupt()
+        self.interrupts.note(index)
+
+    def deliver(self) -> None:
+        """See :class:`~.transport.Transport`."""
+        self.interrupts.deliver()
 
     # -- saving and loading --------------------------------------------------------------------
 

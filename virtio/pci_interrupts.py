@@ -60,20 +60,26 @@ class PciInterrupts:
 
     def queue_interrupt(self, index: int) -> None:
         """Queue ``index`` has used buffers that the driver wants to hear of."""
-        if self.msix is not None and self.msix_enabled:
-            vector = self.queue_vectors[index]
-            if vector != at.NO_VECTOR:  # PCI-129
-                self.msix.notify(vector)
-            return
-        self.line.add(at.ISR_QUEUE)  # PCI-73
+        self.note(index)
+        self.deliver()
 
-    def config_interrupt(self) -> None:
-        """The configuration has changed; the ISR says so with MSI-X, too (PCI-72)."""
-        self.line.add(at.ISR_CONFIG)
+    def note(self, index: int | None) -> None:
+        """There is something to be told of a queue, or (None) the configuration."""
+        msix = self.msix if self.msix_enabled else None
+        vector = self.config_vector if index is None else self.queue_vectors[index]
+        if index is None:
+            self.line.note(at.ISR_CONFIG)  # with MSI-X, too (PCI-72)
+        elif msix is None:
+            self.line.note(at.ISR_QUEUE)  # PCI-73
+        if msix is not None and vector != at.NO_VECTOR:  # PCI-129, PCI-130
+            msix.note(vector)
+
+    def deliver(self) -> None:
+        """Tell what was noted."""
         if self.msix is not None and self.msix_enabled:
-            vector = self.config_vector
-            if vector != at.NO_VECTOR:  # PCI-130
-                self.msix.notify(vector)
+            self.msix.send()
+        else:
+            self.line.update()
 
     def read_isr(self) -> int:
         """The driver reads the ISR status, which resets it (PCI-75)."""

@@ -88,6 +88,8 @@ CAP_NOTIFY: Final = Struct("<I")
 """What follows it in a notification capability: notify_off_multiplier."""
 CAP_CFG: Final = Struct("<I")
 """And in the access capability: pci_cfg_data."""
+CAP_VENDOR: Final = Struct("<BBBBH")
+"""struct virtio_pci_vndr_data: cap_vndr, cap_next, cap_len, cfg_type, vendor_id; data follows."""
 CAP_BAR: Final = 4
 CAP_OFFSET: Final = 8
 CAP_LENGTH: Final = 12

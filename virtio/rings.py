@@ -6,6 +6,7 @@ from .layout import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_NOTIFY_ON_EMPTY,
     VIRTIO_F_RING_PACKED,
     Structs,
 )
@@ -25,5 +26,11 @@ def make_ring(state: QueueState, features: int, memory: GuestMemory, structs: St
     if features >> VIRTIO_F_RING_PACKED & 1:
         return PackedRing(state, memory, indirect=indirect, event_idx=event_idx, in_order=in_order)
     return SplitRing(
-        state, memory, indirect=indirect, event_idx=event_idx, in_order=in_order, structs=structs
+        state,
+        memory,
+        indirect=indirect,
+        event_idx=event_idx,
+        in_order=in_order,
+        notify_on_empty=bool(features >> VIRTIO_F_NOTIFY_ON_EMPTY & 1),
+        structs=structs,
     )

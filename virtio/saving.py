@@ -21,6 +21,7 @@ _KNOWN_STATUS = (
     | at.STATUS_DRIVER
     | at.STATUS_DRIVER_OK
     | at.STATUS_FEATURES_OK
+    | at.STATUS_SUSPEND
     | at.STATUS_NEEDS_RESET
     | at.STATUS_FAILED
 )
@@ -86,11 +87,12 @@ def _load_as(device: VirtioDevice, stream: StateReader, legacy: bool) -> Callabl
     features = stream.u64() | stream.u64() << 64
     status = stream.u8()
     missing = features & ~device.offered_features
-    if not status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK):
+    if not status & (at.STATUS_FEATURES_OK | at.STATUS_DRIVER_OK | at.STATUS_SUSPEND):
         missing &= offered  # what a driver tries out before is its own affair
     if missing:
         raise stream.malformed(f"needs features {missing:#x}, which are not offered")
-    if status & ~_KNOWN_STATUS:
+    may_suspend = features >> at.VIRTIO_F_SUSPEND & 1 and not legacy
+    if status & ~_KNOWN_STATUS or (status & at.STATUS_SUSPEND and not may_suspend):
         raise stream.malformed(f"has a status of {status:#x}")
     state = DeviceState([], status, features, stream.u32(), stream.flag())
     count = stream.u16()
@@ -116,6 +118,7 @@ def _load_as(device: VirtioDevice, stream: StateReader, legacy: bool) -> Callabl
                 device.use_interface(legacy=legacy)
             _take_over(device, state, extras)
             adopt_own()
+            device.told()
         if not device.service.defer:
             for queue in device.queues:
                 if queue.held or not device.service.inline:
@@ -132,9 +135,10 @@ def _take_over(device: VirtioDevice, state: DeviceState, extras: list[_QueueFlag
     device.resets += 1
     for queue, queue_state in zip(device.queues, state.queues, strict=True):
         queue.state = queue_state
+    for queue, (_, _, held) in zip(device.queues, extras, strict=True):
+        queue.held[:] = held
     device.refresh_rings()
     for queue, (pending, suppressed, held) in zip(device.queues, extras, strict=True):
-        queue.held[:] = held
         queue.suppressed = suppressed
         ring = queue.ring
         if ring is not None:

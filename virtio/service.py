@@ -11,13 +11,15 @@ served then without a kick: none is lost. A request that an error has stopped st
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import GuestError
-from .observe import Observers
+from .observe import Observer, Observers
 from .queue import Queue
 from .ring import Ring
+from .suspension import is_suspending
 
 if TYPE_CHECKING:
     from .device import VirtioDevice
@@ -48,7 +50,8 @@ class Service:
         """A kick only marks its queue; :meth:`poll` serves it."""
         self.paused = False
         self.observer: Observers | None = None
-        """Whoever watches; see :meth:`.device.VirtioDevice.observe`."""
+        """Whoever watches."""
+        self._observers: list[Observer] = []
 
     def kick(self, index: int) -> None:
         """See :class:`~.transport.TransportDevice`.
@@ -96,13 +99,17 @@ class Service:
     def resume(self) -> None:
         """Go on, after the device has given its queues rings again: serve each, kicked or not."""
         for queue in self._queues:
-            ring = queue.ring
-            if ring is not None:
-                ring.suppressed = True  # whatever the driver was told: it is told to kick again
-                if self.defer:
-                    queue.pending = True
-                else:
-                    self.kick(queue.index)
+            if queue.ring is not None:
+                queue.ring.suppressed = True  # whatever the driver was told: to kick again
+        self.look()
+
+    def look(self) -> None:
+        """Serve every queue, kicked or not; deferred, that is left to :meth:`poll`."""
+        for queue in self._queues:
+            if self.defer:
+                queue.pending = queue.ring is not None
+            else:
+                self.kick(queue.index)
 
     def drain(self, queue: Queue | None = None) -> None:
         """Wait until no request (of one queue, or any) is under way, but for one that this is
@@ -112,12 +119,34 @@ class Service:
         """No request is under way."""
         return not any(queue.serving for queue in self._queues)
 
+    def quiet(self) -> bool:
+        """No request is under way, nor an interrupt for one."""
+        return self.idle()
+
     def inside(self) -> bool:
         """This is called from inside a request."""
         return not self.idle()
 
     def close(self) -> None:
         """The device is not used any more."""
+
+    # -- watching ------------------------------------------------------------------------------
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """See :meth:`.device.VirtioDevice.observe`."""
+        self._observers.append(observer)
+        self._set_observers()
+
+        def stop() -> None:
+            if observer in self._observers:
+                self._observers.remove(observer)
+                self._set_observers()
+
+        return stop
+
+    def _set_observers(self) -> None:
+        self.observer = Observers(self._observers) if self._observers else None
+        self._device.observed()
 
     # -- one kick ----------------------------------------------------------------------------
 
@@ -202,6 +231,8 @@ class Service:
             if written == HELD:
                 break
             ring.push(held.pop(0), written)
+        if not held and is_suspending(self._device.state.status):
+            queue.park()  # and nothing more
         self.publish(queue, ring)
 
     def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:

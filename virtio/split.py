@@ -58,6 +58,7 @@ class SplitRing(Ring):
         indirect: bool = False,
         event_idx: bool = False,
         in_order: bool = False,
+        notify_on_empty: bool = False,
         structs: Structs = LITTLE,
     ) -> None:
         size = state.size
@@ -74,6 +75,8 @@ class SplitRing(Ring):
         self.indirect = indirect
         self.event_idx = event_idx
         self.in_order = in_order
+        self.notify_on_empty = notify_on_empty
+        """Legacy: interrupt when all that was available is taken, wanted or not (BF-100)."""
         self.structs = structs
         self._memory = memory
         self._mask = size - 1
@@ -106,6 +109,10 @@ class SplitRing(Ring):
         if count > self._mask + 1:
             raise self.jumped(count)
         return count
+
+    def begin_batch(self) -> None:
+        """In order: what is used next joins nothing that was used before."""
+        self._batch = (-1, -1)
 
     def jumped(self, count: int) -> GuestError:
         """The error of an available index that says ``count`` chains, more than there can be."""
@@ -234,6 +241,8 @@ class SplitRing(Ring):
         self.fence()
         if new == old:
             return False
+        if self.notify_on_empty and self.read_avail(self.avail_origin + 2)[0] == state.next_avail:
+            return True
         if self.event_idx:
             (event,) = self.read_avail(self.avail_origin + 6 + 2 * self._mask)
             return bool((new - event - 1) & 0xFFFF < (new - old) & 0xFFFF)

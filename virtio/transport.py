@@ -1,7 +1,7 @@
 """What a transport and a device are to each other: two small protocols, and nothing else.
 
 A transport (registers on MMIO, a PCI function, a vhost-user socket) translates its own language
-into the calls of :class:`TransportDevice`, and hears of interrupts through the two calls of
+into the calls of :class:`TransportDevice`, and hears of interrupts through those of
 :class:`Transport`. Both sides are plain methods; which thread calls what is said at each.
 
 A transport's life with a device::
@@ -33,16 +33,23 @@ __all__ = ["Transport", "TransportDevice"]
 class Transport(Protocol):
     """What a device needs of the thing it is reached through.
 
-    With worker threads (``io_threads``) both are called from those, at any time between two calls
-    of the transport's own; without, only inside a call that the transport makes. Neither is called
-    under a lock, so both may call the device again.
+    What the driver can see of an interrupt is noted at the moment that it is for, under the
+    device's lock: so none appears in a device that was reset meanwhile (BF-28). The emulator hears
+    of it after that, under no lock, and may call the device again. With worker threads
+    (``io_threads``) these are called from those, at any time between two calls of the transport's
+    own; without, only inside a call that the transport makes, or that changes the configuration.
     """
 
     def queue_interrupt(self, index: int) -> None:
-        """Queue ``index`` has used buffers that the driver wants to hear of."""
+        """Queue ``index`` has used buffers that the driver wants to hear of: :meth:`note_interrupt`
+        and :meth:`deliver` in one, for a device without threads."""
 
-    def config_interrupt(self) -> None:
-        """The configuration, or DEVICE_NEEDS_RESET, has changed."""
+    def note_interrupt(self, index: int | None) -> None:
+        """There is something to be heard of: queue ``index``, or None: the configuration, or
+        DEVICE_NEEDS_RESET. Nothing of the emulator's may be called here."""
+
+    def deliver(self) -> None:
+        """Tell the emulator what was noted, as far as it is not told and still holds."""
 
 
 class TransportDevice(Protocol):

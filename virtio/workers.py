@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .queue import Queue
 from .ring import Chain, Ring
 from .service import HELD, Service
+from .suspension import is_suspending
 
 if TYPE_CHECKING:
     from .device import VirtioDevice
@@ -43,8 +44,10 @@ class WorkerService(Service):
         """Queues that may have something available; each at most once (``pending``)."""
         self._inside: dict[int, Queue] = {}
         """Requests under way: the thread, and the queue that its request is from."""
+        self._busy: set[int] = set()
+        """Threads that have a request under way, or an interrupt for one."""
         self._threads: list[threading.Thread] = []
-        self._closing = False
+        """A thread that is not in here any more ends."""
 
     # -- the device's side -------------------------------------------------------------------
 
@@ -67,9 +70,11 @@ class WorkerService(Service):
 
     def resume(self) -> None:
         with self._lock:
+            super().resume()
+
+    def look(self) -> None:
+        with self._lock:
             for queue in self._queues:
-                if queue.ring is not None:
-                    queue.ring.suppressed = True
                 self._note(queue)
 
     def drain(self, queue: Queue | None = None) -> None:
@@ -87,18 +92,19 @@ class WorkerService(Service):
     def idle(self) -> bool:
         return not self._inside
 
+    def quiet(self) -> bool:
+        return not self._busy
+
     def inside(self) -> bool:
         return threading.get_ident() in self._inside
 
     def close(self) -> None:
         with self._lock:
-            self._closing = True
-            self._work.notify_all()
             threads, self._threads = self._threads, []
+            self._work.notify_all()
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join()
-        self._closing = False
 
     # -- the workers -------------------------------------------------------------------------
 
@@ -119,22 +125,25 @@ class WorkerService(Service):
         self._work.notify()
 
     def _run(self) -> None:
-        me = threading.get_ident()
+        me, thread = threading.get_ident(), threading.current_thread()
         while True:
             with self._lock:
-                self._work.wait_for(lambda: self._kicked or self._closing)
-                if self._closing:
+                self._work.wait_for(lambda: self._kicked or thread not in self._threads)
+                if thread not in self._threads:
                     return
+                self._busy.add(me)
                 queue = self._kicked.popleft()
                 ring, chain = queue.ring, self._take(queue)
                 if chain is not None:
                     self._inside[me] = queue
                     queue.under_way += 1
                     queue.serving = True
-                interrupt, queue.interrupt = queue.interrupt, False
+                interrupt = self._interrupt(queue)
             self._tell(queue, interrupt)
             if ring is not None and chain is not None:
                 self._do(queue, ring, chain)
+            self._busy.discard(me)
+            self._device.told()
 
     def _take(self, queue: Queue) -> Chain | None:
         """The next chain of a queue that was kicked, which is looked at again if it may have more.
@@ -148,6 +157,8 @@ class WorkerService(Service):
         try:
             if queue.held:
                 chain = queue.held.pop(0)
+            elif is_suspending(self._device.state.status):
+                return None
             else:
                 if not queue.available:
                     if ring.suppressed:
@@ -190,7 +201,7 @@ class WorkerService(Service):
                     self._fail(error, queue, ring)
                 if ring.in_order:
                     self._note(queue)
-            interrupt, queue.interrupt = queue.interrupt, False
+            interrupt = self._interrupt(queue)
             del self._inside[threading.get_ident()]
             queue.under_way -= 1
             if not queue.under_way:
@@ -198,6 +209,17 @@ class WorkerService(Service):
                 queue.parked = None
             self._done.notify_all()
         self._tell(queue, interrupt)
+
+    def _interrupt(self, queue: Queue) -> bool:
+        """Whether a queue is to be told of: from here on that shows. The lock is held."""
+        interrupt, queue.interrupt = queue.interrupt, False
+        if interrupt and self._device.transport is not None:
+            self._device.transport.note_interrupt(queue.index)
+        return interrupt
+
+    def _fail(self, failure: Exception, queue: Queue, ring: Ring) -> None:
+        with self._device.quietly():  # :meth:`_tell` tells of it
+            super()._fail(failure, queue, ring)
 
     def _tell(self, queue: Queue, interrupt: bool) -> None:
         """Call the transport, and who wants to hear of errors; under no lock."""
@@ -207,7 +229,7 @@ class WorkerService(Service):
                 if self.observer is not None:
                     self.observer.interrupted(queue.index)
                 if self._device.transport is not None:
-                    self._device.transport.queue_interrupt(queue.index)
+                    self._device.transport.deliver()
             self._device.after_serving(None)
         except Exception:
             _log.exception("error in a callback of the emulator")

@@ -137,6 +137,7 @@ def _switch_on(
         clock=clock,
         legacy_virtio=options.legacy_virtio,
         pci=options.pci,
+        aia=options.aia,
     )
     initrd = options.initrd.read_bytes() if options.initrd else options.initrd_data
     if options.bios and options.kernel:
@@ -209,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what guest time is made of; by instructions, runs are repeatable (default)",
     )
     add("--pci", action="store_true", help="the disks are on PCI; else they are virtio-mmio")
+    add(
+        "--aia",
+        action="store_true",
+        help="interrupts by messages, as Linux knows them: disks on PCI have MSI-X",
+    )
     add(
         "--legacy-virtio",
         action="store_true",

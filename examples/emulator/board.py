@@ -7,8 +7,10 @@ address     what
 0x02000000  CLINT: timer and software interrupt
 0x03000000  PCIe, if wanted: I/O space; interrupts 32 to 35
 0x0c000000  PLIC: interrupts of the devices
+0x0d000000  APLIC, in place of the PLIC, if wanted
 0x10000000  serial port (16550A), interrupt 10
 0x10001000  eight virtio-mmio slots, 4 KiB apart, interrupts 1 to 8
+0x28000000  IMSIC, with the APLIC: messages
 0x30000000  PCIe: configuration space
 0x40000000  PCIe: memory space
 0x80000000  memory
@@ -26,12 +28,14 @@ import pyvirtio
 from pyvirtio.backend.state import StateReader, StateWriter
 
 from . import layout as at
+from .aplic import Aplic
 from .clint import NEVER, Clint
 from .clock import Clock, InstructionClock
 from .cpu import Cpu, Interrupt, Stop, no_firmware
 from .csr import ExtraCsrs
 from .fdt import flatten
 from .image import load_program
+from .imsic import Imsic
 from .kernel import load_linux
 from .pcie import PcieHost
 from .plic import Plic
@@ -64,7 +68,8 @@ class Board:
     thread: everything happens inside :meth:`step`, in slices of ``slice_length`` instructions.
 
     ``pci`` gives the board a PCIe host bridge, and the disks go there; ``legacy_virtio`` makes them
-    virtio-mmio devices of version 1, or transitional ones on PCI.
+    virtio-mmio devices of version 1, or transitional ones on PCI. ``aia``: an IMSIC and an APLIC
+    are there in place of the PLIC, and functions on PCI have MSI-X.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Board:
         clock: Clock | None = None,
         legacy_virtio: bool = False,
         pci: bool = False,
+        aia: bool = False,
         slice_length: int = _SLICE,
     ) -> None:
         if ram % 4096 or ram < 2 * _TREE_ROOM:
@@ -91,26 +97,33 @@ class Board:
             timer=partial(cpu.set_line, Interrupt.MACHINE_TIMER),
             software=partial(cpu.set_line, Interrupt.MACHINE_SOFTWARE),
         )
+        external = partial(cpu.set_line, Interrupt.SUPERVISOR_EXTERNAL)
+        self.imsic = Imsic(external) if aia else None
         self.csrs = ExtraCsrs(
-            self.clint, self.clock, partial(cpu.set_line, Interrupt.SUPERVISOR_TIMER)
+            self.clint,
+            self.clock,
+            partial(cpu.set_line, Interrupt.SUPERVISOR_TIMER),
+            self.imsic,
         )
         cpu.illegal = self.csrs.execute
         cpu.touched = self._on_access
         self._alarm = NEVER
-        self.plic = Plic(
-            (
-                partial(cpu.set_line, Interrupt.MACHINE_EXTERNAL),
-                partial(cpu.set_line, Interrupt.SUPERVISOR_EXTERNAL),
-            ),
-            at.PLIC_SOURCES,
-        )
+        self.plic: Plic | Aplic
+        """Where the devices' wires end."""
+        if self.imsic is not None:
+            self.plic = Aplic(self.imsic.deliver, at.PLIC_SOURCES)
+            cpu.map(at.APLIC_BASE, at.APLIC_SIZE, self.plic)
+            cpu.map(at.IMSIC_BASE, at.IMSIC_SIZE, self.imsic)
+        else:
+            machine = partial(cpu.set_line, Interrupt.MACHINE_EXTERNAL)
+            self.plic = Plic((machine, external), at.PLIC_SOURCES)
+            cpu.map(at.PLIC_BASE, at.PLIC_SIZE, self.plic)
         self.uart = Uart(
             send, partial(self.plic.set, at.UART_IRQ), partial(self.plic.pulse, at.UART_IRQ)
         )
         self.finisher = TestFinisher()
         cpu.map(at.FINISHER_BASE, at.FINISHER_SIZE, self.finisher)
         cpu.map(at.CLINT_BASE, at.CLINT_SIZE, self.clint)
-        cpu.map(at.PLIC_BASE, at.PLIC_SIZE, self.plic)
         cpu.map(at.UART_BASE, at.UART_SIZE, self.uart)
         self._written: list[tuple[int, int]] = []
         self.slots: list[Slot] = []
@@ -140,11 +153,17 @@ class Board:
             self.slots.append(slot)
             self.cpu.map(base, at.VIRTIO_SIZE, slot)
         if pci:
-            self._pcie = PcieHost(memory, self.plic.set, self.cpu.end_slice)
+            msi = None if self.imsic is None else self._message
+            self._pcie = PcieHost(memory, self.plic.set, self.cpu.end_slice, msi)
             for window in self._pcie.windows():
                 self.cpu.map(*window)
             for disk in disks:
                 self.plug_into_pci(disk, transitional=legacy)
+
+    def _message(self, address: int, data: int) -> None:
+        """A device on PCI writes to memory to interrupt. Elsewhere than here it has no effect."""
+        if self.imsic is not None and 0 <= address - at.IMSIC_BASE < at.IMSIC_SIZE:
+            self.imsic.write(address - at.IMSIC_BASE, 4, data)
 
     def _block(self, disk: pyvirtio.Disk | pyvirtio.VirtioBlk) -> pyvirtio.VirtioBlk:
         """The device for a disk."""
@@ -187,7 +206,8 @@ class Board:
                 raise ValueError(f"{len(initrd)} bytes of initrd do not fit into the memory")
             self.ram[below : below + len(initrd)] = initrd
             place = range(at.RAM_BASE + below, at.RAM_BASE + below + len(initrd))
-        tree = flatten(describe(len(self.ram), arguments, place, self._pcie))
+        aia = self.imsic is not None
+        tree = flatten(describe(len(self.ram), arguments, place, self._pcie, aia=aia))
         self.ram[where : where + len(tree)] = tree
         state = self.cpu.state
         state.load()

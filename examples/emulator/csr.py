@@ -1,8 +1,9 @@
 """Control and status registers that Unicorn's hart lacks, served from the illegal-instruction trap.
 
 ``time``; the supervisor timer of the Sstc extension (``stimecmp``, switched on by
-``menvcfg.STCE``); and the few registers of the privileged specification 1.12 that software may
-touch without asking first. All others raise the illegal-instruction exception for real.
+``menvcfg.STCE``); those of the AIA, on a board that has it (:mod:`.imsic`); and the few registers
+of the privileged specification 1.12 that software may touch without asking first. All others raise
+the illegal-instruction exception for real.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pyvirtio.backend.state import StateReader, StateWriter
 
 from .clint import NEVER, Clint
 from .clock import Clock
+from .imsic import Imsic
 from .state import MACHINE, SUPERVISOR, USER, HartState
 
 __all__ = ["ExtraCsrs"]
@@ -27,7 +29,14 @@ _COUNTEREN_TIME = 2
 class ExtraCsrs:
     """``timer(level)`` is the supervisor timer interrupt of Sstc."""
 
-    def __init__(self, clint: Clint, clock: Clock, timer: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        clint: Clint,
+        clock: Clock,
+        timer: Callable[[bool], None],
+        imsic: Imsic | None = None,
+    ) -> None:
+        self._imsic = imsic
         self._clint = clint
         self._clock = clock
         self._timer = timer
@@ -110,11 +119,15 @@ class ExtraCsrs:
             return self._menvcfg
         if csr == _SENVCFG:
             return self._senvcfg
-        return 0 if csr in (_MCOUNTINHIBIT, _MCONFIGPTR) else None
+        if csr in (_MCOUNTINHIBIT, _MCONFIGPTR):
+            return 0
+        return None if self._imsic is None else self._imsic.read_csr(state, csr)
 
     def _write(self, csr: int, value: int) -> None:
         if csr == _STIMECMP:
             self.set_timer(value)
+            return
+        if self._imsic is not None and self._imsic.write_csr(csr, value):
             return
         if csr == _MENVCFG:
             self._menvcfg = value & (_STCE | _FIOM)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-__all__ = ["Node", "flatten", "wide"]
+__all__ = ["LEVEL_HIGH", "Node", "flatten", "wide"]
+
+LEVEL_HIGH = 4
+"""How an interrupt is signalled, for controllers that want to be told."""
 
 _BEGIN, _END_NODE, _PROPERTY, _END = 1, 2, 3, 9
 _MAGIC, _VERSION, _COMPATIBLE = 0xD00DFEED, 17, 16

@@ -3,7 +3,8 @@
 The generic kind (``pci-host-ecam-generic``): configuration space of bus 0 is a window of memory,
 4 KiB for each function (ECAM); two more windows lead to where the guest has put the BARs, in memory
 space and in I/O space. INTA# of device ``d`` is line ``d % 4`` to the PLIC, which several devices
-may pull. There is no bridge to further buses, and no MSI, for the board has nothing to receive it.
+may pull. On a board that can receive messages, functions have MSI-X. There is no bridge to further
+buses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pyvirtio
 
 from . import layout as at
 from .cpu import Registers
-from .fdt import Node, wide
+from .fdt import LEVEL_HIGH, Node, wide
 from .slots import PciSlot
 
 __all__ = ["PcieHost"]
@@ -30,7 +31,7 @@ _IO, _MEMORY_32 = 0x0100_0000, 0x0200_0000
 
 class PcieHost:
     """Bus 0. ``set_irq(source, level)`` pulls a line of the PLIC; ``end_slice`` asks the CPU to
-    stop soon.
+    stop soon; ``msi(address, data)`` takes messages, where there is somebody to take them.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class PcieHost:
         memory: pyvirtio.GuestMemory,
         set_irq: Callable[[int, bool], None],
         end_slice: Callable[[], None],
+        msi: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._msi = msi
         self._memory = memory
         self._set_irq = set_irq
         self._end_slice = end_slice
@@ -56,6 +59,7 @@ class PcieHost:
             block,
             self._memory,
             partial(self._pull, device),
+            self._msi,
             transitional=transitional,
             notify="deferred",
         )
@@ -81,8 +85,10 @@ class PcieHost:
             _Window(self.slots, at.PCIE_MEMORY_BASE, io=False),
         )
 
-    def describe(self, soc: Node, plic: int) -> None:
-        """Add the node to the device tree; ``plic`` is the interrupt controller's phandle."""
+    def describe(self, soc: Node, plic: int, imsic: int | None = None) -> None:
+        """Add the node to the device tree; ``plic`` is the phandle of what has the lines: an APLIC
+        where there is an ``imsic``, which has the messages."""
+        high = () if imsic is None else (LEVEL_HIGH,)
         node = soc.add(f"pci@{at.PCIE_ECAM_BASE:x}", compatible="pci-host-ecam-generic")
         node["device_type"] = "pci"
         node["#address-cells"], node["#size-cells"], node["#interrupt-cells"] = 3, 2, 1
@@ -102,9 +108,11 @@ class PcieHost:
             for pin in range(1, 5)
             for cell in (
                 *(device << 11, 0, 0, pin),
-                *(plic, at.PCIE_FIRST_IRQ + (device + pin - 1) % _LINES),
+                *(plic, at.PCIE_FIRST_IRQ + (device + pin - 1) % _LINES, *high),
             )
         ]
+        if imsic is not None:
+            node["msi-parent"] = imsic
 
 
 class _Ecam:

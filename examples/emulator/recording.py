@@ -75,6 +75,7 @@ class RecordedBoard(Board):
         clock: Clock | None = None,
         legacy_virtio: bool = False,
         pci: bool = False,
+        aia: bool = False,
         slice_length: int = 200_000,
     ) -> None:
         self._journal = Journal()
@@ -101,6 +102,7 @@ class RecordedBoard(Board):
             clock=clock,
             legacy_virtio=legacy_virtio,
             pci=pci,
+            aia=aia,
             slice_length=slice_length,
         )
         self._machine = machine_of(self)

@@ -108,6 +108,7 @@ def components_of(board: Board) -> dict[str, Component]:
         "csrs": board.csrs,
         "clint": board.clint,
         "plic": board.plic,
+        **({} if board.imsic is None else {"imsic": board.imsic}),
         "serial": board.uart,
         "finisher": board.finisher,
         "board": board,

@@ -6,23 +6,29 @@ import hashlib
 
 from . import layout as at
 from .clock import TICKS_PER_SECOND
-from .fdt import Node, wide
+from .fdt import LEVEL_HIGH, Node, wide
+from .imsic import IDENTITIES
 from .pcie import PcieHost
 
 __all__ = ["describe"]
 
-_CPU_INTC, _PLIC, _TEST = 1, 2, 3
+_CPU_INTC, _PLIC, _TEST, _IMSIC = 1, 2, 3, 4
 """Phandles: the numbers by which nodes refer to each other."""
 _M_SOFT, _S_TIMER, _M_TIMER, _S_EXT, _M_EXT = 3, 5, 7, 9, 11
 
 
 def describe(
-    ram: int, arguments: str, initrd: range | None = None, pcie: PcieHost | None = None
+    ram: int,
+    arguments: str,
+    initrd: range | None = None,
+    pcie: PcieHost | None = None,
+    *,
+    aia: bool = False,
 ) -> Node:
     """The tree for a board with ``ram`` bytes; ``arguments`` is the kernel's command line.
 
     ``initrd``: the addresses where a first file system lies in memory. ``pcie``: the PCIe host
-    bridge, if there is one.
+    bridge, if there is one. ``aia``: the interrupt controllers are those of the AIA.
     """
     root = Node(compatible="riscv-virtio", model="riscv-virtio,qemu")
     root["#address-cells"], root["#size-cells"] = 2, 2
@@ -35,33 +41,37 @@ def describe(
     memory = root.add(f"memory@{at.RAM_BASE:x}")
     memory["device_type"] = "memory"
     memory["reg"] = wide(at.RAM_BASE, ram)
-    _cpus(root)
+    _cpus(root, "_ssaia" if aia else "")
     soc = root.add("soc", compatible="simple-bus", ranges=True)
     soc["#address-cells"], soc["#size-cells"] = 2, 2
-    _interrupt_controllers(soc)
-    _devices(soc)
+    _clint(soc)
+    (_aia if aia else _plic)(soc)
+    _devices(soc, [LEVEL_HIGH] if aia else [])
     if pcie is not None:
-        pcie.describe(soc, _PLIC)
+        pcie.describe(soc, _PLIC, _IMSIC if aia else None)
     _switches(root)
     return root
 
 
-def _cpus(root: Node) -> None:
+def _cpus(root: Node, extension: str) -> None:
     cpus = root.add("cpus", timebase_frequency=TICKS_PER_SECOND)
     cpus["#address-cells"], cpus["#size-cells"] = 1, 0
     cpu = cpus.add("cpu@0", reg=0, status="okay", compatible="riscv")
     cpu["device_type"] = "cpu"
-    cpu["riscv,isa"] = "rv64imafdc_zicsr_zifencei_sstc"
+    cpu["riscv,isa"] = f"rv64imafdc_zicsr_zifencei_sstc{extension}"
     cpu["mmu-type"] = "riscv,sv57"
     controller = cpu.add("interrupt-controller", interrupt_controller=True, phandle=_CPU_INTC)
     controller["#interrupt-cells"] = 1
     controller["compatible"] = "riscv,cpu-intc"
 
 
-def _interrupt_controllers(soc: Node) -> None:
+def _clint(soc: Node) -> None:
     clint = soc.add(f"clint@{at.CLINT_BASE:x}", compatible=["sifive,clint0", "riscv,clint0"])
     clint["reg"] = wide(at.CLINT_BASE, at.CLINT_SIZE)
     clint["interrupts-extended"] = [_CPU_INTC, _M_SOFT, _CPU_INTC, _M_TIMER]
+
+
+def _plic(soc: Node) -> None:
     plic = soc.add(f"plic@{at.PLIC_BASE:x}", compatible=["sifive,plic-1.0.0", "riscv,plic0"])
     plic["reg"] = wide(at.PLIC_BASE, at.PLIC_SIZE)
     plic["interrupts-extended"] = [_CPU_INTC, _M_EXT, _CPU_INTC, _S_EXT]
@@ -71,15 +81,38 @@ def _interrupt_controllers(soc: Node) -> None:
     plic["phandle"] = _PLIC
 
 
-def _devices(soc: Node) -> None:
+def _aia(soc: Node) -> None:
+    """An IMSIC, and an APLIC that sends it the wires. Nothing is told of the machine level: the
+    board's own firmware needs no interrupts there but the CLINT's."""
+    imsic = soc.add(f"interrupt-controller@{at.IMSIC_BASE:x}")
+    imsic["compatible"] = ["qemu,imsics", "riscv,imsics"]
+    imsic["reg"] = wide(at.IMSIC_BASE, at.IMSIC_SIZE)
+    imsic["interrupts-extended"] = [_CPU_INTC, _S_EXT]
+    imsic["interrupt-controller"] = imsic["msi-controller"] = True
+    imsic["#interrupt-cells"], imsic["#msi-cells"] = 0, 0
+    imsic["riscv,num-ids"] = IDENTITIES
+    imsic["phandle"] = _IMSIC
+    aplic = soc.add(f"interrupt-controller@{at.APLIC_BASE:x}")
+    aplic["compatible"] = ["qemu,aplic", "riscv,aplic"]
+    aplic["reg"] = wide(at.APLIC_BASE, at.APLIC_SIZE)
+    aplic["interrupt-controller"] = True
+    aplic["#interrupt-cells"], aplic["#address-cells"] = 2, 0
+    aplic["riscv,num-sources"] = at.PLIC_SOURCES
+    aplic["msi-parent"] = _IMSIC
+    aplic["phandle"] = _PLIC
+
+
+def _devices(soc: Node, how: list[int]) -> None:
+    """``how`` follows an interrupt's number."""
     serial = soc.add(f"serial@{at.UART_BASE:x}", compatible="ns16550a", clock_frequency=3686400)
     serial["reg"] = wide(at.UART_BASE, 0x100)
-    serial["interrupts"], serial["interrupt-parent"] = at.UART_IRQ, _PLIC
+    serial["interrupts"], serial["interrupt-parent"] = [at.UART_IRQ, *how], _PLIC
     for index in range(at.VIRTIO_SLOTS):
         base = at.VIRTIO_BASE + index * at.VIRTIO_SIZE
         slot = soc.add(f"virtio_mmio@{base:x}", compatible="virtio,mmio")
         slot["reg"] = wide(base, at.VIRTIO_SIZE)
-        slot["interrupts"], slot["interrupt-parent"] = at.VIRTIO_FIRST_IRQ + index, _PLIC
+        slot["interrupts"] = [at.VIRTIO_FIRST_IRQ + index, *how]
+        slot["interrupt-parent"] = _PLIC
     test = soc.add(
         f"test@{at.FINISHER_BASE:x}", compatible=["sifive,test1", "sifive,test0", "syscon"]
     )

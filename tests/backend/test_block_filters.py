@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import pyvirtio
-from pyvirtio import BackendError, FileDisk, MemoryDisk, UnsupportedError
+from pyvirtio import BackendError, FileDisk, Limits, MemoryDisk, UnsupportedError
 from pyvirtio.backend.blkdebug import BlkdebugDisk
 from pyvirtio.backend.blkdebug_rules import make_rule
 from pyvirtio.backend.blklogwrites import BlklogwritesDisk
@@ -18,6 +20,7 @@ from pyvirtio.backend.copy_on_read import CopyOnReadDisk
 from pyvirtio.backend.preallocate import PreallocateDisk
 from pyvirtio.backend.quorum import QuorumDisk
 from pyvirtio.backend.throttle import ThrottleDisk, ThrottleGroup, ThrottleLimits
+from support.filters import HoldingDisk
 
 
 def memory(byte: bytes = b"\0", size: int = 1 << 16) -> MemoryDisk:
@@ -64,6 +67,56 @@ def test_reads_are_copied_up_but_never_over_newer_data(tmp_path: Path) -> None:
         assert top.block_status(0, 131072).depth == 0
         assert top.block_status(131072, 1).depth == 1
         assert top.read(65536, 4) == b"newb"
+
+
+def while_held(
+    below: HoldingDisk, kind: str, held: Callable[[], object], other: Callable[[], object]
+) -> None:
+    """Do ``other`` while ``held``, a request that comes to ``below``, is under way."""
+    below.hold = kind
+    threads = [threading.Thread(target=work, daemon=True) for work in (held, other)]
+    threads[0].start()
+    assert below.arrived.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    below.go.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+class Zeroing(MemoryDisk):
+    """Memory with zeroes and discards of its own."""
+
+    def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._writev(offset, [memoryview(bytes(length))], length)
+
+    def _discard(self, offset: int, length: int) -> None:
+        self._writev(offset, [memoryview(bytes(length))], length)
+
+
+@pytest.mark.parametrize("what", ["zeroes", "discard"])
+def test_what_becomes_zeroes_is_not_written_back_by_a_padded_write(what: str) -> None:
+    below = HoldingDisk(Zeroing(bytearray(b"o" * 8192)), smallest=4096)
+    disk = BlkdebugDisk(below, limits=Limits(request_alignment=4096))
+    zero = disk.write_zeroes if what == "zeroes" else disk.discard
+    while_held(below, "write", lambda: disk.write(10, b"new"), lambda: zero(0, 8192))
+    assert disk.read(0, 8192) in (bytes(8192), bytes(10) + b"new" + bytes(8179))
+
+
+def test_a_copy_never_replaces_what_is_written_compressed(tmp_path: Path) -> None:
+    base, image = tmp_path / "base", tmp_path / "disk"
+    base.write_bytes(b"o" * 65536)
+    pyvirtio.create_disk(image, 65536, backing_file=str(base), backing_fmt="raw").close()
+    below = HoldingDisk(pyvirtio.open_disk(image), smallest=65536)
+    with CopyOnReadDisk(below) as disk:
+        while_held(
+            below,
+            "write",
+            lambda: disk.read(0, 512),
+            lambda: disk.write_compressed(0, [b"n" * 65536]),
+        )
+        assert disk.read(0, 65536) == b"n" * 65536
 
 
 def test_everything_is_compressed(tmp_path: Path) -> None:

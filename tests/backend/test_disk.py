@@ -1,11 +1,13 @@
 """The checks and conveniences that every Disk inherits."""
 
+import copy
 import errno
 import mmap
+import pickle
 
 import pytest
 
-from pyvirtio import BackendError, MemoryDisk, NullDisk, UnsupportedError
+from pyvirtio import BackendError, FileDisk, MemoryDisk, NullDisk, UnsupportedError
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 101), (100, 1), (1 << 64, 1)])
@@ -140,3 +142,11 @@ def test_null_disk_forgets_what_is_written():
     disk.write(0, b"abc")
     disk.write_zeroes(0, 10)
     assert disk.read(0, 10) == bytes(10)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_disk_is_not_copied(tmp_path, duplicate):
+    """The copy would close the original's file."""
+    (tmp_path / "file").write_bytes(bytes(512))
+    with FileDisk(tmp_path / "file") as disk, pytest.raises(TypeError, match="cannot be copied"):
+        duplicate(disk)

@@ -281,8 +281,52 @@ def test_fua_and_flush_reach_fdatasync(disk, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fdatasync", calls.append)
     disk.writev(0, [memoryview(b"abc")], fua=True)
+    disk.writev(0, [memoryview(b"abc")])
     disk.flush()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["write", "grow", "write_zeroes", "discard", "truncate"])
+def test_after_every_change_a_flush_reaches_fdatasync_and_only_then(disk, monkeypatch, change):
+    calls = []
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    disk.flush()
+    disk.flush()
+    assert len(calls) == 1  # what was written before it was opened
+    if change == "write":
+        disk.write(0, b"abc")
+    elif change == "grow":
+        disk.growable = True
+        disk.write(disk.size, b"abc")
+    elif change == "truncate":
+        disk.truncate(disk.size + 4096)
+    else:
+        getattr(disk, change)(0, 4096)
+    disk.flush()
+    disk.flush()
+    assert len(calls) == 2
+
+
+def test_a_flush_waits_for_one_under_way_even_with_nothing_to_do(disk, monkeypatch):
+    entered, go, order = threading.Event(), threading.Event(), []
+
+    def slow(fd):
+        entered.set()
+        go.wait(10)
+        order.append("stable")
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    disk.write(0, b"abc")
+    first = threading.Thread(target=disk.flush)
+    first.start()
+    assert entered.wait(10)
+    second = threading.Thread(target=lambda: (disk.flush(), order.append("told")))
+    second.start()
+    second.join(0.1)
+    go.set()
+    first.join(10)
+    second.join(10)
+    assert order == ["stable", "told"]
 
 
 def test_cache_unsafe_does_not_flush(tmp_path, monkeypatch):
@@ -345,6 +389,23 @@ def test_failed_preallocation_leaves_the_old_size(disk, monkeypatch):
     assert disk.size == os.path.getsize(disk.filename) == 1 << 20
 
 
+def test_a_flush_that_fails_while_space_is_filled_is_remembered(disk, monkeypatch):
+    """What was written before may be lost with it."""
+
+    def broken(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk.write(0, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        patch.setattr(os, "fdatasync", broken)
+        with pytest.raises(BackendError):
+            disk.truncate(disk.size + 4096, preallocation="full")
+    with pytest.raises(BackendError, match="Could not flush"):
+        disk.flush()
+    disk.reopen(read_only=True)
+
+
 def test_create_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(UnsupportedError):
         FileDisk.create(tmp_path / "disk", 4096, preallocation="metadata")
@@ -385,13 +446,18 @@ def test_a_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_pipes_sockets_and_character_devices_are_refused(tmp_path, read_only):
+def test_pipes_and_sockets_are_refused(tmp_path, read_only):
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
-        for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/null"):
+        for path in (tmp_path / "pipe", tmp_path / "socket"):
             with pytest.raises(BackendError, match="to be a regular file"):
                 FileDisk(path, read_only=read_only)
+
+
+def test_a_character_device_is_a_disk_of_no_bytes():
+    with FileDisk("/dev/null", read_only=True, locking=False) as disk:
+        assert (disk.size, disk.info().format) == (0, "host_device")
 
 
 def test_a_name_with_a_nul_is_refused():

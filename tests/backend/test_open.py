@@ -153,7 +153,7 @@ def test_a_data_file_is_a_bare_growable_file_opened_like_the_image(
 
 def test_a_data_file_that_is_missing_is_reported(tmp_path):
     image(tmp_path / "top", "data=none")
-    with pytest.raises(BackendError, match=r"Could not open data-file: Could not open '.*none'"):
+    with pytest.raises(BackendError, match=r"\] Could not open '.*none'"):
         open_disk(tmp_path / "top")
 
 

@@ -7,9 +7,11 @@ import threading
 
 import pytest
 
-from pyvirtio import ImageError, MemoryDisk
+from pyvirtio import BackendError, ImageError, MemoryDisk
 from pyvirtio.backend.zoned import ZonedDisk
 from pyvirtio.backend.zones import ZoneError, ZoneFault, ZoneModel, ZoneState
+from support.filters import FaultyDisk
+from support.images import KeptDisk
 
 ZONE = 64 << 10
 EMPTY, IOPEN, EOPEN = ZoneState.EMPTY, ZoneState.IMPLICIT_OPEN, ZoneState.EXPLICIT_OPEN
@@ -380,3 +382,24 @@ def test_any_sequence_agrees_with_a_model():
         assert sum(each.state == CLOSED for each in disk.zones) + opened <= 4
         zone = disk.zones[chance.randrange(6)]
         assert disk.read(zone.start, ZONE) == data[zone.index].ljust(ZONE, b"\0")
+
+
+@pytest.mark.parametrize("fail_at", range(4))
+def test_a_store_that_could_not_be_begun_is_begun_by_the_next(fail_at):
+    kept = KeptDisk(growable=True)
+    store = FaultyDisk(kept, kinds=frozenset({"write", "flush"}))
+    store.fail_at = fail_at
+    with pytest.raises(BackendError):
+        ZonedDisk(MemoryDisk(1 << 20), zone_size=1 << 16, store=store)
+    with ZonedDisk(MemoryDisk(1 << 20), zone_size=1 << 16, store=kept) as disk:
+        disk.write(0, bytes(512))
+    assert ZonedDisk(MemoryDisk(1 << 20), zone_size=1 << 16, store=kept).zones[0].written == 512
+
+
+def test_a_store_that_lost_its_header_is_not_begun_anew():
+    kept = KeptDisk(growable=True)
+    with ZonedDisk(MemoryDisk(1 << 20), zone_size=1 << 16, store=kept) as disk:
+        disk.write(0, bytes(512))
+    kept.write(0, bytes(64))
+    with pytest.raises(ImageError, match="other zones"):
+        ZonedDisk(MemoryDisk(1 << 20), zone_size=1 << 16, store=kept)

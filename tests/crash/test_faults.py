@@ -14,6 +14,7 @@ import pytest
 
 import pyvirtio
 import pyvirtio.qcow2
+from pyvirtio.backend.filter import FilterDisk
 from support.filters import FaultyDisk
 from support.peers import find_program
 from support.qemu import qemu_verdict
@@ -280,3 +281,26 @@ def test_a_full_host_refuses_new_clusters_but_still_serves_old_ones(tmp_path: Pa
         assert disk.read(0, 3000) == b"old" * 1000
         disk.write(0, b"new" * 1000)
         assert disk.read(0, 3000) == b"new" * 1000
+
+
+def test_clusters_behind_an_area_that_could_not_be_taken_do_not_pass_for_fresh_ones() -> None:
+    """Refcount blocks were written there before it failed."""
+
+    class Failing(FilterDisk):
+        left = -1
+
+        def debug_event(self, name: str) -> None:
+            if name == "refblock_alloc_write":
+                self.left -= 1
+                if not self.left:
+                    raise pyvirtio.BackendError(errno.EIO, "the second block")
+
+    below = Failing(pyvirtio.MemoryDisk(growable=True))
+    with pyvirtio.create_disk(below, 1 << 16, cluster_size=512, refcount_bits=64) as disk:
+        below.left = 2
+        with pytest.raises(pyvirtio.BackendError):
+            disk.truncate(1 << 17, preallocation="metadata")
+        for at in range(0, disk.size, 512):
+            disk.write(at, b"x")
+        assert disk.read(0, disk.size) == (b"x" + bytes(511)) * (disk.size // 512)
+        assert disk.check().clean

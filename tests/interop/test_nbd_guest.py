@@ -8,32 +8,18 @@ from pathlib import Path
 import pytest
 
 import pyvirtio
-from examples.emulator.packages import PackageError
 from support.nbd import Program
 from support.peers import requires
 from support.qemu import qemu_img
 from support.vmm import Vmm
-from support.x86_guest import Guest, find_guest
+from support.x86_guest import TOOLS as T
+from support.x86_guest import Guest, fio
 
 pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "mke2fs", "apt-get"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest's programs are amd64"),
 ]
 SIZE = 64 << 20
-T = "/tools/bin"
-FIO = (
-    f"{T}/fio --name=checked --directory=/mnt --size=4M --bs=4k --rw=randwrite --verify=crc32c "
-    "--verify_fatal=1 --ioengine=libaio --iodepth=16 --direct=1 --end_fsync=1 --output=/tmp/fio "
-    "&& ! grep -v 'err= 0' /tmp/fio | grep err="
-)
-
-
-@pytest.fixture(scope="module")
-def guest() -> Guest:
-    try:
-        return find_guest()
-    except PackageError as error:
-        pytest.skip(str(error))
 
 
 def test_a_file_system_lives_on_an_export(guest: Guest, tmp_path: Path) -> None:
@@ -50,7 +36,7 @@ def test_a_file_system_lives_on_an_export(guest: Guest, tmp_path: Path) -> None:
             vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
             vmm.run("dd if=/dev/urandom of=/mnt/kept bs=64k count=16 && sync")
             digest = vmm.run("sha1sum < /mnt/kept")
-            vmm.run(FIO)
+            vmm.run(fio("checked", 4 << 20))
             vmm.run(f"rm /mnt/checked*; {T}/fstrim -v /mnt")
             vmm.run("umount /mnt; echo 3 > /proc/sys/vm/drop_caches; mount /disk /mnt")
             assert vmm.run("sha1sum < /mnt/kept") == digest

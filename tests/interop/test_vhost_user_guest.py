@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import pyvirtio
-from examples.emulator.packages import PackageError
 from support.peers import requires
 from support.qemu import qemu_img, qemu_img_json
 from support.vmm import Server, Vmm, vhost_user_disk
-from support.x86_guest import Guest, find_guest
+from support.x86_guest import TOOLS as T
+from support.x86_guest import Guest, fio
 
 pytestmark = [
     requires("qemu-system-x86_64", "qemu-img", "mke2fs", "apt-get"),
@@ -26,17 +26,8 @@ pytestmark = [
 ]
 MIB = 1 << 20
 SIZE = 64 * MIB
-T = "/tools/bin"
 ONLY_LEAKS = 3
 LONG = bool(os.environ.get("PYVIRTIO_GUESTS"))
-
-
-@pytest.fixture(scope="module")
-def guest() -> Guest:
-    try:
-        return find_guest()
-    except PackageError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -49,15 +40,6 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
     yield path
     for image in (base, path):
         assert qemu_img("check", image, check=False).returncode in (0, ONLY_LEAKS)
-
-
-def fio(name: str, size: int, *, sync: str = "--end_fsync=1") -> str:
-    """Random writes, and every block read again and compared by its checksum."""
-    return (
-        f"{T}/fio --name={name} --directory=/mnt --size={size} --bs=4k --rw=randwrite "
-        f"--verify=crc32c --verify_fatal=1 --ioengine=libaio --iodepth=16 --direct=1 {sync} "
-        "--output=/tmp/fio && ! grep -v 'err= 0' /tmp/fio | grep err="
-    )
 
 
 def test_a_file_system_lives_on_our_disk_through_a_crash_of_the_server(
@@ -117,6 +99,41 @@ if LONG:
         extents = qemu_img_json("map", overlay)
         data = sum(extent["length"] for extent in extents if extent["data"])
         assert data < 20 * MIB  # what was trimmed is not kept: 16 MiB
+
+    def test_memory_is_plugged_in_and_taken_out_while_the_disk_is_used(
+        guest: Guest, overlay: Path, tmp_path: Path
+    ) -> None:
+        """QEMU tells of it by messages on memory slots."""
+        monitor = tmp_path / "qemu.sock"
+        with (
+            Server(overlay, tmp_path) as server,
+            Vmm(guest, vhost_user_disk(server), monitor=monitor, memory_slot=True) as vmm,
+        ):
+            vmm.boot()
+            vmm.wait_for_monitor()
+            vmm.run(f"{T}/mke2fs -q -F -t ext4 /disk && mount /disk /mnt")
+            vmm.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=24 && sync")
+            vmm.run("sha1sum /mnt/kept > /tmp/sums")
+            memory = {"qom-type": "memory-backend-memfd", "size": 128 * MIB, "share": True}
+            for state in ("online_movable", "offline"):
+                vmm.run(f"({fio('checked', 4 * MIB)}) & worker=$!")
+                if state == "offline":
+                    vmm.run(f"echo {state} > /sys/devices/system/memory/memory32/state")
+                    vmm.command("device_del", id="dimm")
+                    while vmm.command("query-memory-devices"):
+                        vmm.run("sleep 0.2")
+                    vmm.command("object-del", id="more")
+                else:
+                    vmm.command("object-add", id="more", **memory)
+                    vmm.command("device_add", driver="pc-dimm", id="dimm", memdev="more")
+                    vmm.run("until cd /sys/devices/system/memory/memory32; do sleep 0.2; done")
+                    vmm.run(f"cd / && echo {state} > /sys/devices/system/memory/memory32/state")
+                for _ in range(2):
+                    vmm.run("echo 3 > /proc/sys/vm/drop_caches; sha1sum -c /tmp/sums")
+                vmm.run("wait $worker && rm /mnt/checked*")
+            vmm.run(f"umount /mnt && {T}/e2fsck -f -n /disk")
+            vmm.power_off()
+            assert server.end() == 0
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_nothing_flushed_is_lost_when_the_server_is_killed_again_and_again(

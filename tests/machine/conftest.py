@@ -106,6 +106,6 @@ class Toy:
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_toy() -> type[Toy]:
     return Toy

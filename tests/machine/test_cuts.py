@@ -89,12 +89,16 @@ def work(board: Board, wanted: dict[str, Any], mark: Any) -> None:
     mark([["two", "three"]])
 
 
-@pytest.mark.parametrize(("options", "every"), [({}, 3), ({"compression_type": "zstd"}, 8)])
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [({}, 3), ({"compression_type": "zstd"}, 8), ({"lazy_refcounts": True}, 6)],
+    ids=["plain", "compressed", "lazy"],
+)
 def test_every_snapshot_in_the_list_loads_after_a_cut(
     make_toy: Any, options: dict[str, Any], every: int
 ) -> None:
     """``every``: so many images are passed over for one that is looked at, in a short run."""
-    compress = bool(options)
+    compress = "compression_type" in options
     file = MemoryDisk(growable=True)
     disk = pyvirtio.create_disk(file, DISK_SIZE, cluster_size=512, **options)
     board = Board(make_toy, disk, compress=compress)

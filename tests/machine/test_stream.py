@@ -7,7 +7,10 @@ import zlib
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import pyvirtio
 from pyvirtio import ImageError, MemoryDisk, UnsupportedError
 from pyvirtio.backend.state import StateReader, StateWriter
 from pyvirtio.machine.state import Machine
@@ -281,6 +284,102 @@ def test_a_section_that_makes_no_sense_loads_nothing(
     with pytest.raises(ImageError):
         other.machine.load(memory(data))
     assert other.everything == before
+
+
+Parts = list[tuple[str, int, bytes]]
+"""Name, version and payload of each section."""
+
+
+def parts_of(machine: Machine, data: bytes) -> Parts:
+    names = ["lineage", *_names(machine)]
+    reader = StreamReader(memory(data), {n: Known(9, 1 << 30) for n in names})
+    return [(s.name, s.version, reader.read(s.name)) for s in reader.sections.values()]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damage_of_any_kind_is_refused_or_changes_nothing(make_toy: Any, data: Any) -> None:
+    """Bytes that are others, that lack, come twice, or stand elsewhere."""
+    one, other = make_toy(300), make_toy(300)
+    one.run(1)
+    before, wanted = other.everything, one.everything
+    stream = bytearray(saved(one.machine))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start, end, to = (data.draw(st.integers(0, len(stream))) for _ in range(3))
+        start, end = sorted((start, end))
+        part = bytes(stream[start:end])
+        match data.draw(st.sampled_from(["flip", "cut", "drop", "double", "move", "noise"])):
+            case "flip" if part:
+                stream[start] ^= data.draw(st.integers(1, 255))
+            case "cut":
+                del stream[start:]
+            case "drop":
+                del stream[start:end]
+            case "double":
+                stream[to:to] = part
+            case "move":
+                del stream[start:end]
+                stream[to:to] = part
+            case "noise":
+                stream[start : start + 8] = data.draw(st.binary(max_size=12))
+    try:
+        other.machine.load(memory(bytes(stream)))
+    except (ImageError, UnsupportedError):
+        assert other.everything == before
+    else:
+        assert other.everything == wanted
+
+
+def kept(machine: Machine) -> bytes:
+    """The VM state of a snapshot: RAM lies behind the stream."""
+    disk: Any = pyvirtio.create_disk(MemoryDisk(growable=True), 1 << 20, cluster_size=4096)
+    pyvirtio.MachineSnapshots(machine, [disk]).savevm("one")
+    with disk.snapshots.open("one") as view:
+        return bytes(view.vmstate.reader().read())
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_an_enemys_stream_is_loaded_whole_or_refused(
+    make_toy: Any, placed: bool, data: Any
+) -> None:
+    """Sections of any version, contents and order, all with the right checksums."""
+    one, other = make_toy(300), make_toy(300)
+    one.run(1)
+    before = other.everything
+    whole = kept(one.machine) if placed else saved(one.machine)
+    parts = parts_of(one.machine, whole)
+    names = [*_names(one.machine), "lineage", "gpu"]
+    for _ in range(data.draw(st.integers(1, 4))):
+        number = data.draw(st.integers(0, len(parts) - 1))
+        name, version, payload = parts[number]
+        match data.draw(st.sampled_from(["version", "name", "drop", "swap", "patch", "payload"])):
+            case "version":
+                version = data.draw(st.integers(0, 3))
+            case "name":
+                name = data.draw(st.sampled_from(names))
+            case "drop" if len(parts) > 1:
+                del parts[number]
+                continue
+            case "swap":
+                parts.reverse()
+                continue
+            case "patch":
+                at = data.draw(st.integers(0, len(payload)))
+                patch = data.draw(st.binary(max_size=8))
+                payload = payload[:at] + patch + payload[at + len(patch) :]
+            case "payload":
+                payload = data.draw(st.binary(max_size=60))
+        if name not in [n for i, (n, *_) in enumerate(parts) if i != number]:
+            parts[number] = name, version, payload
+    changed = stream(*parts)
+    try:
+        other.machine.load(memory(changed + whole[len(changed) :]))
+    except (ImageError, UnsupportedError):
+        assert other.everything == before
+    else:
+        assert set(_names(one.machine)) <= {name for name, *_ in parts}
 
 
 def test_a_missing_section_is_named(make_toy: Any) -> None:

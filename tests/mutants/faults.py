@@ -2,7 +2,7 @@
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
 forgotten, a wrong constant. ``qcow2/`` comes first, file by file, with what is done in bulk, then
-``backend/``, then what the features add, what works unseen, ``machine/`` and ``virtio/``.
+``backend/``, then what the features add, what works unseen, ``machine/``, ``virtio/``, vhost-user.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def _load() -> list[Fault]:
     from machine_faults import MACHINES
     from qcow2_faults import QCOW2
     from quiet_faults import QUIET
+    from vhost_faults import VHOST
     from virtio_faults import VIRTIO
 
     return [
@@ -46,6 +47,7 @@ def _load() -> list[Fault]:
             *QUIET,
             *MACHINES,
             *VIRTIO,
+            *VHOST,
         )
     ]
 

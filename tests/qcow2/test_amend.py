@@ -98,6 +98,38 @@ def test_downgrade_and_upgrade_keep_what_is_read(
     assert qemu_img_json("info", path)["format-specific"]["data"]["lazy-refcounts"]
 
 
+def after_a_cut(below: MemoryDisk) -> Any:
+    """What check says of the file as it is at this moment."""
+    copy = MemoryDisk(growable=True)
+    copy.write(0, below.read(0, below.size))
+    with pyvirtio.open_disk(copy, format="qcow2", read_only=True) as disk:
+        return disk.check()
+
+
+def test_lazy_refcounts_are_in_the_file_before_a_downgrade_gives_up_the_dirty_bit() -> None:
+    below = MemoryDisk(growable=True)
+    with pyvirtio.create_disk(below, SIZE, lazy_refcounts=True, cluster_size=4096) as disk:
+        disk.write(0, b"d" * 300_000)
+        disk.flush()
+        disk.amend(compat="0.10")
+        assert not after_a_cut(below).corruptions
+        disk.write(500_000, b"e" * 300_000)
+        disk.flush()
+        assert not after_a_cut(below).corruptions
+
+
+def test_a_downgraded_image_has_no_lazy_refcounts_after_it_was_reopened() -> None:
+    below = MemoryDisk(growable=True)
+    below.reopen = lambda *, read_only: None  # type: ignore[method-assign]
+    with pyvirtio.create_disk(below, SIZE, lazy_refcounts=True, cluster_size=4096) as disk:
+        disk.amend(compat="0.10")
+        disk.reopen(read_only=True)
+        disk.reopen(read_only=False)
+        disk.write(0, b"d" * 300_000)
+        disk.flush()
+        assert not after_a_cut(below).corruptions
+
+
 @requires("qemu-img")
 def test_qemu_downgrades_what_we_wrote_and_we_read_it(tmp_path: Path) -> None:
     path = tmp_path / "disk"

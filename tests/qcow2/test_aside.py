@@ -10,6 +10,7 @@ import pytest
 
 import pyvirtio
 from pyvirtio import BackendError, ImageError, UnsupportedError
+from pyvirtio.qcow2.overlap import Section
 from pyvirtio.qcow2.refcount_codec import codec_for
 from pyvirtio.qcow2.reference_vector import ReferenceVector
 from support.filters import CappedDisk
@@ -156,14 +157,35 @@ def test_a_base_of_another_size_is_not_shared() -> None:
         disk.snapshots.draft(one)
 
 
-def test_a_base_is_not_deleted_under_a_draft() -> None:
-    _, disk = new_image()
+def test_a_draft_does_not_outlive_its_base() -> None:
+    file, disk = new_image()
     one = keep(disk, "one", [(0, b"1" * 5000)], size=5000)
-    with disk.snapshots.draft(one):
-        with pytest.raises(BackendError) as caught:
-            disk.snapshots.delete(one)
-        assert caught.value.errno == errno.EBUSY
-    disk.snapshots.delete(one)
+    with disk.snapshots.draft(one) as draft:
+        draft.write([(0, memoryview(b"2" * 5000))])
+        disk.snapshots.delete(one)
+        with pytest.raises(BackendError):
+            draft.write([(0, memoryview(b"3" * 5000))])
+        with pytest.raises(BackendError):
+            disk.snapshots.create("two", vm_state_size=5000, draft=draft)
+    disk.flush()
+    assert_clean(file)
+
+
+def test_a_draft_is_the_snapshots_from_the_moment_that_it_is_listed(monkeypatch: Any) -> None:
+    """What is thrown right after that frees none of its clusters."""
+    file, disk = new_image()
+
+    def interrupted(section: Section, *_: object) -> None:
+        if section is Section.INACTIVE_L1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk._metadata.overlap, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keep(disk, "one", [(0, b"1" * 5000)], size=5000)
+    disk.flush()
+    assert state(disk, disk.snapshots.find("one")) == b"1" * 5000
+    assert_clean(file)
 
 
 def test_a_draft_does_not_outlive_a_repair() -> None:
@@ -315,6 +337,18 @@ def test_packed_refcounts_add_up_or_nothing_changes(order: int) -> None:
         else:
             assert found is not None
             assert list(codec.load(memoryview(bytearray(found)), 0, count)) == differences
+
+
+def test_slices_that_nothing_refers_to_any_more_are_forgotten() -> None:
+    """Else what a snapshot costs grows with the length of the file."""
+    _, disk = new_image()
+    disk.vmstate.write(0, b"x" * (CLUSTER * 500))
+    metadata = disk._metadata
+    vector = ReferenceVector(metadata)
+    vector.add_clusters([10, 400])
+    vector.remove_clusters([10])
+    vector.raise_refcounts()()
+    assert len(vector._slices) == 1
 
 
 def test_a_vector_is_raised_whole_or_not_at_all() -> None:

@@ -9,7 +9,7 @@ import pytest
 import pyvirtio
 from pyvirtio.backend.memory import MemoryDisk
 from pyvirtio.errors import BackendError, ImageError, UnsupportedError
-from pyvirtio.qcow2 import Qcow2Disk
+from pyvirtio.qcow2 import Qcow2Disk, bitmaps
 from pyvirtio.qcow2 import create as create_image
 from support.crash import crash_images
 from support.daemon import StorageDaemon, bits_digest
@@ -381,6 +381,34 @@ def test_a_bitmap_is_in_use_once_it_is_changed(image, change):
             getattr(disk.bitmaps, change)("b")
         data = image.read_bytes()
         assert struct.unpack_from(">I", data, extension(data)[1] + 12)[0] & 1
+
+
+def test_many_bitmaps_are_marked_in_use_with_one_flush(path):
+    with pyvirtio.create_disk(path, SIZE) as disk:
+        for number in range(20):
+            disk.bitmaps.add(f"b{number}")
+    below = RecordingDisk(pyvirtio.FileDisk(path, growable=True))
+    with pyvirtio.open_disk(below, format="qcow2") as disk:
+        disk.bitmaps.begin()
+        assert [event.kind for event in below.log] == ["write"] * 20 + ["flush"]
+        assert all(bitmap.in_use for bitmap in disk.bitmaps)
+        disk.write(0, b"x")
+    with reopened(path, read_only=True) as disk:
+        assert all(dirty(disk, f"b{number}") == [(0, CLUSTER)] for number in range(20))
+
+
+def test_bitmaps_that_would_fill_the_memory_are_refused(path, monkeypatch):
+    with pyvirtio.create_disk(path, 1 << 30) as disk:
+        for name in ("a", "b"):
+            disk.bitmaps.add(name, granularity=512)
+        disk.write_zeroes(0, 1 << 30)
+    monkeypatch.setattr(bitmaps, "_MAX_LOADED", 100)
+    with reopened(path) as disk:
+        with pytest.raises(ImageError, match="too much in them"):
+            disk.write(0, b"x")
+        assert disk.read(0, 1) == b"\0"
+    with reopened(path, read_only=True) as disk:
+        assert len(dirty(disk, "a")) == 1
 
 
 def test_a_disabled_bitmap_is_not_in_use_by_writes(image):

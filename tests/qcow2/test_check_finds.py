@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyvirtio import MemoryDisk
+from pyvirtio import MemoryDisk, open_disk
+from pyvirtio.backend.filter import FilterDisk
 from pyvirtio.qcow2 import CheckResult
 from support.images import checked, l2_entry_at, new_image, number_at, poke, with_compressed
 
@@ -101,6 +102,13 @@ def test_reserved_bits_of_the_refcount_table() -> None:
     assert checked(file).corruptions == 1
 
 
+def test_a_refcount_block_where_no_file_reaches_cannot_be_read() -> None:
+    file = image()
+    poke(file, number_at(file, 48), 1 << 63)
+    found = checked(file)
+    assert found.check_errors == -(-file.size // CLUSTER)
+
+
 def test_two_owners_of_a_cluster() -> None:
     file = image()
     poke(file, l2_entry_at(file, 1), number_at(file, l2_entry_at(file, 0)))
@@ -132,6 +140,28 @@ def test_an_unaligned_l2_table() -> None:
     at = number_at(file, 40)
     poke(file, at, number_at(file, at) + 512)
     assert any("Table is not cluster aligned" in m for m in checked(file).messages)
+
+
+def test_flags_of_a_table_that_is_named_twice_are_looked_at_once_and_count_twice() -> None:
+    file = image()
+    l1 = number_at(file, 40)
+    table = number_at(file, l1) & ~COPIED
+    poke(file, l1 + 8, table)
+    poke(file, l1, table)
+    reads: list[int] = []
+
+    class Watched(FilterDisk):
+        def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
+            reads.append(offset)
+            super()._readv(offset, views, length)
+
+    poke(file, refcount_at(file, table // CLUSTER), 2, 2)
+    for cluster in range(4):
+        poke(file, refcount_at(file, host(file, cluster)), 2, 2)
+    with open_disk(Watched(file), format="qcow2", read_only=True, for_check=True) as disk:
+        found = disk.check()
+    assert counts(found) == (8, 0, 0)  # four flags, in each of the two
+    assert reads.count(table) == 2  # for the references, and for the flags
 
 
 def test_a_refcount_block_that_something_else_uses() -> None:

@@ -716,3 +716,47 @@ def test_a_data_file_that_is_raw_may_be_said_to_be_so_again(tmp_path):
         disk.amend(data_file_raw=True)
         assert disk.info().specific["data-file-raw"]
     qemu("qemu-img", "amend", "-o", "data_file_raw=on", str(image))
+
+
+def test_shrinking_gives_up_tables_and_no_cluster_of_the_image(tmp_path):
+    """What their entries say are places in the data file."""
+    data = str(tmp_path / "d.raw")
+    path = tmp_path / "image"
+    with pyvirtio.create_disk(path, 8 << 20, cluster_size=4096, data_file=data) as disk:
+        disk.write(0, b"x" * (8 << 20))
+        disk.truncate(1 << 20, shrink=True)
+        assert disk.read(0, 1 << 20) == b"x" * (1 << 20)
+        assert disk.check().clean
+        disk.write(0, b"y" * (1 << 20))
+    assert_clean_at(path)
+
+
+def test_emptying_gives_up_tables_and_no_cluster_of_the_image(tmp_path):
+    base = tmp_path / "base"
+    base.write_bytes(bytes(4 << 20))
+    path = tmp_path / "image"
+    options = {"backing_file": str(base), "backing_fmt": "raw", "data_file": str(tmp_path / "d")}
+    with pyvirtio.create_disk(path, 4 << 20, cluster_size=4096, **options) as disk:
+        disk.write(0, b"x" * (4 << 20))
+        pyvirtio.commit(disk)
+        assert disk.check().clean
+        assert disk.read(0, 4 << 20) == b"x" * (4 << 20)
+        disk.write(0, b"y" * (4 << 20))
+    assert_clean_at(path)
+
+
+def test_vm_state_gives_up_tables_and_no_cluster_of_the_image(tmp_path):
+    path = tmp_path / "image"
+    with pyvirtio.create_disk(
+        path, 1 << 20, cluster_size=4096, data_file=str(tmp_path / "d")
+    ) as disk:
+        disk.write(0, b"x" * 100_000)
+        disk.vmstate.write(0, b"v" * 50_000)
+        disk.vmstate.discard()
+        assert disk.check().clean
+    assert_clean_at(path)
+
+
+def assert_clean_at(path):
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        assert disk.check().clean

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import pyvirtio
+from pyvirtio.backend.filter import FilterDisk
+from pyvirtio.qcow2 import layout, refcount_width, state
 
 CLUSTER = 4096
 SIZE = 64 * CLUSTER
@@ -114,3 +116,73 @@ def check_as_it_is(file: pyvirtio.MemoryDisk) -> None:
         harmless = sum("OFLAG_COPIED" in line and "refcount=1" in line for line in result.messages)
         assert result.corruptions == harmless, result.messages
         assert disk.read(0, len(OLD)) == OLD
+
+
+def test_an_interrupt_just_before_a_flush_writes_does_not_lose_what_it_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, disk = make_image()
+    disk.write(30 * CLUSTER, b"k" * CLUSTER)
+    health = disk._metadata.health  # type: ignore[attr-defined]
+    step = type(health).step
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            raise Interrupt
+
+    def interrupted(self: object, what: str) -> Any:
+        return Interrupted() if what == "Gathering what to flush" else step(health, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(health), "step", interrupted)
+        with pytest.raises(Interrupt):
+            disk.flush()
+    disk.flush()
+    copy = pyvirtio.MemoryDisk(0, growable=True)
+    copy.write(0, file.read(0, file.size))
+    with pyvirtio.open_disk(copy, read_only=True) as again:
+        assert again.read(30 * CLUSTER, CLUSTER) == b"k" * CLUSTER
+
+
+def test_refcounts_in_use_are_those_in_the_header_after_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, disk = make_image()
+    real = refcount_width.update_header
+
+    def interrupted(*arguments: Any, **changes: Any) -> None:
+        real(*arguments, **changes)
+        raise Interrupt
+
+    monkeypatch.setattr(refcount_width, "update_header", interrupted)
+    with pytest.raises(Interrupt):
+        disk.amend(refcount_bits=32)  # type: ignore[attr-defined]
+    disk.write(30 * CLUSTER, b"k" * 20 * CLUSTER)
+    disk.flush()
+    check_as_it_is(file)
+
+
+@pytest.mark.parametrize("interrupted", ["write", "flush"])
+def test_a_dirty_bit_that_was_cleared_is_set_again_after_an_interrupt(interrupted: str) -> None:
+    file, disk = make_image(lazy_refcounts=True)
+    metadata = disk._metadata  # type: ignore[attr-defined]
+    assert state.is_dirty(metadata.header)
+    metadata.settle()
+
+    class Interrupting(FilterDisk):
+        def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
+            super()._writev(offset, views, length)
+            if interrupted == "write":
+                raise Interrupt
+
+        def _flush(self) -> None:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        state.mark_clean(Interrupting(file), metadata.header)
+    disk.write(30 * CLUSTER, b"k" * CLUSTER)
+    disk.flush()
+    assert file.read(layout.INCOMPATIBLE_FEATURES_OFFSET, 8)[7] & layout.Incompatible.DIRTY

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
 import subprocess
 import tracemalloc
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,10 @@ from hypothesis import strategies as st
 
 import pyvirtio
 import pyvirtio.qcow2
+from pyvirtio import MemoryDisk
+from pyvirtio.qcow2 import layout
 from support.filters import CappedDisk
+from support.images import new_image
 from support.peers import requires
 
 TYPED = (pyvirtio.ImageError, pyvirtio.UnsupportedError, pyvirtio.BackendError)
@@ -396,3 +401,70 @@ def test_a_random_file_is_refused() -> None:
     chance = random.Random(1)
     with pytest.raises(pyvirtio.ImageError):
         pyvirtio.open_disk(memory_disk(chance.randbytes(65_536)), format="qcow2")
+
+
+def test_a_free_cluster_is_not_looked_for_where_no_entry_can_name_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One full refcount block, named by all of a large table, would take hours."""
+    file, disk = new_image(1 << 16)
+    limit, table = 1 << 20, disk._metadata.refcounts.table
+    monkeypatch.setattr(layout, "MAX_HOST_OFFSET", limit)
+    for place in range(disk._metadata.refcounts.block_offset(0), file.size, 2):
+        file.write(place, b"\0\1")
+        if place % 512 == 510:
+            break
+    table[:] = array("Q", table[:1] * len(table))
+    assert len(table) * 256 * 512 > limit
+    looked: list[int] = []
+    locate = disk._metadata.refcounts._locate
+
+    def watched(cluster: int) -> tuple[int, int, int]:
+        looked.append(cluster)
+        return locate(cluster)
+
+    disk._metadata.refcounts._locate = watched  # type: ignore[method-assign]
+    disk._metadata.refcounts.cache.clear()
+    with pytest.raises(pyvirtio.BackendError) as caught:
+        disk.write(0, b"x")
+    assert caught.value.errno == errno.EFBIG
+    assert max(looked) * 512 <= limit
+
+
+def on_a_device(size: int, **options: Any) -> Any:
+    """An image with some data in something of a fixed size."""
+    file, disk = new_image(1 << 30, cluster_size=65536, **options)
+    disk.write(0, b"x" * 100_000)
+    disk.close()
+    device = bytearray(file.getvalue().ljust(size, b"\0"))
+    return pyvirtio.open_disk(MemoryDisk(device), format="qcow2")
+
+
+def test_a_device_that_is_full_is_told_by_its_errno() -> None:
+    with on_a_device(1 << 20) as disk:
+        for request in (
+            lambda: disk.write(1 << 20, b"y" * (1 << 20)),
+            lambda: disk.truncate(1 << 46),
+            lambda: disk.vmstate.write(0, b"s" * (1 << 20)),
+        ):
+            with pytest.raises(pyvirtio.BackendError) as caught:
+                request()
+            assert caught.value.errno in (errno.ENOSPC, errno.EINVAL)
+        assert disk.read(0, 100_000) == b"x" * 100_000
+        disk.discard(0, 1 << 20)
+        disk.flush()
+        disk.write(0, b"z" * 65536)  # there is room again
+        assert not disk.check().corruptions
+
+
+def test_what_an_entry_names_past_a_devices_end_reads_as_zeroes() -> None:
+    with on_a_device(1 << 20) as disk:
+        metadata = disk._metadata
+        with metadata.lock:
+            position = metadata.prepare(3)
+            metadata.tables.set_entries(position, [1 << 40 | layout.COPIED])
+            metadata.unpin(position)
+        assert not any(disk.read(3 << 16, 65536))
+        with pytest.raises(pyvirtio.BackendError) as caught:
+            disk.write(3 << 16, b"w" * 512)
+        assert caught.value.errno == errno.ENOSPC

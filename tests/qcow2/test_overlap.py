@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import pyvirtio
 from pyvirtio.errors import BackendError, ImageError
 from pyvirtio.qcow2 import Qcow2Disk
+from pyvirtio.qcow2.overlap import TEMPLATES, Overlap
 
 COPIED = 1 << 63
 CLUSTER = 65536
@@ -222,6 +224,45 @@ def test_freed_tables_clusters_take_data(tmp_path: Path) -> None:
         assert disk.check().clean
 
 
+def structures(overlap: Overlap) -> object:
+    return overlap._starts, overlap._ends, overlap._kinds
+
+
+def test_what_is_kept_while_snapshots_come_and_go_is_what_is_collected_anew() -> None:
+    chance = random.Random(1)
+    disk = pyvirtio.create_disk(pyvirtio.MemoryDisk(growable=True), 1 << 20, cluster_size=512)
+    assert isinstance(disk, Qcow2Disk)
+    kept = disk._metadata.overlap
+    for _ in range(100):
+        disk.write(chance.randrange(2000) * 512, b"x" * 512)
+        names = [snapshot.id for snapshot in disk.snapshots]
+        what = chance.choice(["create", "create", "apply", "delete"]) if names else "create"
+        if what == "create":
+            disk.snapshots.create("any")
+        elif what == "apply":
+            disk.snapshots.apply(chance.choice(names))
+        else:
+            disk.snapshots.delete(chance.choice(names))
+        anew = Overlap(disk._metadata, TEMPLATES["cached"])
+        anew.snapshots = kept.snapshots
+        anew._collect()
+        assert kept._known
+        assert structures(kept) == structures(anew)
+        assert kept._tables.items() >= anew._tables.items()
+    assert disk.check().clean
+
+
+def test_structure_in_anothers_place_stays_known_when_that_goes(path: Path) -> None:
+    table = get(path, 64)
+    put(path, table, table)  # the snapshot's L1 table is where the snapshot table is
+    disk = pyvirtio.open_disk(path, format="qcow2")
+    disk.write(8 << 20, b"x" * CLUSTER)
+    assert isinstance(disk, Qcow2Disk)
+    disk.snapshots.create("two")  # the snapshot table is another one
+    with pytest.raises(ImageError, match="inactive L1 table"):
+        disk._metadata.overlap.check(table, 512)
+
+
 def test_the_header_is_a_structure() -> None:
     with pyvirtio.create_disk(pyvirtio.MemoryDisk(growable=True), 1 << 20) as disk:
         disk._metadata.overlap.check(65536 * 40, 512)
@@ -241,6 +282,23 @@ def test_a_snapshot_whose_tables_cannot_be_asked_refuses_writes(
         disk.write(8 << 20, b"x" * CLUSTER)
     assert error.value.errno == number
     assert isinstance(disk, Qcow2Disk)
-    assert disk.unflushed == ("refcount block",)
+    assert disk.unflushed == ("L2 table", "refcount block")
     with pytest.raises(BackendError):
         disk.close()
+
+
+def test_a_table_that_a_deleted_snapshot_had_may_be_written(path: Path) -> None:
+    with pyvirtio.open_disk(path, overlap_check="all") as disk:
+        disk.snapshots.create("two")
+        disk.snapshots.delete("two")
+        disk.write(0, b"c" * CLUSTER)
+        assert disk.check().clean
+
+
+def test_zero_clusters_of_a_snapshot_are_expanded_under_all_checks(path: Path) -> None:
+    with pyvirtio.open_disk(path, overlap_check="all") as disk:
+        disk.write_zeroes(0, CLUSTER)
+        disk.snapshots.create("zero")
+        disk.write(0, b"c" * CLUSTER)
+        disk.amend(compat="0.10")
+        assert disk.check().clean

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import pyvirtio
+import pyvirtio.qcow2
 from pyvirtio import BackendError, ImageError, MemoryDisk
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_img, qemu_img_json
@@ -120,3 +121,66 @@ def test_an_image_that_somebody_else_reads_stays_read_only(tmp_path):
             disk.reopen(read_only=False)
         assert disk.read_only
         assert disk.read(0, 512) == bytes(512)
+
+
+def test_the_data_file_is_reopened_with_the_image(tmp_path: Path) -> None:
+    path, data = tmp_path / "disk", tmp_path / "data"
+    pyvirtio.create_disk(path, SIZE, data_file=str(data)).close()
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        disk.reopen(read_only=False)
+        disk.write(0, b"written")
+        disk.reopen(read_only=True)
+        assert disk.read(0, 7) == b"written"
+        with pyvirtio.FileDisk(data, read_only=True) as other:  # nobody writes there any more
+            assert other.read(0, 7) == b"written"
+        disk.reopen(read_only=False)
+
+
+def test_an_image_whose_data_file_somebody_else_reads_stays_read_only(tmp_path: Path) -> None:
+    path, data = tmp_path / "disk", tmp_path / "data"
+    pyvirtio.create_disk(path, SIZE, data_file=str(data)).close()
+    with (
+        pyvirtio.open_disk(path, read_only=True) as disk,
+        pyvirtio.FileDisk(data, read_only=True),
+    ):
+        with pytest.raises(pyvirtio.InUseError):
+            disk.reopen(read_only=False)
+        assert disk.read_only
+        assert disk.read(0, 1) == b"\0"
+        with pyvirtio.open_disk(path, read_only=True):  # the image's lock is that of a reader
+            pass
+
+
+def test_an_image_whose_data_file_was_not_opened_can_be_reopened(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    pyvirtio.create_disk(path, SIZE, data_file=str(tmp_path / "data")).close()
+    with pyvirtio.open_disk(path, backing=lambda reference: None) as disk:
+        disk.reopen(read_only=True)
+        disk.reopen(read_only=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 4096},
+        {"extended_l2": True},
+        {"data_file": "data"},
+        {"encryption": True, "passphrase": "x"},
+    ],
+)
+def test_an_image_that_became_one_of_another_kind_is_not_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = MemoryDisk(growable=True)
+    pyvirtio.qcow2.FORMAT.create(other, SIZE, **options)  # type: ignore[misc]
+    file = MemoryDisk(growable=True)
+    with pyvirtio.create_disk(file, SIZE) as disk:
+        disk.write(0, b"a" * 100)
+        disk.flush()
+        header = file.read(0, CLUSTER)
+        file.write(0, other.read(0, CLUSTER))
+        with pytest.raises(ImageError, match="another layout"):
+            disk.invalidate()
+        file.write(0, header)
+        assert disk.read(0, 100) == b"a" * 100

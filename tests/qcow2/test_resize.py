@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,73 @@ def test_growth_reserves_the_rest_of_a_preallocated_cluster(tmp_path: Path, mode
         disk.flush()
         assert path.stat().st_blocks - before < 32  # some for the tree of extents
         assert clean(disk)
+
+
+@pytest.mark.parametrize("what", ["a snapshot is applied", "VM state is written"])
+def test_growing_is_refused_if_something_else_changes_the_disk_meanwhile(what: str) -> None:
+    base = MemoryDisk(bytearray(b"b" * (4 << 20)))
+    file, disk = new_image(1 << 20, backing_file="b", backing_fmt="raw", backing=lambda _: base)
+    disk.snapshots.create("small")
+    disk.truncate(2 << 20)
+    hide = disk._zero_past_end
+
+    def meanwhile(offset: int, length: int) -> None:
+        if what == "a snapshot is applied":
+            disk.snapshots.apply("small")
+        else:
+            disk.vmstate.write(0, b"s" * 600)
+        hide(offset, length)
+
+    disk._zero_past_end = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(BackendError) as caught:
+        disk.truncate(3 << 20)
+    assert caught.value.errno in (errno.EBUSY, errno.EIO)
+    disk._zero_past_end = hide  # type: ignore[method-assign]
+    size = disk.size
+    disk.close()
+    with reopen(file, backing=lambda _: base) as again:
+        assert again.size == size
+        again.truncate(3 << 20)
+        assert not any(again.read(size, again.size - size))
+        assert again.check().clean
+
+
+def test_sizes_that_two_threads_ask_for_are_set_one_after_the_other() -> None:
+    base = MemoryDisk(bytearray(b"b" * (4 << 20)))
+    _, disk = new_image(1 << 20, backing_file="b", backing_fmt="raw", backing=lambda _: base)
+    hide = disk._zero_past_end
+    other = threading.Thread(target=disk.truncate, args=(2 << 20,), kwargs={"shrink": True})
+
+    def meanwhile(offset: int, length: int) -> None:
+        if other.ident is None:
+            other.start()
+            other.join(0.1)
+        hide(offset, length)
+
+    disk._zero_past_end = meanwhile  # type: ignore[method-assign]
+    disk.truncate(3 << 20)
+    other.join(60)
+    assert disk.size == 2 << 20
+    assert not any(disk.read(1 << 20, 1 << 20))
+    assert clean(disk)
+    disk.close()
+
+
+def test_a_disk_that_became_smaller_meanwhile_is_not_shrunk_to_more() -> None:
+    file, disk = new_image(1 << 20)
+    disk.snapshots.create("small")
+    disk.truncate(8 << 20)
+    metadata, exclusive = disk._metadata, disk._metadata.exclusive
+
+    def late() -> Any:
+        metadata.exclusive = exclusive  # type: ignore[method-assign]
+        disk.snapshots.apply("small")
+        return exclusive()
+
+    metadata.exclusive = late  # type: ignore[method-assign, assignment]
+    with pytest.raises(BackendError) as caught:
+        disk.truncate(4 << 20, shrink=True)
+    assert caught.value.errno == errno.EBUSY
+    disk.close()
+    with reopen(file) as again:
+        assert again.size == 1 << 20

@@ -10,6 +10,7 @@ import pyvirtio
 from pyvirtio import ImageError, MemoryDisk
 from pyvirtio.qcow2 import Qcow2Disk
 from support.chains import Chain, words
+from support.images import new_image, number_at, poke, reopen
 
 FIELDS = ("data", "zero", "allocated", "compressed", "depth", "host_offset", "file")
 
@@ -109,6 +110,43 @@ def test_nobody_asks_for_holes_where_the_host_has_the_space(tmp_path):
         disk.children["file"].discard(host + (64 << 10), 64 << 10)
     with pyvirtio.open_disk(path, read_only=True) as disk:
         assert [(e.length, e.data, e.zero) for e in disk.extents()] == [(4 << 20, True, False)]
+
+
+def test_a_sparse_file_of_any_length_is_not_gone_over_for_holes(tmp_path):
+    """Only what has refcount blocks is: the rest would take for ever."""
+    path = tmp_path / "a"
+    with pyvirtio.create_disk(path, 1 << 20) as disk:
+        disk.write(0, b"\x11" * 512)
+    with pyvirtio.open_disk(path, read_only=True) as disk:
+        asked = []
+        refcounts = disk._metadata.refcounts
+        counts = refcounts.counts
+
+        def watched(first, count):
+            asked.append(count)
+            assert sum(asked) <= 1 << 20
+            return counts(first, count)
+
+        refcounts.counts = watched
+        disk.children["file"].size = 1 << 62
+        assert next(disk.extents()).data
+        assert asked
+
+
+def test_what_refcounts_cannot_be_had_for_is_mapped_and_copied_all_the_same():
+    file, disk = new_image(cluster_size=4096)
+    disk.write(0, b"\x11" * 512)
+    disk.close()
+    poke(file, number_at(file, 48), 0x2200)  # the only refcount block
+    target = MemoryDisk(disk.size)
+    with reopen(file, read_only=True) as disk:
+        heard = []
+        disk.on_corruption(heard.append)
+        assert next(disk.extents()).data
+        assert len(heard) == 1
+    with reopen(file, read_only=True) as disk:
+        pyvirtio.convert(disk, target)
+    assert target.read(0, 513) == b"\x11" * 512 + b"\0"
 
 
 def test_a_run_is_one_in_its_middle_too():

@@ -13,6 +13,7 @@ import pytest
 
 import pyvirtio
 import pyvirtio.qcow2
+from pyvirtio.qcow2 import requests as gates
 from support.filters import Gate, GatedDisk, HoldingDisk, JitteryDisk
 from support.peers import find_program
 from support.qemu import qemu_check
@@ -288,3 +289,29 @@ def test_a_cluster_is_not_handed_out_while_an_old_request_is_on_its_way_to_it(
         disk.write(20 * 65536, b"m" * 65536)  # now the old cluster is free again
         found_by_check = disk.check()
         assert (found_by_check.corruptions, found_by_check.leaks) == (0, 0)
+
+
+def test_who_leaves_while_another_begins_to_wait_wakes_it_up(monkeypatch: Any) -> None:
+    """A request that leaves, without the lock, just after it was seen to be inside."""
+    monkeypatch.setattr(gates, "_PATIENCE", 60.0)
+    gate = gates.RequestGate()
+    leaver = threading.Thread(target=gate.leave, args=(1,), daemon=True)
+
+    class Inside(dict[int, int]):
+        def __len__(self) -> int:
+            if leaver.ident is None:
+                leaver.start()
+                leaver.join(0.2)
+                return 1
+            return super().__len__()
+
+    gate._inside = Inside({1: 0})
+
+    def alone() -> None:
+        with gate.exclusive():
+            pass
+
+    waiter = threading.Thread(target=alone, daemon=True)
+    waiter.start()
+    waiter.join(10)
+    assert not waiter.is_alive()

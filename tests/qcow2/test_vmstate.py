@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import pyvirtio
 from pyvirtio import BackendError, MemoryDisk
+from support.filters import FaultyDisk
 from support.peers import requires
 from support.qemu import QemuIo, qemu_check, qemu_create, qemu_img, qemu_img_json
 
@@ -120,6 +122,35 @@ def test_a_vm_state_beyond_the_l1_tables_limit_is_refused() -> None:
         assert clean(disk)
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_write_that_fails_leaves_what_a_snapshot_has(persistent: bool) -> None:
+    """At every request to the file: the size is the old one, and what was applied comes again."""
+    for number in range(100):
+        faulty = FaultyDisk(MemoryDisk(growable=True), kinds=frozenset({"write", "truncate"}))
+        disk: Any = pyvirtio.create_disk(faulty, SIZE, cluster_size=4096)
+        disk.write(0, b"disk" * 5000)
+        disk.vmstate.write(0, STATE)
+        disk.snapshots.create("one", vm_state_size=len(STATE))
+        disk.snapshots.apply("one")
+        faulty.count, faulty.fail_at, faulty.persistent = 0, number, persistent
+        with suppress(BackendError):
+            disk.vmstate.write(1000, bytes(len(STATE)))
+            disk.flush()
+        faulty.fail_at = None
+        assert disk.vmstate.size in (len(STATE), len(STATE) + 1000)
+        with disk.snapshots.open("one") as view:
+            assert view.vmstate.read(0, len(STATE)) == STATE
+        disk.snapshots.apply("one")
+        assert disk.vmstate.size == len(STATE)
+        assert disk.vmstate.read(0, len(STATE)) == STATE
+        assert disk.read(0, 20_000) == b"disk" * 5000
+        disk.check("leaks")
+        assert clean(disk)
+        if not faulty.failed:
+            break
+    assert 5 <= number < 99
+
+
 def test_discarding_the_vm_state_frees_it() -> None:
     with make(cluster_size=4096) as disk:
         disk.vmstate.write(0, STATE)
@@ -180,6 +211,14 @@ def test_a_snapshot_in_view_is_not_deleted() -> None:
         disk.snapshots.delete("one")
 
 
+def test_a_view_that_nobody_has_any_more_is_in_nobodys_way() -> None:
+    with make() as disk:
+        disk.snapshots.create("one")
+        disk.snapshots.open("one")  # as if an interrupt came before it could be closed
+        disk.snapshots.delete("one")
+        assert clean(disk)
+
+
 def test_closing_the_image_closes_its_views() -> None:
     disk = make()
     disk.snapshots.create("one")
@@ -218,6 +257,7 @@ def test_unknown_extra_data_of_snapshots_is_kept(tmp_path: Path) -> None:
     with pyvirtio.create_disk(path, SIZE) as disk:
         disk.snapshots.create("one").unknown_extra_data = b"what is to come!"
         disk.snapshots.create("two")
+        disk.snapshots.write_table()
     with pyvirtio.open_disk(path) as disk:
         disk.snapshots.delete("two")
     with pyvirtio.open_disk(path) as disk:

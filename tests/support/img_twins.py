@@ -1,13 +1,14 @@
 """The same command lines for pyvirtio-img and qemu-img, on copies of the same images.
 
 ``python -m support.img_twins --seed 1 --count 100`` goes on for as long as it is told (without a
-count until it is interrupted) and prints what differs.
+count until it is interrupted, or for ``--minutes``) and prints what differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,10 +203,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
     differing = number = 0
     with tempfile.TemporaryDirectory(prefix="img-twins-") as name:
-        while not options.count or number < options.count:
+        while (not options.count or number < options.count) and time.monotonic() < deadline:
             seed = options.seed + number
             images = Path(name) / "images"
             if number % 20 == 0:

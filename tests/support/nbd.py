@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -142,6 +144,14 @@ class Client:
         while not (reply := self.receive()).last:
             pass
         return reply
+
+    def wait_until_taken(self) -> None:
+        """Wait until the server has received all that was sent."""
+        deadline = time.monotonic() + 30
+        while fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) != bytes(4):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the server does not receive")
+            time.sleep(0.01)
 
     def hung_up(self) -> bool:
         """True once the server has closed the connection; waits for it."""

@@ -2,12 +2,15 @@
 
 ``python -m support.ring_fuzz [libFuzzer's options]`` has atheris look for new ways through the
 device for ten minutes. Whatever the bytes say: nothing is raised, no error of our own is logged, a
-kick's work is bounded, and no byte outside the guest's memory changes.
+kick's work is bounded, no byte outside the guest's memory changes, and a device that is told the
+same again and again does not grow.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import random
 import struct
 import sys
 from typing import Any
@@ -27,6 +30,12 @@ _KINDS = (0, 0, *_OUTGOING, *range(16), 16, 18, 20, 22, 24, 26, 99)
 _MOST_STEPS = 200
 _MOST_REQUESTS = 64 * (_QUEUE + 1)
 """Requests of the disk that one access may lead to: a ring's heads, with room to spare."""
+_MOST_DESCRIPTORS = _MOST_REQUESTS * 1200
+"""Descriptors that are read for these: 1024 of an indirect table each, and those of the ring."""
+_ROUNDS = 12
+"""How often a device is told the same, to see that it does not grow."""
+_GROWTH = 400
+"""Blocks of memory by which Python itself may grow between two looks at it."""
 
 
 class Bytes:
@@ -66,13 +75,13 @@ class _CountedDisk(pyvirtio.MemoryDisk):
 
     requests = 0
 
-    def _readv(self, *request: Any) -> None:
+    def _readv(self, offset: int, views: list[memoryview], length: int) -> None:
         self.requests += 1
-        super()._readv(*request)
+        super()._readv(offset, views, length)
 
-    def _writev(self, *request: Any) -> None:
+    def _writev(self, offset: int, views: list[memoryview], length: int) -> None:
         self.requests += 1
-        super()._writev(*request)
+        super()._writev(offset, views, length)
 
 
 class Board:
@@ -87,6 +96,8 @@ class Board:
             memory = pyvirtio.GuestMemory.from_callbacks(self._read, self._write)
         else:
             memory = pyvirtio.GuestMemory.from_buffer(self.ram, BASE)
+        self.memory_reads = 0
+        """Of callback memory: each structure is one."""
         self.disk = _CountedDisk(1 << 20)
         blk = pyvirtio.VirtioBlk(
             self.disk,
@@ -111,6 +122,7 @@ class Board:
             self.driver.start()
 
     def _read(self, pa: int, length: int) -> bytes:
+        self.memory_reads += 1
         if not BASE <= pa <= pa + length <= BASE + RAM_SIZE:
             raise IndexError("no RAM there")
         return bytes(self.ram[pa - BASE : pa - BASE + length])
@@ -188,8 +200,47 @@ class Board:
             self.bus.bar_write(bar, where & 0xFFF, size, value)
 
 
-def attack(data: bytes) -> None:
+def play(board: Board, source: Bytes, errors: _Errors) -> None:
     """Do what the bytes say. Raises if the device does something that it must not."""
+    for _ in range(_MOST_STEPS):
+        if not source:
+            break
+        requests, reads = board.disk.requests, board.memory_reads
+        board.step(source)
+        if board.disk.requests - requests > _MOST_REQUESTS:
+            raise RuntimeError(f"{board.disk.requests - requests} requests at one step")
+        if board.memory_reads - reads > _MOST_DESCRIPTORS:
+            raise RuntimeError(f"{board.memory_reads - reads} reads of memory at one step")
+        if errors.found:
+            raise RuntimeError(errors.found[0].getMessage()) from (
+                errors.found[0].exc_info[1] if errors.found[0].exc_info else None
+            )
+    whole = bytes(board.whole)
+    if not (whole.startswith(_CANARY) and whole.endswith(_CANARY)):
+        raise RuntimeError("memory outside the guest's was written")
+
+
+def endure(data: bytes) -> None:
+    """Tell one device the same again and again, numbers in it changed. Raises if it grows."""
+    source = Bytes(data)
+    board = Board(source)
+    rest = bytearray(data[2:])
+    chance = random.Random(len(data))
+    blocks = []
+    for number in range(2 * _ROUNDS):
+        if rest:
+            rest[chance.randrange(len(rest))] = chance.randrange(256)
+        play(board, Bytes(bytes(rest)), _Errors())
+        if number % _ROUNDS == _ROUNDS - 1:
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+    if blocks[1] - blocks[0] > _GROWTH:
+        raise RuntimeError(f"{blocks[1] - blocks[0]} blocks of memory more after {_ROUNDS} rounds")
+
+
+def attack(data: bytes) -> None:
+    """Attack a device with these bytes; every so often, more than once. Raises if it does something
+    that it must not."""
     errors = _Errors()
     log = logging.getLogger("pyvirtio")
     before = log.level, log.propagate
@@ -197,21 +248,9 @@ def attack(data: bytes) -> None:
     log.propagate = False
     try:
         source = Bytes(data)
-        board = Board(source)
-        for _ in range(_MOST_STEPS):
-            if not source:
-                break
-            requests = board.disk.requests
-            board.step(source)
-            if board.disk.requests - requests > _MOST_REQUESTS:
-                raise RuntimeError(f"{board.disk.requests - requests} requests at one step")
-            if errors.found:
-                raise RuntimeError(errors.found[0].getMessage()) from (
-                    errors.found[0].exc_info[1] if errors.found[0].exc_info else None
-                )
-        whole = bytes(board.whole)
-        if not (whole.startswith(_CANARY) and whole.endswith(_CANARY)):
-            raise RuntimeError("memory outside the guest's was written")
+        play(Board(source), source, errors)
+        if len(data) % 32 == 2:
+            endure(data)
     finally:
         log.removeHandler(errors)
         log.propagate = before[1]
@@ -225,7 +264,7 @@ def main() -> None:
     options = sys.argv[1:]
     if not any(option.startswith(("-max_total_time", "-runs")) for option in options):
         options.append("-max_total_time=600")
-    atheris.Setup([sys.argv[0], "-max_len=2048", *options], attack)
+    atheris.Setup([sys.argv[0], "-max_len=2048", "-len_control=10", *options], attack)
     atheris.Fuzz()
 
 

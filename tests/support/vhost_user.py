@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import pyvirtio
 from pyvirtio.virtio.driver import BlockDriver, Link, SharedRam, VhostUserFrontEnd
+from pyvirtio.virtio.vhost_user.layout import Request
 
-__all__ = ["Rig", "open_descriptors"]
+__all__ = ["Rig", "open_descriptors", "settle"]
 
 
 class Rig:
@@ -67,11 +68,23 @@ class Rig:
         driver.start()
         return driver
 
+    def forget(self, front: VhostUserFrontEnd, ram: SharedRam) -> None:
+        """These are not needed any more; the front-end has hung up."""
+        self._fronts.remove(front)
+        self._rams.remove(ram)
+        ram.close()
+
     def link(self) -> Link:
         """A bare connection, with a short patience."""
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self.path))
         return Link(connection, 10)
+
+
+def settle(link: Link) -> None:
+    """Have the server do what it was told before: kicks have their turn after 16 messages."""
+    for _ in range(17):
+        link.ask_u64(Request.GET_FEATURES)
 
 
 def open_descriptors() -> int:

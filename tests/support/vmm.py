@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import selectors
@@ -11,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from support.qmp import qmp
 
 if TYPE_CHECKING:
     from support.x86_guest import Guest
@@ -63,15 +64,7 @@ class Server:
 
     def command(self, execute: str, **arguments: Any) -> Any:
         """A command to its monitor; what that returned."""
-        with socket.socket(socket.AF_UNIX) as client, client.makefile("rw") as stream:
-            client.connect(str(self.monitor))
-            stream.readline()
-            stream.write(json.dumps({"execute": execute, "arguments": arguments}) + "\n")
-            stream.flush()
-            answer = json.loads(stream.readline())
-        if "error" in answer:
-            raise RuntimeError(answer["error"]["desc"])
-        return answer["return"]
+        return qmp(self.monitor, execute, **arguments)
 
     def end(self) -> int:
         """SIGTERM it; its exit status."""
@@ -91,6 +84,15 @@ class Server:
             self._process.wait()
 
 
+_RAM = f"{256 << 10 | 8}K"
+"""256 MiB, and a little more. QEMU 7.2 without KVM loses what a guest writes to its memory while
+it migrates (it forgets to watch pages again that were written), but for memory whose size is no
+multiple of 256 KiB, which it goes through page by page."""
+
+_ARGUMENTS = "console=ttyS0 quiet tsc=unstable mitigations=off init_on_alloc=0"
+"""Memory is not cleared before it is used: what the disk puts there then is all that changes it."""
+
+
 def vhost_user_disk(server: Server, *, packed: bool = False, queues: int = 1) -> list[str]:
     """QEMU's options for a disk of that server."""
     ring = "on" if packed else "off"
@@ -102,19 +104,43 @@ def vhost_user_disk(server: Server, *, packed: bool = False, queues: int = 1) ->
 
 class Vmm:
     """QEMU, without KVM, with a disk by the options ``disk``, and a shell in its guest on the
-    serial line."""
+    serial line.
 
-    def __init__(self, guest: Guest, disk: Sequence[str], *, cpus: int = 1) -> None:
+    ``monitor``: where it takes commands. With ``incoming``, a path, its guest comes there from
+    another QEMU: see :meth:`start_migration`; both have monitors then. ``memory_slot``: memory can
+    be plugged in, up to 1 GiB (the guest keeps 64 MiB for it).
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        disk: Sequence[str],
+        *,
+        cpus: int = 1,
+        monitor: Path | None = None,
+        incoming: Path | None = None,
+        memory_slot: bool = False,
+    ) -> None:
+        self.incoming = incoming
+        self._monitor = monitor
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "stdio"),
-                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max", "-m", "256"),
-                *("-smp", str(cpus), "-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
+                *("-machine", "pc,accel=tcg,memory-backend=ram", "-cpu", "max"),
+                *("-m", f"{_RAM},slots=1,maxmem=1G" if memory_slot else _RAM),
+                *(
+                    "-smp",
+                    str(cpus),
+                    "-object",
+                    f"memory-backend-memfd,id=ram,share=on,size={_RAM}",
+                ),
                 *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs)),
-                *("-append", "console=ttyS0 quiet tsc=unstable mitigations=off"),
+                *("-append", _ARGUMENTS),
                 *disk,
                 *("-drive", f"if=none,id=tools,file={guest.tools},format=raw,readonly=on"),
                 *("-device", "virtio-blk-pci,drive=tools,serial=tools,addr=5"),
+                *(() if monitor is None else ("-qmp", f"unix:{monitor},server=on,wait=off")),
+                *(() if incoming is None else ("-incoming", f"unix:{incoming}")),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -127,7 +153,8 @@ class Vmm:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._output, selectors.EVENT_READ)
         self._said = b""
-        self._commands = 0
+        self.commands = 0
+        """How many the shell was given; a guest that moves takes its shell along."""
 
     def wait_for(self, pattern: str, timeout: float = 120) -> re.Match[str]:
         """Wait until the guest has said that; what is before is dropped. Raises TimeoutError."""
@@ -147,8 +174,8 @@ class Vmm:
 
     def start(self, command: str) -> int:
         """Have the guest's shell run a command; what :meth:`result` takes."""
-        self._commands += 1
-        number = self._commands
+        self.commands += 1
+        number = self.commands
         self._input.write(f'{command}\necho "done {number} $?"\n'.encode())
         self._input.flush()
         return number
@@ -178,6 +205,55 @@ class Vmm:
         """End the guest, and QEMU."""
         self.start("poweroff -f")
         self._process.wait(60)
+
+    def kill(self) -> None:
+        """End QEMU."""
+        self._process.kill()
+        self._process.wait()
+
+    def wait_for_monitor(self) -> None:
+        """Wait until QEMU runs; then it listens for a guest to come, too."""
+        if self._monitor is None:
+            raise ValueError("this one has no monitor")
+        deadline = time.monotonic() + 60
+        while not self._monitor.exists():
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise RuntimeError("QEMU does not start")
+            time.sleep(0.05)
+        self.command("query-status")
+
+    def command(self, execute: str, **arguments: Any) -> Any:
+        """A command to QEMU's monitor; what that returned."""
+        if self._monitor is None:
+            raise ValueError("this one has no monitor")
+        return qmp(self._monitor, execute, **arguments)
+
+    def start_migration(self, there: Vmm) -> None:
+        """Have the guest's memory copied to that QEMU, again and again, and come back when all of
+        it was copied once. The guest runs on."""
+        there.wait_for_monitor()
+        # It goes when what is left takes no more than this many milliseconds: with a guest that
+        # does anything, and then a line this slow, never.
+        self.command("migrate-set-parameters", downtime_limit=1, max_bandwidth=32 << 20)
+        self.command("migrate", uri=f"unix:{there.incoming}")
+        self._wait_for_migration(lambda found: found["ram"]["dirty-sync-count"] > 1)
+        self.command("migrate-set-parameters", max_bandwidth=64 << 10)
+        if (found := self.command("query-migrate"))["status"] != "active":
+            raise RuntimeError(f"the guest was too idle to be watched: {found}")
+
+    def finish_migration(self) -> None:
+        """Have the guest stop here and go on there."""
+        self.command("migrate-set-parameters", downtime_limit=60_000, max_bandwidth=1 << 30)
+        self._wait_for_migration(lambda found: found["status"] == "completed")
+
+    def _wait_for_migration(self, reached: Callable[[Any], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not ("ram" in (found := self.command("query-migrate")) and reached(found)):
+            if found["status"] not in ("setup", "active", "device"):
+                raise RuntimeError(f"the migration has ended: {found}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the guest does not go: {found}")
+            time.sleep(0.1)
 
     def __enter__(self) -> Self:
         return self

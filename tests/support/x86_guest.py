@@ -21,7 +21,10 @@ from examples.emulator.firmware import CACHE
 from examples.emulator.packages import PackageError, Packages
 from examples.emulator.rootfs import find_tool
 
-__all__ = ["Guest", "find_guest"]
+__all__ = ["TOOLS", "Guest", "find_guest", "fio"]
+
+TOOLS = "/tools/bin"
+"""Where the programs are in the guest."""
 
 _MODULES = (
     "virtio_ring",
@@ -72,6 +75,15 @@ class Guest:
     initramfs: Path
     tools: Path
     """A raw disk image with fio, e2fsprogs and fstrim, to be told from others by serial "tools"."""
+
+
+def fio(name: str, size: int, *, sync: str = "--end_fsync=1") -> str:
+    """Shell: random writes to a new file, every block read again and compared by its checksum."""
+    return (
+        f"{TOOLS}/fio --name={name} --directory=/mnt --size={size} --bs=4k --rw=randwrite "
+        f"--verify=crc32c --verify_fatal=1 --ioengine=libaio --iodepth=16 --direct=1 {sync} "
+        "--output=/tmp/fio && ! grep -v 'err= 0' /tmp/fio | grep err="
+    )
 
 
 def find_guest() -> Guest:

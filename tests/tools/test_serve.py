@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import pyvirtio
-from pyvirtio.virtio.driver import BlockDriver, Link, SharedRam, VhostUserFrontEnd
+from pyvirtio.errors import InUseError
+from pyvirtio.virtio.driver import BlockDriver, DriverError, Link, SharedRam, VhostUserFrontEnd
+from pyvirtio.virtio.driver.vhost_user import connect
 from pyvirtio.virtio.vhost_user.layout import Request
 from support.vmm import Server
 
@@ -99,6 +101,65 @@ def test_nothing_that_was_done_is_lost_with_a_server_that_is_killed(
         assert server.end() == 0
 
 
+def test_a_monitor_takes_no_files_place(image: Path, tmp_path: Path) -> None:
+    before = image.read_bytes()
+    arguments = ("--socket", str(tmp_path / "s"), "--monitor", str(image), str(image))
+    done = serve("vhost-user-blk", *arguments)
+    assert done.returncode == 1
+    assert "in use" in done.stderr
+    assert image.read_bytes() == before
+    assert not (tmp_path / "s").exists()
+
+
+def is_free(image: Path) -> bool:
+    """Nobody holds the image."""
+    try:
+        pyvirtio.open_disk(image).close()
+    except InUseError:
+        return False
+    return True
+
+
+def test_an_image_that_may_move_is_held_while_its_queues_run(image: Path, tmp_path: Path) -> None:
+    ram = SharedRam(1 << 20)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (
+        Server(image, tmp_path / "one", "--migration") as one,
+        Server(image, tmp_path / "two", "--migration") as two,
+    ):
+        assert is_free(image)
+        with VhostUserFrontEnd.connect(one.socket, ram) as front:
+            driver = BlockDriver(front, ram.memory, ram.arena(), wait=front.wait)
+            driver.start()
+            driver.write(1000, b"x" * 512)  # in a new cluster, and not flushed
+            assert not is_free(image)
+            one.command("block_resize", size=2 << 20)
+            with pytest.raises(RuntimeError, match="not held"):
+                two.command("block_resize", size=3 << 20)
+            front.stop_queue(front.vrings[0])
+            assert is_free(image)
+            front.reconnect(two.socket)  # it goes on there
+            assert driver.read(1000, 1) == b"x" * 512
+            assert driver.capacity == (2 << 20) // 512
+            assert not is_free(image)
+        assert two.end() == 0
+        assert one.end() == 0
+
+
+def test_queues_are_not_started_while_another_server_holds_the_image(
+    image: Path, tmp_path: Path
+) -> None:
+    ram = SharedRam(1 << 20)
+    with Server(image, tmp_path, "--migration") as server, pyvirtio.open_disk(image):
+        with VhostUserFrontEnd.connect(server.socket, ram) as front:
+            driver = BlockDriver(front, ram.memory, ram.arena(), wait=front.wait)
+            with pytest.raises(DriverError, match="refuses message 12"):
+                driver.start()
+            assert driver.capacity == (1 << 20) // 512
+        assert server.end() == 0
+
+
 def test_the_monitor_resizes_the_disk_and_refuses_nonsense(image: Path, tmp_path: Path) -> None:
     with Server(image, tmp_path) as server:
         server.command("block_resize", size=2 << 20)
@@ -134,6 +195,19 @@ def test_a_connected_descriptor_and_a_passed_listener_are_served(
     assert link.ask_u64(Request.GET_FEATURES)
     link.close()  # with its only front-end, the server ends
     assert process.wait(60) == 0
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "listens.sock"))
+        listener.listen()
+        process = subprocess.Popen(
+            [*PROGRAM, "vhost-user-blk", "--fd", str(listener.fileno()), str(image)],
+            pass_fds=[listener.fileno()],
+        )
+        for _ in range(2):  # one front-end after the other
+            link = connect(tmp_path / "listens.sock")
+            assert link.ask_u64(Request.GET_FEATURES)
+            link.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "passed.sock"))
         listener.listen()

@@ -67,7 +67,7 @@ def test_a_second_signal_does_not_wait_for_a_client_that_does_not_listen(
     with Program(tmp_path, str(image)) as program, Client(program.path) as client:
         requests = [client.request(0, 0, 1 << 20, cookie) for cookie in range(8)]
         client.socket.sendall(b"".join(requests))
-        client.receive()
+        client.wait_until_taken()
         program.process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             program.process.wait(0.5)

@@ -94,3 +94,23 @@ def test_interrupts_count_the_whole_batch(make_started: Any, packed: bool) -> No
     ring.publish()
     machine.registers.notify(0)
     assert machine.levels == [True]
+
+
+def test_a_batch_is_not_joined_once_around_the_indices(make_started: Any) -> None:
+    """65536 requests later a used index is what it was; what was done there is another matter."""
+    machine = make_started(in_order=True)
+    driver, ring = machine.driver, machine.driver.ring
+    driver.flush()  # the long way: it could be joined by what is used at 1
+    live = machine.device.queues[0].ring
+    state = machine.device.queues[0].state
+    live.published = state.next_avail = state.used_index = 0  # as 65535 short requests later
+    ring._next_avail = ring._published = ring._next_used = 0
+    ring.available_index = 0
+    ring.store16(ring.used + 2, 0)
+    machine.disk.error = OSError("no")
+    failed = driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=512)
+    other = driver.submit(at.VIRTIO_BLK_T_GET_ID, 0, incoming=20)
+    driver.kick()
+    elements = machine.memory.read(ring.used + 4, 16)
+    assert at.LITTLE.used_elem.unpack_from(elements) == (failed, 1)
+    assert at.LITTLE.used_elem.unpack_from(elements, 8) == (other, 21)

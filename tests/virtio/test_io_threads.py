@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +91,9 @@ def write(machine: Any, sector: int, letter: bytes = b"w") -> int:
     return int(head)
 
 
-@pytest.fixture(params=[{}, {"packed": True}, {"memory": "callbacks"}], ids=str)
+@pytest.fixture(
+    params=[{}, {"packed": True}, {"memory": "callbacks"}, {"notify": "deferred"}], ids=str
+)
 def machine(request: pytest.FixtureRequest, make: Any) -> Any:
     return make(**request.param)
 
@@ -245,6 +248,14 @@ def test_a_device_with_threads_is_saved_while_it_is_paused(make: Any, make_disk:
     device.detach()
 
 
+def test_a_device_with_threads_is_not_saved_while_it_may_serve(machine: Any) -> None:
+    """None is under way; but one could be, before guest memory has been saved, too."""
+    with pytest.raises(ValueError, match="while it is paused"):
+        machine.mmio.save_state(StateWriter())
+    machine.device.pause()
+    machine.mmio.save_state(StateWriter())
+
+
 def test_a_bug_below_stops_the_device_and_not_the_threads(machine: Any) -> None:
     machine.disk.error = RuntimeError("a bug")
     write(machine, 0)
@@ -326,3 +337,86 @@ def test_close_ends_the_threads(make: Any) -> None:
 def test_threads_that_cannot_be(make_disk: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="io_threads"):
         VirtioBlk(make_disk(512), **options)
+
+
+def test_the_emulator_is_called_under_no_lock_for_needs_reset(make: Any) -> None:
+    """An emulator with a lock of its own would be locked up: one thread in each."""
+    machine = make()
+    free = []
+
+    def called(level: bool) -> None:
+        def try_it() -> None:
+            free.append(machine.device.lock.acquire(timeout=2))
+            machine.device.lock.release()
+
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join(PATIENCE)
+        machine.interrupted.set()
+
+    machine.mmio._line.callback = called
+    machine.driver.ring.offer(9999)
+    machine.driver.ring.publish()
+    machine.registers.notify(0)
+    assert machine.interrupted.wait(PATIENCE)
+    assert free == [True]
+
+
+def test_no_interrupt_comes_after_a_reset_bf_28(make: Any) -> None:
+    """The thread that has used a buffer is slow to tell of it, and the driver quick to reset."""
+    machine = make()
+    told, go_on = threading.Event(), threading.Event()
+    tell = machine.device.service._tell
+
+    def slow(*arguments: Any) -> None:
+        if arguments[1]:
+            told.set()
+            assert go_on.wait(PATIENCE)
+        tell(*arguments)
+
+    machine.device.service._tell = slow
+    write(machine, 0)
+    assert told.wait(PATIENCE)
+    machine.interrupted.clear()
+    machine.registers.status = 0
+    go_on.set()
+    while machine.device.service._busy:
+        pass
+    assert machine.registers.load(at.MMIO_INTERRUPT_STATUS) == 0
+    assert not machine.mmio.irq_level
+
+
+def test_a_disk_that_shrinks_under_a_request_answers_ioerr(machine: Any) -> None:
+    machine.gate.hold(2000)
+    original = machine.disk._writev
+
+    def late(offset: int, views: Any, length: int) -> None:
+        machine.disk.truncate(1 << 19, shrink=True)
+        machine.disk.writev(offset, views)
+
+    machine.disk._writev = late
+    head = write(machine, 2000)
+    machine.gate.let_go(2000)
+    assert wait_for(machine, head)[head].status == at.VIRTIO_BLK_S_IOERR
+    machine.disk._writev = original
+    assert not machine.registers.status & at.STATUS_NEEDS_RESET
+    machine.done.clear()
+    head = write(machine, 1)
+    assert wait_for(machine, head)[head].status == 0
+
+
+def test_a_device_closed_from_a_threads_own_callback_leaves_no_thread(make: Any) -> None:
+    machine = make()
+    closed: list[threading.Thread] = []
+
+    def close(level: bool) -> None:
+        threads = list(machine.device.service._threads)
+        machine.device.detach()
+        closed.extend(threads)
+
+    machine.mmio._line.callback = close
+    write(machine, 0)
+    deadline = time.monotonic() + PATIENCE
+    while not closed or any(each.is_alive() for each in closed):
+        assert time.monotonic() < deadline, closed
+        time.sleep(0.01)

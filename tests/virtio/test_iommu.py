@@ -120,3 +120,42 @@ def test_a_translation_of_another_length_is_refused(pieces: list[tuple[int, int]
     memory = GuestMemory.from_buffer(bytearray(PAGE), PHYSICAL)
     with pytest.raises(GuestError, match="translated"):
         TranslatedMemory(memory, lambda address, length, write: pieces).read(0, 8)
+
+
+def test_a_piece_may_lie_in_two_regions(make_machine: Any) -> None:
+    """Regions that are neighbours are one memory, whoever listens to writes."""
+    heard: list[tuple[int, int]] = []
+    halves = (bytearray(PAGE // 2), bytearray(PAGE // 2))
+    below = GuestMemory.from_regions(
+        [(PHYSICAL, halves[0]), (PHYSICAL + PAGE // 2, halves[1])],
+        on_write=lambda pa, length: heard.append((pa, length)),
+    )
+    memory = TranslatedMemory(below, lambda address, length, write: [(address, length)])
+    segments = [(PHYSICAL + PAGE // 2 - 8, 16)]
+    views = memory.map(segments, True)
+    for view in views:
+        view[:] = b"8" * len(view)
+    memory.commit(segments, views)
+    assert bytes(halves[0][-8:] + halves[1][:8]) == b"8" * 16
+    assert heard == segments
+
+
+@pytest.mark.parametrize("kind", ["buffer", "callbacks"])
+def test_a_translation_that_changes_under_a_request_is_as_it_was(kind: str) -> None:
+    """Also for who listens to writes: the data are where they were mapped."""
+    ram, heard = bytearray(PAGE), list[tuple[int, int]]()
+    below: Any = GuestMemory.from_buffer(ram, on_write=lambda *piece: heard.append(piece))
+    if kind == "callbacks":
+
+        def store(pa: int, data: bytes) -> None:
+            heard.append((pa, len(data)))
+            ram[pa : pa + len(data)] = data
+
+        below = GuestMemory.from_callbacks(lambda pa, length: ram[pa : pa + length], store)
+    pieces = [(64, 16)]
+    memory = TranslatedMemory(below, lambda address, length, write: pieces)
+    views = memory.map([(0, 16)], True)
+    views[0][:] = b"d" * 16
+    pieces[:] = [(128, 8), (0, 8)]
+    memory.commit([(0, 16)], views)
+    assert (heard, ram.find(b"d" * 16)) == ([(64, 16)], 64)

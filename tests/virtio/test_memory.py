@@ -170,3 +170,14 @@ def test_a_failed_map_leaves_no_view_open() -> None:
     with pytest.raises(GuestError):
         memory.map([(0, 8), (100, 8)], True)
     ram.extend(b"x")
+
+
+def test_callbacks_are_not_asked_for_nothing() -> None:
+    """As for RAM in buffers: an empty piece may lie anywhere."""
+
+    def refuse(*_: Any) -> bytes:
+        raise IndexError("no RAM there")
+
+    memory = GuestMemory.from_callbacks(refuse, refuse)
+    assert memory.read(1 << 40, 0) == b""
+    memory.write(1 << 40, b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any
 
 import pytest
@@ -125,7 +127,8 @@ def test_features_by_word_mmio_25(make_machine: Any) -> None:
         registers.store(at.MMIO_DEVICE_FEATURES_SEL, select)
         words.append(registers.load(at.MMIO_DEVICE_FEATURES))
     assert words[0] >> 28 & 3 == 3
-    assert words[1:] == [1 | 1 << at.VIRTIO_F_RING_RESET - 32, 0, 0, 0, 0]
+    second = 1 | 1 << at.VIRTIO_F_RING_RESET - 32 | 1 << at.VIRTIO_F_SUSPEND - 32
+    assert words[1:] == [second, 0, 0, 0, 0]
 
 
 def test_only_known_features_are_offered_bf_20_mmio_54(make_machine: Any) -> None:
@@ -133,7 +136,8 @@ def test_only_known_features_are_offered_bf_20_mmio_54(make_machine: Any) -> Non
 
     for legacy in (False, True):
         offered = make_machine(legacy=legacy).registers.offered_features()
-        assert offered & ~UNDERSTOOD == 0
+        understood = UNDERSTOOD | legacy << at.VIRTIO_F_NOTIFY_ON_EMPTY
+        assert offered & ~understood == 0
 
 
 @pytest.mark.parametrize("size", [0, 3, 32, 0x8000, 0x10000, 0xFFFF_FFFF])
@@ -355,3 +359,28 @@ def test_legacy_features_bf_101(make_machine: Any) -> None:
 def test_only_a_legacy_device_has_another_byte_order(make_machine: Any) -> None:
     with pytest.raises(ValueError, match="legacy"):
         make_machine(order="big")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_register_has_the_device_remember_more_and_more(make_machine: Any, legacy: bool) -> None:
+    machine = make_machine(legacy=legacy)
+    registers = machine.registers
+
+    def writes(start: int) -> int:
+        for number in range(start, start + 2000):
+            registers.store(at.MMIO_QUEUE_SEL, number)
+            for offset in range(0, 0x100, 4):
+                if offset not in (at.MMIO_QUEUE_SEL, at.MMIO_STATUS):
+                    registers.store(offset, number)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = writes(0)
+    assert writes(1 << 20) - before < 500
+
+
+def test_a_status_without_known_bits_is_no_reset(make_started: Any) -> None:
+    machine = make_started()
+    machine.registers.status = 0x100
+    assert machine.registers.status == 15
+    machine.driver.flush()

@@ -599,3 +599,23 @@ def test_a_transitional_device_serves_modern_drivers_too(make_board: Any) -> Non
     board.registers.status = 0
     board.driver.start()
     assert board.driver.read(1, 1) == b"1" * 512
+
+
+def test_vendor_data_pci_83_to_85(make_board: Any) -> None:
+    board = make_board(bus={"vendor_data": (0x1AF5, b"mine!")})
+    found = [
+        each
+        for each in board.function.capabilities()
+        if each.ident == pci.PCI_CAP_ID_VENDOR and each.kind == pci.VIRTIO_PCI_CAP_VENDOR_CFG
+    ]
+    assert [each.length for each in found] == [12]
+    read = board.pci.config_read
+    assert read(found[0].offset + 4, 2) == 0x1AF5
+    data = bytes(read(found[0].offset + 6 + place, 1) for place in range(6))
+    assert data == b"mine!\0"
+
+
+@pytest.mark.parametrize("data", [(0x1AF4, b""), (0x1AF5, bytes(250))])
+def test_vendor_data_that_cannot_be(make_board: Any, data: tuple[int, bytes]) -> None:
+    with pytest.raises(ValueError, match="vendor"):
+        make_board(bus={"vendor_data": data})

@@ -331,13 +331,18 @@ def test_data_outside_ram_is_ioerr(make_started: Any, memory: str, kind: int, ad
     assert machine.registers.status == 15
 
 
-def test_a_chain_longer_than_4_gib_is_ioerr_vq_s_16(make_started: Any) -> None:
-    """Of a disk that is large enough, into RAM over and over."""
-    machine = make_started(disk=pyvirtio.NullDisk(1 << 40), queue_size=4096)
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+@pytest.mark.parametrize("parts", [1024, 1025])
+def test_a_chain_longer_than_4_gib_is_ioerr_vq_s_16(
+    make_started: Any, parts: int, memory: str
+) -> None:
+    """Of a disk that is large enough, into RAM over and over; header and status count, too."""
+    disk = pyvirtio.NullDisk(1 << 40)
+    machine = make_started(disk=disk, queue_size=4096, memory=memory)
     header = machine.arena.take(64)
     machine.memory.write(header, at.LITTLE.blk_request.pack(0, 0, 0))
     whole = Buffer(machine.base, len(machine.ram), True)
-    chain = [Buffer(header, 16), *[whole] * 1025, Buffer(header + 16, 1, True)]
+    chain = [Buffer(header, 16), *[whole] * parts, Buffer(header + 16, 1, True)]
     head = machine.driver.ring.add(chain)
     machine.driver.ring.publish()
     before = bytes(machine.ram[: machine.driver.ring.used - machine.base])
@@ -395,3 +400,25 @@ def test_a_device_made_to_feed_itself_stops(make_started: Any, memory: str) -> N
     assert seen[0] == 1024
     assert machine.mmio.poll()  # what is left is not lost
     assert seen[0] == 2048
+
+
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("negotiated", [False, True])
+def test_notify_on_empty_bf_100(
+    make_machine: Any, memory: str, event_idx: bool, negotiated: bool
+) -> None:
+    """Interrupts that are not wanted come all the same when nothing is left to be done."""
+    machine = make_machine(legacy=True, memory=memory)
+    driver = machine.driver
+    driver.features |= negotiated << at.VIRTIO_F_NOTIFY_ON_EMPTY
+    if not event_idx:
+        driver.features &= ~(1 << at.VIRTIO_F_EVENT_IDX)
+    driver.start()
+    driver.ring.want_interrupts(False)
+    if event_idx:
+        driver.ring.used_event = 9
+    driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=512)
+    driver.ring.publish()
+    machine.registers.notify(0)
+    assert machine.registers.take_interrupt() == int(negotiated)

@@ -19,7 +19,7 @@ from pyvirtio.virtio.driver import BlockDriver, Completion, Link, SharedRam
 from pyvirtio.virtio.driver.vhost_user import UNDERSTOOD
 from pyvirtio.virtio.vhost_user import layout as vu
 from pyvirtio.virtio.vhost_user.layout import ProtocolFeature, Request
-from support.vhost_user import Rig, open_descriptors
+from support.vhost_user import Rig, open_descriptors, settle
 
 SECTOR = 512
 MARK = bytes(range(256)) * 4
@@ -246,7 +246,7 @@ def test_a_disabled_ring_is_not_served(rig: Rig) -> None:
     assert enable(0) == 0
     head = driver.submit(at.VIRTIO_BLK_T_FLUSH)
     driver.kick()
-    front.config_bytes(0, 8)  # it has had time
+    settle(front.link)
     assert driver.collect() == {}
     assert enable(1) == 0
     assert completion(driver, head).status == 0
@@ -372,9 +372,17 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
     driver = first.driver()
     front: Any = driver.registers
     driver.write(0, MARK)
-    # As if it had been killed while it did these: they are noted, and never answered.
-    taken = threading.Event()
-    first.device.process = lambda *_: taken.set() or pyvirtio.virtio.service.HELD  # type: ignore
+    # As if it had been killed while it did these: they are noted, and never answered, and nothing
+    # is written to the rings any more.
+    taken, ended, left = threading.Event(), threading.Event(), [2, 1, 0]
+
+    def process(*_: object) -> int:
+        if not left.pop(0):
+            taken.set()
+            assert ended.wait(60)
+        return pyvirtio.virtio.service.HELD
+
+    first.device.process = process  # type: ignore[method-assign]
     heads = [driver.submit(at.VIRTIO_BLK_T_OUT, 4 + round, MARK[:512]) for round in range(3)]
     driver.kick()
     assert taken.wait(10)
@@ -387,6 +395,7 @@ def test_a_new_server_does_again_what_the_old_one_had_under_way(
             heads = [head for head in heads if head not in done]
         assert driver.read(4, 1) == driver.read(6, 1) == MARK[:512]
         front.close()
+    ended.set()
     first.__exit__()
 
 
@@ -557,6 +566,17 @@ def test_a_socket_of_a_dead_server_is_replaced_and_a_live_one_is_not(tmp_path: P
     with pytest.raises(OSError, match="in use"):
         pyvirtio.VhostUserServer(pyvirtio.VirtioBlk(disk), path)
     assert path.read_text() == "no socket"
+
+
+def test_a_socket_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """It was put there after the server's own was taken away."""
+    path = tmp_path / "blk.sock"
+    server = pyvirtio.VhostUserServer(pyvirtio.VirtioBlk(pyvirtio.MemoryDisk(1 << 20)), path)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        server.close()
+        assert path.exists()
 
 
 def test_a_server_can_be_given_its_only_connection() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,10 +18,9 @@ from pyvirtio.virtio.driver import DriverError, Link
 from pyvirtio.virtio.vhost_user import layout as vu
 from pyvirtio.virtio.vhost_user import memory
 from pyvirtio.virtio.vhost_user.layout import Request
+from support import vhost_fuzz
+from support.vhost_fuzz import BIG, alive, endure, play, sequences
 from support.vhost_user import Rig, open_descriptors
-
-EXAMPLES = int(os.environ.get("PYVIRTIO_VHOST_FUZZ", "40"))
-BIG = 0xFFFF_FFFF_FFFF_FFFF
 
 
 @pytest.fixture
@@ -42,15 +40,6 @@ def hung_up(link: Link) -> bool:
         except DriverError:
             return False
     return True
-
-
-def alive(rig: Rig) -> bool:
-    """The server serves the next front-end, with a driver and all."""
-    driver = rig.driver(rig.front(ram := rig.ram()))
-    driver.write(0, bytes(512))
-    driver.registers.close()  # type: ignore[attr-defined]
-    ram.close()
-    return rig.failure is None
 
 
 BROKEN = {
@@ -118,6 +107,22 @@ def test_half_a_message_with_descriptors_leaves_none_behind(rig: Rig) -> None:
         link.channel.send_bytes(vu.HEADER.pack(Request.SET_MEM_TABLE, 1, 100), [0, 1, 2])
         link.close()
     assert count() == before
+
+
+def test_a_log_descriptor_that_cannot_be_written_does_no_harm(rig: Rig) -> None:
+    driver = rig.driver()
+    front: Any = driver.registers
+    log = os.memfd_create("log")
+    os.ftruncate(log, 1 << 20)
+    front.link.ask(Request.SET_LOG_BASE, vu.LOG.pack(1 << 20, 0), [log])
+    read_only = os.open("/dev/null", os.O_RDONLY)
+    assert front.link.order(Request.SET_LOG_FD, b"", [read_only]) == 0
+    for sector in range(3):
+        driver.write(sector, bytes(512))
+    os.close(log)
+    os.close(read_only)
+    front.close()
+    assert alive(rig)
 
 
 REGIONS = {
@@ -200,71 +205,30 @@ def test_notes_of_requests_that_cannot_be_are_refused(rig: Rig) -> None:
     os.close(fd)
 
 
-numbers = st.one_of(
-    st.sampled_from([0, 1, 2, 8, 16, 256, 0x100, 0x1000, 1 << 31, 1 << 40, BIG]),
-    st.integers(0, BIG),
-)
-
-
-@st.composite
-def messages(draw: st.DrawFn) -> tuple[int, int, bytes, int]:
-    """Request, flags, payload, number of descriptors: plausible, each with something wrong."""
-    request = draw(st.one_of(st.sampled_from(list(Request)), st.integers(0, 50)))
-    struct_ = draw(
-        st.sampled_from(
-            [
-                vu.U64,
-                vu.VRING_STATE,
-                vu.VRING_ADDR,
-                vu.SINGLE_REGION,
-                vu.LOG,
-                vu.INFLIGHT,
-                vu.STATE_TRANSFER,
-                vu.CONFIG_HEAD,
-                struct.Struct("="),
-            ]
-        )
-    )
-    count = len(struct_.unpack(bytes(struct_.size)))
-    data = b"".join(struct.pack("=Q", draw(numbers)) for _ in range(count + 1))
-    payload = draw(st.sampled_from([data[: struct_.size], data]))
-    return request, draw(st.sampled_from([1, 9])), payload[:256], draw(st.integers(0, 2))
-
-
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=40,
     deadline=None,
-    derandomize=EXAMPLES == 40,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(st.lists(messages(), max_size=25), st.booleans())
+@given(sequences, st.booleans())
 def test_no_sequence_of_messages_does_harm(
     rig: Rig, sequence: list[Any], set_up_before: bool
 ) -> None:
-    """None ends the server; what it has open afterwards is what it had before."""
-    ours, theirs = socket.socketpair(), os.pipe()
-    front = rig.front(ram := rig.ram(1 << 16))
-    front.link.timeout = 10
-    fds = [ram.fd, theirs[1], ours[0].fileno()]
-    try:
-        if set_up_before:
-            driver = rig.driver(front)
-            driver.write(0, bytes(512))
-        for request, flags, payload, count in sequence:
-            front.link.channel.send(request, flags & ~1, payload, fds[:count])
-        front.link.channel.send(Request.GET_FEATURES, 0)
-        while front.link.receive().request != Request.GET_FEATURES:
-            pass
-    except (OSError, EOFError):  # hung up on
-        pass
-    front.close()
-    rig._fronts.remove(front)
-    ram.close()
-    rig._rams.remove(ram)
-    for each in ours:
-        each.close()
-    for fd in theirs:
+    """What ``make fuzz-vhost`` goes on with."""
+    play(rig, sequence, set_up_before)
+
+
+def test_the_same_messages_again_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither descriptors nor mappings nor memory."""
+    endure(tmp_path, rounds=30)
+
+
+def test_what_is_left_behind_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else that would show nothing."""
+    kept: list[int] = []
+    monkeypatch.setattr(vhost_fuzz, "play", lambda *_: kept.append(os.dup(1)))
+    with pytest.raises(RuntimeError, match="descriptors"):
+        endure(tmp_path, rounds=4)
+    for fd in kept:
         os.close(fd)
-    assert alive(rig)
-    rig._fronts.pop()
-    rig._rams.pop()

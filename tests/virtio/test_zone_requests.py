@@ -190,3 +190,18 @@ def test_a_read_only_device_changes_no_zone(make_started: Any) -> None:
     for kind in (15, 18, 20, 22, 24, 26):
         assert status(machine, kind, ZONE, room=8) == at.VIRTIO_BLK_S_IOERR
     assert len(machine.driver.report_zones()) == 8
+
+
+@pytest.mark.parametrize("memory", ["buffer", "callbacks"])
+def test_a_long_write_past_the_end_of_a_zone_writes_nothing_blk_92(
+    make_started: Any, memory: str
+) -> None:
+    """Longer than what is moved at one time where RAM is behind callbacks."""
+    size = 3 << 20
+    disk = ZonedDisk(MemoryDisk(4 * size), zone_size=size, zone_capacity=2 << 20, conventional=1)
+    machine = make_started(disk=disk, memory=memory)
+    start = size // 512
+    assert status(machine, at.VIRTIO_BLK_T_OUT, start, b"x" * (5 << 19)) == 3
+    assert disk.zones[1].written == 0
+    assert status(machine, at.VIRTIO_BLK_T_OUT, start, b"x" * (3 << 19)) == 0
+    assert disk.zones[1].written == 3 << 19

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 
 def main() -> int:
@@ -15,3 +15,13 @@ def main() -> int:
     open_streams()
     buffer_output()
     return run(sys.argv)
+
+
+def program() -> None:
+    """Be the program: run it, and end the process."""
+    import gc
+
+    from ..output import leave
+
+    gc.set_threshold(100_000)  # what starting makes stays: it need not be looked through
+    leave(main())

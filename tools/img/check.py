@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from ...errors import PyvirtioError
 from ..getopt import Option, UsageError
-from ..messages import Failure, errno_text, say_more
+from ..messages import Failure, errno_text, say_findings
 from ..objects import Objects
 from ..qjson import pretty
 from .opening import Source, cache_mode, open_image
@@ -79,13 +80,16 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             result: CheckResult = check(fix)
         except (PyvirtioError, OSError) as error:
             raise Failure(f"Check failed: {errno_text(error)}") from error
-    for message in result.messages:
-        say_more(message + "\n")
-    if not quiet:
+    say_findings(result.messages)
+    if not quiet and not json:
+        _print_repairs(result)
+    if not quiet and result.failure is None:
         if json:
             print(pretty(_facts(result, name, disk.format_name)))
         else:
             _print(result)
+    if result.failure is not None:
+        raise Failure(f"Check failed: {os.strerror(result.failure)}")
     if result.check_errors:
         raise Failure("Check failed")
     return 2 if result.corruptions else 3 if result.leaks else 0
@@ -102,7 +106,7 @@ def _facts(result: CheckResult, name: str, format: str) -> dict[str, Any]:
     return facts
 
 
-def _print(result: CheckResult) -> None:
+def _print_repairs(result: CheckResult) -> None:
     if result.corruptions_fixed or result.leaks_fixed:
         print(
             "The following inconsistencies were found and repaired:\n\n"
@@ -110,6 +114,9 @@ def _print(result: CheckResult) -> None:
             f"    {result.corruptions_fixed} corruptions\n\n"
             "Double checking the fixed image now..."
         )
+
+
+def _print(result: CheckResult) -> None:
     if result.clean:
         print("No errors were found on the image.")
     if result.corruptions:
@@ -145,6 +152,6 @@ def check_quietly(source: Source, objects: Objects) -> list[str]:
     counts = (
         (result.corruptions, "corruptions"),
         (result.leaks, "leaked clusters"),
-        (result.check_errors, "parts that cannot be checked"),
+        (result.check_errors or result.failure, "parts that cannot be checked"),
     )
     return [f"{count} {what}" for count, what in counts if count]

@@ -15,6 +15,7 @@ DRIVERS = (
     "compress",
     "copy-on-read",
     "file",
+    "host_cdrom",
     "host_device",
     "http",
     "https",

@@ -38,7 +38,9 @@ def _described(disk: Disk, options: dict[str, Any]) -> dict[str, Any]:
             node[name] = described
     if not disk.children and disk.filename:
         node["filename"] = disk.filename
-    if disk.format_name != "qcow2":  # nothing else changes what an image's contents are
+    if disk.format_name == "qcow2":  # nothing else changes what an image's contents are
+        node |= disk.strong_options
+    else:
         node |= {name: value for name, value in options.items() if name not in _COMMON | {*node}}
     return node
 

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...backend.options import parse_keyval
+from ...backend.options import parse_boolean, parse_keyval
 from .help_texts import HELP
-from .session import OpenFlags, Session, reason
+from .session import OpenFlags, Session, debugger, reason
 from .table import Arguments, Command, usage
 from .text import CommandError, number
 
@@ -90,7 +90,10 @@ def _reopen(session: Session, arguments: Arguments) -> None:
     if "read-only" in options:
         if switched:
             session.fail("Cannot set both -r/-w and 'read-only'")
-        flags.read_only = options.pop("read-only") in ("on", "yes", "true", "y")
+        try:
+            flags.read_only = parse_boolean("read-only", options.pop("read-only"))
+        except ValueError as error:
+            session.fail(str(error))
     if cached and ("cache.direct" in options or "cache.no-flush" in options):
         session.fail("Cannot set both -c and the cache options")
     session.reopen(flags, options)
@@ -101,9 +104,7 @@ def _reopen(session: Session, arguments: Arguments) -> None:
 
 def _debugger(session: Session) -> BlkdebugDisk:
     """The filter that breakpoints are set in. Raises KeyError if there is none."""
-    from ...backend.blkdebug import debug_node
-
-    node = debug_node(session.image)
+    node = debugger(session.image)
     if node is None:
         raise LookupError
     return node

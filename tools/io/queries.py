@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 _SECTOR = 512
-_PROTOCOLS = ("file", "host_device", "null-co", "null-aio", "nbd", "blkdebug", "blkverify")
+_PROTOCOLS = (
+    "file",
+    "host_device",
+    "host_cdrom",
+    "null-co",
+    "null-aio",
+    "nbd",
+    "blkdebug",
+    "blkverify",
+)
 _PREALLOCATION = ("off", "metadata", "falloc", "full")
 
 

@@ -16,12 +16,13 @@ from ...errors import PyvirtioError, UnsupportedError, message_of
 from .text import CommandError, warn
 
 if TYPE_CHECKING:
+    from ...backend.blkdebug import BlkdebugDisk
     from ...backend.blockdev import Graph
     from ...backend.disk import Disk
     from ..objects import Objects
     from .table import Command
 
-__all__ = ["CACHE_MODES", "OpenFlags", "Session", "error_number", "reason"]
+__all__ = ["CACHE_MODES", "OpenFlags", "Session", "debugger", "error_number", "reason"]
 
 CACHE_MODES: dict[str, tuple[bool, bool, bool]] = {
     "off": (True, False, False),
@@ -188,8 +189,9 @@ class Session:
     def _graph(self) -> Graph:
         """What the nodes of one image share: the objects of the command line."""
         from ...backend.blockdev import Graph
+        from ..messages import say_findings
 
-        graph = Graph(warn=self.warn)
+        graph = Graph(warn=self.warn, tell_repairs=say_findings)
         if self.objects is not None:
             graph.secrets = self.objects.secrets
             graph.objects = self.objects.named
@@ -197,14 +199,12 @@ class Session:
 
     def _listen(self, disk: Disk) -> None:
         """Have corruption reported, and suspended requests where there are breakpoints."""
-        from ...backend.blkdebug import debug_node
-
         image = disk
         while not hasattr(image, "on_corruption") and len(image.children) == 1:
             image = next(iter(image.children.values()))
         if hasattr(image, "on_corruption"):
             image.on_corruption(self._tell_corruption)
-        node = debug_node(disk)
+        node = debugger(disk)
         if node is not None:
             node.rules.report = print
 
@@ -249,10 +249,11 @@ class Session:
         open as it was."""
         disk = self.image
         self.drain()
-        for option in options:
-            fixed = option in ("driver", "node-name") or option.startswith(("file.", "backing."))
-            if fixed and options[option] != self._options.get(option, ...):
-                self.fail(f"Cannot change the option '{option}'")
+        options = {
+            option: value
+            for option, value in options.items()
+            if not self._is_fixed(disk, option, value)
+        }
         unchanged = flags.__dict__ == self.flags.__dict__ and not options
         if unchanged:
             return
@@ -262,6 +263,22 @@ class Session:
                 self._switch(disk, flags)
                 return
         self._replace(disk, flags, options)
+
+    def _is_fixed(self, disk: Disk, option: str, value: Any) -> bool:
+        """True for an option that reopening cannot change, and that has that value already. Raises
+        CommandError if it has another."""
+        *way, name = option.split(".")
+        if name not in ("driver", "node-name") and not option.startswith(("file.", "backing.")):
+            return False
+        node: Disk | None = disk
+        for child in way:
+            node = None if node is None else node.children.get(child)
+        known = self._options.get(option)
+        if node is not None and name in ("driver", "filename"):
+            known = node.format_name if name == "driver" else node.filename
+        if value != known:
+            self.fail(f"Cannot change the option '{name}'")
+        return True
 
     def _switch(self, disk: Disk, flags: OpenFlags) -> None:
         try:
@@ -357,12 +374,23 @@ class Session:
     def finish(self) -> None:
         """The program ends: nothing stays suspended."""
         if self.disk is not None and self._pending:
-            from ...backend.blkdebug import debug_node
-
-            node = debug_node(self.disk)
+            node = debugger(self.disk)
             if node is not None:
                 node.rules.resume_all()
         self.close()
+
+
+def debugger(disk: Disk) -> BlkdebugDisk | None:
+    """The filter that breakpoints are set in; None if there is none."""
+    node: Disk | None = disk
+    while node is not None:
+        if node.format_name == "blkdebug":
+            from ...backend.blkdebug import debug_node
+
+            return debug_node(node)
+        children = node.children
+        node = children.get("file") or children.get("image") or children.get("raw")
+    return None
 
 
 def error_number(error: BaseException) -> int:

@@ -80,12 +80,14 @@ def _state_reader(disk: Disk, offset: int, data: bytearray) -> Callable[[], None
     return work
 
 
-def _state_writer(disk: Disk, offset: int, data: bytes) -> Callable[[], None]:
+def _state_writer(session: Session, disk: Disk, offset: int, data: bytes) -> Callable[[], None]:
     def work() -> None:
         vmstate = getattr(disk, "vmstate", None)
         if vmstate is None:
             raise UnsupportedError("no VM state", feature="vmstate")
         vmstate.writev(offset, [data])
+        if session.flags.writethrough:
+            disk.flush()
 
     return work
 
@@ -273,7 +275,7 @@ def _write(session: Session, arguments: Arguments) -> None:
         source = arguments.last("s")
         data = bytes([byte]) * count if source is None else _from_file(source, count)
         if "b" in arguments:
-            work = _state_writer(disk, offset, data)
+            work = _state_writer(session, disk, offset, data)
         elif "c" in arguments:
             work = _compressor(disk, offset, data)
         else:

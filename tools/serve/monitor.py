@@ -8,13 +8,13 @@ arguments and commands are errors as in QEMU.
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
 from ... import Disk, VhostUserServer, __version__
+from ...backend.listener import UnixListener
 from ...errors import PyvirtioError
 
 __all__ = ["Monitor"]
@@ -28,17 +28,13 @@ class Monitor:
 
     def __init__(self, path: str, server: VhostUserServer, disk: Disk) -> None:
         """Raises OSError if it cannot listen there."""
-        self._path = path
         self._server = server
         self._disk = disk
         self._client: socket.socket | None = None
         self._received = b""
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._owned = UnixListener(path)
+        self._listener = self._owned.socket
         self._listener.setblocking(False)
-        self._listener.bind(path)
-        self._listener.listen(1)
         server.watch(self._listener.fileno(), self._accept)
         self._commands: dict[str, Callable[[dict[str, Any]], object]] = {
             "qmp_capabilities": lambda arguments: {},
@@ -56,9 +52,7 @@ class Monitor:
     def close(self) -> None:
         """Listen no more. The server's loop is not running any more."""
         self._hang_up()
-        self._listener.close()
-        with suppress(OSError):
-            os.unlink(self._path)
+        self._owned.close()
 
     def _accept(self) -> None:
         with suppress(BlockingIOError):

@@ -8,14 +8,13 @@ requests under way.
 from __future__ import annotations
 
 import argparse
-import os
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from ...backend.listener import UnixListener
 from ...backend.nbd_protocol import DEFAULT_PORT, MAX_STRING
 from ...backend.open import open_disk
-from ...backend.sockets import listen_at
 from ...errors import PyvirtioError, message_of
 from ..messages import say_more
 from .nbd_export import Export
@@ -122,9 +121,9 @@ def _listeners(options: argparse.Namespace, stack: ExitStack) -> list[socket.soc
             stack.enter_context(listener)
         return passed
     if options.socket is not None:
-        listener = stack.enter_context(listen_at(options.socket, _BACKLOG))
-        stack.callback(_unlink, options.socket)
-        return [listener]
+        owned = UnixListener(options.socket, _BACKLOG)
+        stack.callback(owned.close)
+        return [owned.socket]
     port = DEFAULT_PORT if options.port is None else options.port
     if not 0 <= port <= 65535:
         raise ValueError(f"{port} is no number of a port")
@@ -136,11 +135,6 @@ def _listeners(options: argparse.Namespace, stack: ExitStack) -> list[socket.soc
         message = f"cannot listen at {options.bind} port {port}: {message_of(error)}"
         raise OSError(error.errno, message) from error
     return [stack.enter_context(listener)]
-
-
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:

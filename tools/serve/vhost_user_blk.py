@@ -13,9 +13,10 @@ import logging
 import socket
 from contextlib import ExitStack
 
-from ... import VhostUserServer, VirtioBlk, open_disk
+from ... import Disk, VhostUserServer, VirtioBlk, open_disk
 from ...errors import PyvirtioError, message_of
 from ..messages import say_more
+from .handover import HandoverDisk
 from .monitor import Monitor
 from .signals import on_signals
 from .sockets import passed_sockets
@@ -49,10 +50,7 @@ def run(program: str, arguments: list[str]) -> int:
 
 def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
     with ExitStack() as stack:
-        image = options.blk_file if options.image is None else options.image
-        disk = stack.enter_context(
-            open_disk(image, format=options.format, read_only=options.read_only)
-        )
+        disk = stack.enter_context(_open(options))
         device = VirtioBlk(
             disk,
             serial=options.serial,
@@ -63,8 +61,17 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             io_threads=options.io_threads,
         )
         connection = None if options.fd is None else socket.socket(fileno=options.fd)
+        if connection is not None and connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            listener, connection = connection, None
+        uses = {}
+        if isinstance(disk, HandoverDisk):
+            uses = {"on_start": disk.hold, "on_stop": disk.let_go}
         server = stack.enter_context(
-            VhostUserServer(device, options.socket, listener=listener, connection=connection)
+            VhostUserServer(
+                device, options.socket, listener=listener, connection=connection, **uses
+            )
         )
         if options.monitor is not None:
             stack.enter_context(Monitor(options.monitor, server, disk))
@@ -76,6 +83,18 @@ def _serve(options: argparse.Namespace, listener: socket.socket | None) -> None:
             disk.flush()
 
 
+def _open(options: argparse.Namespace) -> Disk:
+    """The image's disk."""
+
+    def image(read_only: bool, locking: bool) -> Disk:
+        name = options.blk_file if options.image is None else options.image
+        return open_disk(name, format=options.format, read_only=read_only, locking=locking)
+
+    if options.migration:
+        return HandoverDisk(image, read_only=options.read_only)
+    return image(options.read_only, True)
+
+
 def make_parser(program: str) -> argparse.ArgumentParser:
     """The options there are."""
     parser = argparse.ArgumentParser(
@@ -85,7 +104,12 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     add("image", nargs="?", metavar="IMAGE", help="any format that pyvirtio knows")
     add("--blk-file", metavar="IMAGE", help="the same")
     add("--socket", "--socket-path", metavar="PATH", help="listen at this UNIX socket")
-    add("--fd", type=int, metavar="N", help="serve this file descriptor, a connected socket")
+    add(
+        "--fd",
+        type=int,
+        metavar="N",
+        help="serve this descriptor, a socket that is connected or listens",
+    )
     add("--format", metavar="FORMAT", help="of the image; its first bytes tell if not given")
     add("--read-only", action="store_true", help="nothing is written")
     add("--queues", type=int, default=1, metavar="N", help="request queues (default: 1)")
@@ -97,6 +121,11 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
     add("--io-threads", type=int, default=0, metavar="N", help="threads for requests (default: 0)")
     add("--monitor", metavar="PATH", help="take commands (as QMP's block_resize) at this socket")
+    add(
+        "--migration",
+        action="store_true",
+        help="hold the image only while the guest's queues are in use, for live migration",
+    )
     add("--print-capabilities", action="store_true", help="print them as JSON, and end")
     add("--verbose", action="store_true", help="tell of front-ends that come and go")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -93,8 +93,9 @@ class Bench:
         """
         use_packed = self.packed if packed is None else packed
         wanted = {*want, at.VIRTIO_F_RING_PACKED} if use_packed else set(want)
-        features = UNDERSTOOD | 1 << at.VIRTIO_F_IN_ORDER
-        features &= ~(1 << at.VIRTIO_F_ACCESS_PLATFORM)
+        features = UNDERSTOOD | 1 << at.VIRTIO_F_IN_ORDER | 1 << at.VIRTIO_F_ORDER_PLATFORM
+        if self.device.transport == "vhost-user":
+            features &= ~(1 << at.VIRTIO_F_ACCESS_PLATFORM)  # which means IOTLB messages there
         for bit in {*_SETTINGS, *without} - wanted:
             features &= ~(1 << bit)
         driver = BlockDriver(
@@ -125,8 +126,7 @@ class Bench:
     def start_read_write(self, **options: Any) -> Any:
         """A started one on a disk that can be written."""
         driver = self.start(**options)
-        if self.offers(at.VIRTIO_BLK_F_RO):
-            pytest.skip("the device is read-only")
+        self.need_writable()
         return driver
 
     # -- waiting -----------------------------------------------------------------------------
@@ -136,8 +136,10 @@ class Bench:
         deadline = monotonic() + timeout
         while not condition():
             worked = self.device.wait(0.01)
-            if not worked and self.device.transport != "vhost-user":
+            if not worked and not self.device.asynchronous:
                 return condition()
+            if not worked:
+                sleep(0.001)
             if monotonic() > deadline:
                 return False
         return True
@@ -152,6 +154,10 @@ class Bench:
         self.settle()
         return int(self.registers.take_interrupt())
 
+    def interrupted(self, bit: int) -> bool:
+        """Wait for an interrupt of this kind; whether it has come."""
+        return self.until(lambda: bool(self.registers.take_interrupt() & bit))
+
     def finish(self, driver: BlockDriver, count: int = 1) -> dict[int, Completion]:
         """Wait for ``count`` requests to come back. Fails if they do not."""
         done: dict[int, Completion] = {}
@@ -165,11 +171,37 @@ class Bench:
         """All of the driver's memory."""
         return self.memory.read(self.device.base, self.device.size)
 
+    @property
+    def unit(self) -> int:
+        """Bytes of the smallest request: some devices refuse parts of what they call a block."""
+        if not self.offers(at.VIRTIO_BLK_F_BLK_SIZE):
+            return 512
+        return max(int(self.registers.config(20, 4)), 512)
+
     def segment_limit(self, driver: BlockDriver) -> int:
-        """Data segments that a request may have."""
+        """Data segments that a request may have; one unless the device says more."""
         if driver.features >> at.VIRTIO_BLK_F_SEG_MAX & 1:
-            return max(driver.registers.config(12, 4), 1)
+            return driver.segments
         return 1
+
+    def requests_that_fit(self, driver: BlockDriver, most: int) -> int:
+        """How many reads of a unit may be made available at once: ``most``, or fewer."""
+        each = min(2 + -(-self.unit // driver.segment_bytes), driver.ring.size)
+        return max(min(most, driver.ring.size // each), 1)
+
+    def need_room(self, driver: BlockDriver, descriptors: int) -> None:
+        """Skip the test if the queue is too small for it."""
+        if driver.ring.size < descriptors:
+            pytest.skip(f"a queue of {driver.ring.size} entries is too small")
+
+    def need_writable(self) -> None:
+        """Skip the test on a read-only device."""
+        if self.offers(at.VIRTIO_BLK_F_RO):
+            pytest.skip("the device is read-only")
+
+    def reset_queue(self) -> bool:
+        """Reset the selected queue; whether that is ever complete."""
+        return bool(self.registers.reset_queue()) or self.until(self.registers.queue_was_reset)
 
 
 def pattern(length: int, seed: int = 1) -> bytes:

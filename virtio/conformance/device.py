@@ -7,6 +7,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
+from time import sleep
 from typing import Any, Literal
 
 from ..driver import DriverTransport, Link, PciFunction, SharedRam, VhostUserFrontEnd
@@ -16,7 +17,11 @@ __all__ = ["WISHES", "CannotMakeError", "DeviceUnderTest", "VhostUserDevice", "f
 
 WISHES = {
     "read_only": "the device is to refuse writes",
-    "zoned": "the disk has zones: 'managed', 'aware', or 'no-append' (managed) says of which kind",
+    "zoned": "the disk has zones: 'managed', 'aware', or 'no-append' (managed) says of which kind; "
+    "'none': it has none, and the device offers ZONED",
+    "lifetime": "False: the storage does not know how worn it is; True: it does",
+    "stalls": "the harness can have the disk's requests wait (DeviceUnderTest.stall)",
+    "volatile": "the harness can have the power fail (DeviceUnderTest.cut_power)",
 }
 """Parameters that a maker of devices may have, and what they ask of the device.
 
@@ -45,16 +50,21 @@ class DeviceUnderTest(ABC):
     """On PCI: the function, its BARs mapped."""
     messages: list[tuple[int, int]] | None = None
     """On PCI: where MSI messages arrive, as (address, data)."""
+    asynchronous: bool = False
+    """The device works in threads or a process of its own: what it does may come at any time."""
 
     @abstractmethod
     def wait(self, timeout: float) -> bool:
         """Let the device work for at most ``timeout`` seconds. False if it has nothing to do, or
-        did nothing; a device that works inside of register accesses gives False at once."""
+        did nothing; a device that works inside of register accesses gives False at once. An
+        :attr:`asynchronous` one may give False whatever it does: it is waited for by the clock."""
 
     def settle(self) -> None:
         """Let the device do all that it is going to do, for tests that nothing happens."""
         while self.wait(0.05):
             pass
+        if self.asynchronous:
+            sleep(0.05)
 
     def resize(self, sectors: int) -> None:
         """Give the disk another size, as its owner may at any time. Raises CannotMakeError."""
@@ -65,6 +75,16 @@ class DeviceUnderTest(ABC):
         CannotMakeError."""
         raise CannotMakeError("the harness cannot have zones fail")
 
+    def stall(self) -> Callable[[], object]:
+        """From now on requests of the disk wait, until what this returns is called. Registers are
+        accessed meanwhile, by another thread, too. Raises CannotMakeError."""
+        raise CannotMakeError("the harness cannot have the disk wait")
+
+    def cut_power(self) -> None:
+        """The power fails and comes back: the disk has what was stable, the device was reset.
+        Raises CannotMakeError."""
+        raise CannotMakeError("the harness cannot have the power fail")
+
     def close(self) -> None:
         """The test is over."""
 
@@ -73,6 +93,7 @@ class VhostUserDevice(DeviceUnderTest):
     """A vhost-user-blk back-end at the other end of a socket."""
 
     transport = "vhost-user"
+    asynchronous = True
 
     def __init__(self, link: Link) -> None:
         self._ram = SharedRam(4 << 20)

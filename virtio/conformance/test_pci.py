@@ -11,6 +11,7 @@ from .. import pci_layout as pci
 from ..driver import PciFunction
 from .bench import Bench
 from .plugin import Rules, shows
+from .test_status import queue_reset_while_the_disk_waits
 
 STRUCTURES = {
     "PCI-32": pci.VIRTIO_PCI_CAP_COMMON_CFG,
@@ -223,7 +224,9 @@ def test_configuration_access_window(modern: Bench, rule: Rules) -> None:
 @pytest.mark.parametrize("high_first", [False, True])
 def test_halves_of_64_bit_fields(modern: Bench, high_first: bool) -> None:
     registers = modern.registers
-    modern.driver().identify()
+    driver = modern.driver()
+    driver.identify()
+    driver.negotiate()
     registers.select_queue(0)
     for number, field in enumerate((32, 40, 48)):
         halves = [(field, 0x1000 * (number + 1)), (field + 4, number + 1)]
@@ -289,7 +292,7 @@ def test_queue_reset(modern: Bench, rule: Rules) -> None:
     registers.select_queue(0)
     with rule("PCI-41"):
         assert registers.load(pci.COMMON_QUEUE_RESET, 2) == 0
-    driver.flush()
+    driver.read(0, modern.unit // 512)
     registers.select_queue(0)
     registers.store(pci.COMMON_QUEUE_RESET, 2, 1)
     with rule("PCI-44"):
@@ -297,11 +300,41 @@ def test_queue_reset(modern: Bench, rule: Rules) -> None:
         assert registers.load(pci.COMMON_QUEUE_ENABLE, 2) == 0
     with rule("PCI-42"):
         driver.set_up_queue()
-        driver.flush()
+        driver.read(0, modern.unit // 512)
     registers.status = 0
+    assert modern.until(lambda: registers.status == 0)
     with rule("PCI-40"):
         registers.select_queue(0)
         assert registers.load(pci.COMMON_QUEUE_RESET, 2) == 0
+
+
+@shows("PCI-43")
+def test_a_queue_reset_that_takes_its_time(make_bench: Any) -> None:
+    bench = make_bench(stalls=True)
+    if bench.device.transport != "pci":
+        pytest.skip("for devices on PCI")
+    bench.need_modern()
+    registers = bench.registers
+    queue_reset_while_the_disk_waits(
+        bench,
+        start=lambda: registers.store(pci.COMMON_QUEUE_RESET, 2, 1),
+        resetting=lambda: registers.load(pci.COMMON_QUEUE_RESET, 2),
+        enabled=lambda: registers.load(pci.COMMON_QUEUE_ENABLE, 2),
+    )
+
+
+@shows("PCI-47", "PCI-48")
+def test_admin_queues_come_behind_the_others(modern: Bench, rule: Rules) -> None:
+    modern.need(41, "ADMIN_VQ")
+    driver = modern.driver()
+    driver.features |= 1 << 41
+    driver.identify()
+    driver.negotiate()
+    queues, first, count = (modern.registers.load(offset, 2) for offset in (18, 60, 62))
+    with rule("PCI-47"):
+        assert first >= queues
+    with rule("PCI-48"):
+        assert count <= 0x10000 - first
 
 
 @shows("PCI-45", "PCI-46")
@@ -335,7 +368,7 @@ def test_legacy_registers_are_in_io_bar_0(legacy: Bench) -> None:
     bus = legacy.device.function.bus  # type: ignore[union-attr]
     assert bus.config_read(pci.PCI_BAR_0, 4) & pci.PCI_BAR_IO, "BAR 0 is no I/O region"
     driver = legacy.start()
-    assert driver.request(at.VIRTIO_BLK_T_IN, 0, incoming=512).status == 0
+    driver.read(0, legacy.unit // 512)
 
 
 @shows("PCI-95")
@@ -365,5 +398,5 @@ def test_legacy_configuration_moves_with_msix(legacy: Bench) -> None:
 @shows("PCI-97")
 def test_legacy_drivers_have_no_feature_beyond_31(legacy: Bench) -> None:
     driver = legacy.start()
-    assert driver.request(at.VIRTIO_BLK_T_IN, 0, incoming=512).status == 0
+    driver.read(0, legacy.unit // 512)
     assert driver.ring.used_index == 1  # a split ring, at the place that a legacy one has

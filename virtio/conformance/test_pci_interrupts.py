@@ -38,7 +38,7 @@ def msix(card: Bench) -> Bench:
 
 def read_one(bench: Bench, driver: Any) -> None:
     """Have the device use a buffer."""
-    driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=512)
+    driver.submit(at.VIRTIO_BLK_T_IN, 0, incoming=bench.unit)
     driver.kick()
     assert bench.until(lambda: driver.ring.has_used)
     bench.settle()
@@ -70,7 +70,8 @@ def test_isr_without_msix(card: Bench, rule: Rules) -> None:
         assert not status_bit(card), "Interrupt Status without an interrupt"
     read_one(card, driver)
     with rule("PCI-74"):
-        assert status_bit(card), "Interrupt Status is clear with an interrupt"
+        found = card.until(lambda: status_bit(card))
+        assert found, "Interrupt Status is clear with an interrupt"
     with rule("PCI-73"):
         assert card.registers.take_interrupt() & 1
     with rule("PCI-75"):
@@ -84,8 +85,7 @@ def test_isr_of_a_configuration_change(card: Bench) -> None:
     driver = card.start()
     card.registers.take_interrupt()
     card.resize(driver.capacity + 8)
-    card.settle()
-    assert card.registers.take_interrupt() & 2
+    assert card.interrupted(2)
 
 
 @shows("PCI-108", "PCI-109")
@@ -108,12 +108,16 @@ def test_mapping(msix: Bench, rule: Rules) -> None:
     registers: Any = msix.registers
     function: Any = msix.device.function
     count = function.set_msix(enabled=True)
-    msix.driver().identify()
+    driver = msix.driver()
+    driver.identify()
+    driver.negotiate()
     registers.select_queue(0)
     for field in FIELDS:
         for vector in range(min(count, 8)):
             registers.store(field, 2, vector)
-            with rule("PCI-111", "PCI-113", "PCI-115"):
+            with rule("PCI-115"):  # a device may lack resources, and say so (PCI-116)
+                assert registers.load(field, 2) != pci.NO_VECTOR
+            with rule("PCI-111", "PCI-113"):
                 assert registers.load(field, 2) == vector
         registers.store(field, 2, pci.NO_VECTOR)
         with rule("PCI-112"):
@@ -126,10 +130,14 @@ def test_mapping(msix: Bench, rule: Rules) -> None:
 @shows("PCI-111")
 def test_events_arrive_by_their_vector(msix: Bench) -> None:
     messages: Any = msix.device.messages
+    function: Any = msix.device.function
+    if function.set_msix(enabled=True) < 2:
+        pytest.skip("one vector for all events")
     for vector in (0, 1):
         driver = start_mapped(msix, 1 - vector, vector)
         messages.clear()
         read_one(msix, driver)
+        assert msix.until(lambda: bool(messages))
         assert set(messages) == {(ADDRESS + 16 * vector, 0x30 + vector)}
 
 

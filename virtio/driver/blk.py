@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 from .. import layout as at
 from ..fence import make_fence
@@ -15,6 +16,10 @@ from .transport import DriverError, DriverTransport
 
 __all__ = ["BlockDriver", "Completion", "DriverError"]
 
+_PATIENCE = 10.0
+"""Seconds that a reset may take."""
+_UNLIMITED = 1 << 20
+"""Bytes, or segments, where the device has no limit."""
 _UNTOUCHED = 0xFF
 """What a status byte is before the device writes it."""
 
@@ -29,6 +34,7 @@ UNDERSTOOD = sum(
         at.VIRTIO_F_IN_ORDER,
         at.VIRTIO_F_ACCESS_PLATFORM,
         at.VIRTIO_F_RING_RESET,
+        at.VIRTIO_F_SUSPEND,
         at.VIRTIO_F_NOTIFICATION_DATA,
         at.VIRTIO_BLK_F_SIZE_MAX,
         at.VIRTIO_BLK_F_SEG_MAX,
@@ -99,6 +105,10 @@ class BlockDriver:
         self.page_size = page_size
         self.structs = LITTLE if self.order == "little" else BIG
         self.ring: DriverRing | PackedDriverRing
+        self.segment_bytes = _UNLIMITED
+        """Most bytes of a data segment (SIZE_MAX)."""
+        self.segments = _UNLIMITED
+        """Most data segments of a request (SEG_MAX)."""
         self._wait = wait
         self._pending: dict[int, _Pending] = {}
         self._fence = make_fence()
@@ -117,8 +127,11 @@ class BlockDriver:
         registers = self.registers
         registers.identify(at.VIRTIO_ID_BLOCK)
         registers.status = 0
-        if registers.status:
-            raise DriverError("the device does not reset")
+        deadline = monotonic() + _PATIENCE
+        while registers.status:  # BF-30
+            if monotonic() > deadline:
+                raise DriverError("the device does not reset")
+            sleep(0.001)
         registers.status = at.STATUS_ACKNOWLEDGE
         registers.status |= at.STATUS_DRIVER
 
@@ -131,6 +144,23 @@ class BlockDriver:
             registers.status |= at.STATUS_FEATURES_OK
             if not registers.status & at.STATUS_FEATURES_OK:
                 raise DriverError("the device refuses the features")
+        self.segment_bytes = self._limit(at.VIRTIO_BLK_F_SIZE_MAX, 8)
+        self.segments = self._limit(at.VIRTIO_BLK_F_SEG_MAX, 12)
+
+    def _limit(self, feature: int, field: int) -> int:
+        """What a field of the configuration allows, if its feature was accepted."""
+        if not self.features >> feature & 1:
+            return _UNLIMITED
+        return min(self.registers.config(field, 4) or _UNLIMITED, _UNLIMITED)
+
+    @property
+    def most(self) -> int:
+        """Bytes of data that a request may have."""
+        indirect = self.features >> at.VIRTIO_F_INDIRECT_DESC & 1
+        room = self.segments if indirect else max(self.ring.size - 2, 1)
+        segments = min(self.segments, room)
+        bytes_ = min(segments * self.segment_bytes, _UNLIMITED)
+        return max(bytes_ // SECTOR_SIZE, 1) * SECTOR_SIZE
 
     def set_up_queue(self) -> None:
         """Lay out the ring and give it to the device."""
@@ -167,6 +197,32 @@ class BlockDriver:
             align=self.page_size if self.legacy else None,
         )
 
+    def suspend(self, timeout: float = _PATIENCE) -> None:
+        """Have the device stand still (SUSPEND negotiated): what it had taken comes back first.
+
+        Nothing may be added to the ring until :meth:`resume`. Raises DriverError if it does not
+        within ``timeout`` seconds, or needs a reset.
+        """
+        self.registers.status |= at.STATUS_SUSPEND
+        self._await_status(at.STATUS_SUSPEND, timeout)
+
+    def resume(self, timeout: float = _PATIENCE) -> None:
+        """Have a suspended device go on; the same of errors."""
+        self.registers.status |= at.STATUS_DRIVER_OK
+        self._await_status(at.STATUS_DRIVER_OK, timeout)
+
+    def _await_status(self, wanted: int, timeout: float) -> None:
+        """Wait until of DRIVER_OK and SUSPEND this one alone is set (BF-58, BF-62)."""
+        both = at.STATUS_DRIVER_OK | at.STATUS_SUSPEND
+        deadline = monotonic() + timeout
+        while (status := self.registers.status) & (both | at.STATUS_NEEDS_RESET) != wanted:
+            if status & at.STATUS_NEEDS_RESET:
+                raise DriverError("the device needs a reset")
+            if monotonic() > deadline:
+                raise DriverError(f"the device's status stays {status:#x}")
+            if self._wait is None or not self._wait():
+                sleep(0.001)
+
     @property
     def capacity(self) -> int:
         """Of the disk, in sectors of 512 bytes."""
@@ -196,17 +252,16 @@ class BlockDriver:
         memory.write(out_at, header + outgoing)
         in_at = self.arena.take(incoming + 1)
         memory.write(in_at, bytes([_UNTOUCHED]) * (incoming + 1))
-        pieces = [
-            Buffer(out_at, len(header)),
-            Buffer(out_at + len(header), len(outgoing)),
-            Buffer(in_at, incoming, True),
-            Buffer(in_at + incoming, 1, True),
-        ]
-        buffers = [piece for piece in pieces if piece.length]
         lengths = list(cuts)
-        if lengths:
-            whole = [Buffer(out_at, 16 + len(outgoing)), Buffer(in_at, incoming + 1, True)]
-            buffers = _cut(whole, lengths)
+        whole = [Buffer(out_at, 16 + len(outgoing)), Buffer(in_at, incoming + 1, True)]
+        if not lengths:
+            lengths = [len(header), *self._parts(len(outgoing)), *self._parts(incoming)]
+        buffers = _cut(whole, lengths)
+        if indirect is None and not cuts and len(buffers) > self.ring.size:
+            if self.features >> at.VIRTIO_F_INDIRECT_DESC & 1:
+                indirect = 0
+            else:  # a very small ring: how a request is cut means nothing
+                buffers = whole
         if indirect is None:
             head = self.ring.add(buffers)
         else:
@@ -214,6 +269,11 @@ class BlockDriver:
             head = self.ring.add_indirect(buffers, table, indirect)
         self._pending[head] = _Pending(in_at, incoming, in_at + incoming)
         return head
+
+    def _parts(self, length: int) -> list[int]:
+        """Lengths of the segments of so many bytes of data."""
+        whole, rest = divmod(length, self.segment_bytes)
+        return [self.segment_bytes] * whole + [rest] * (rest > 0)
 
     def kick(self) -> None:
         """Publish what was added, and notify the device if it wants that."""
@@ -267,12 +327,22 @@ class BlockDriver:
         return done[head]
 
     def read(self, sector: int, count: int) -> bytes:
-        """``count`` sectors from ``sector`` on. Raises DriverError unless the status is OK."""
-        return self._checked(at.VIRTIO_BLK_T_IN, sector, b"", count * SECTOR_SIZE).data
+        """``count`` sectors from ``sector`` on, in requests as long as the device allows.
+
+        Raises DriverError unless the status is OK.
+        """
+        total, data = count * SECTOR_SIZE, b""
+        for start in range(0, max(total, 1), self.most):
+            length = min(total - start, self.most)
+            place = sector + start // SECTOR_SIZE
+            data += self._checked(at.VIRTIO_BLK_T_IN, place, b"", length).data
+        return data
 
     def write(self, sector: int, data: bytes) -> None:
         """Write whole sectors. Raises DriverError, as those that follow, unless it went well."""
-        self._checked(at.VIRTIO_BLK_T_OUT, sector, data)
+        for start in range(0, max(len(data), 1), self.most):
+            part = data[start : start + self.most]
+            self._checked(at.VIRTIO_BLK_T_OUT, sector + start // SECTOR_SIZE, part)
 
     def flush(self) -> None:
         """Have everything written before on stable storage."""

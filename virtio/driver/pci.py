@@ -278,6 +278,10 @@ class PciRegisters(_PciTransport):
     def reset_queue(self) -> bool:
         """See :class:`DriverTransport`; PCI-55."""
         self.store(at.COMMON_QUEUE_RESET, 2, 1)
+        return self.queue_was_reset()
+
+    def queue_was_reset(self) -> bool:
+        """See :class:`DriverTransport`."""
         return self.load(at.COMMON_QUEUE_RESET, 2) == 0 and not self.queue_enabled()
 
     def notify(self, index: int, data: int | None = None) -> None:

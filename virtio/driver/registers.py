@@ -99,6 +99,10 @@ class Registers(DriverTransport):
     def reset_queue(self) -> bool:
         """Reset the selected queue (RING_RESET negotiated); whether that is complete (MMIO-34)."""
         self.store(at.MMIO_QUEUE_RESET, 1)
+        return self.queue_was_reset()
+
+    def queue_was_reset(self) -> bool:
+        """See :class:`DriverTransport`."""
         return self.load(at.MMIO_QUEUE_RESET) == 0 and self.load(at.MMIO_QUEUE_READY) == 0
 
     def notify(self, index: int, data: int | None = None) -> None:

@@ -64,6 +64,10 @@ class DriverTransport(ABC):
     def reset_queue(self) -> bool:
         """Reset the selected queue (RING_RESET negotiated); whether that is complete."""
 
+    def queue_was_reset(self) -> bool:
+        """Whether the reset of the selected queue is complete, where it takes its time."""
+        return True
+
     @abstractmethod
     def notify(self, index: int, data: int | None = None) -> None:
         """Kick queue ``index``. ``data``: the upper half of what goes with it, where

@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import sleep
 from typing import Self
 
-from ...backend.sockets import listen_at
+from ...backend.listener import UnixListener
 from ..device import VirtioDevice
 from ..layout import VIRTIO_F_RING_RESET
 from ..memory import GuestMemory
@@ -27,6 +28,8 @@ __all__ = ["VhostUserServer"]
 
 _log = logging.getLogger(__name__)
 
+_RETRY = 0.2
+"""Seconds until a front-end that could not be let in is tried again."""
 _POLL = 0.001
 """Seconds between two looks at rings without a kick descriptor."""
 
@@ -51,14 +54,20 @@ class VhostUserServer:
         *,
         listener: socket.socket | None = None,
         connection: socket.socket | None = None,
+        on_start: Callable[[], object] = lambda: None,
+        on_stop: Callable[[], object] = lambda: None,
     ) -> None:
         if sum(each is not None for each in (path, listener, connection)) != 1:
             raise ValueError("one of path, listener and connection is needed")
         self.device = device
-        self.path: str | None = None
+        self.on_start = on_start
+        self.on_stop = on_stop
+        self._owned: UnixListener | None = None
         self._session: Session | None = None
         self._channel: Channel | None = None
         self._stopping = False
+        self._noted: set[int | None] = set()
+        """Interrupts that the front-end is to be told of; None is the configuration's."""
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._waking = threading.RLock()
@@ -69,8 +78,8 @@ class VhostUserServer:
             features = 1 << VIRTIO_F_RING_RESET  # which is GET_VRING_BASE and a new start
             device.connect(GuestMemory.from_buffer(b""), self, features=features)
             if path is not None:
-                self._listener = listen_at(str(path))
-                self.path = str(path)
+                self._owned = UnixListener(str(path))
+                self._listener = self._owned.socket
         except BaseException:
             self.close()
             raise
@@ -115,10 +124,8 @@ class VhostUserServer:
     def close(self) -> None:
         """End the connection when what is under way is done, and listen no more."""
         self._end()
-        if self.path is not None:
-            with suppress(OSError):
-                os.unlink(self.path)
-            self.path = None
+        if self._owned is not None:
+            self._owned.close()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -140,6 +147,10 @@ class VhostUserServer:
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # no descriptors left in this process or on the host
+            _log.warning("a front-end cannot be let in: %s", error)
+            sleep(_RETRY)
             return
         self.forget(self._listener.fileno())
         self._begin(connection)
@@ -193,8 +204,19 @@ class VhostUserServer:
         if session is not None:
             session.queue_interrupt(index)
 
-    def config_interrupt(self) -> None:
+    def note_interrupt(self, index: int | None) -> None:
         """See :class:`..transport.Transport`."""
-        session = self._session
-        if session is not None:
-            session.config_interrupt()
+        self._noted.add(index)
+
+    def deliver(self) -> None:
+        """See :class:`..transport.Transport`."""
+        while self._noted:
+            with suppress(KeyError):  # another thread was quicker
+                index = self._noted.pop()
+                session = self._session
+                if session is None:
+                    continue
+                if index is None:
+                    session.config_interrupt()
+                else:
+                    session.queue_interrupt(index)

@@ -2,7 +2,7 @@
 
 A message that breaks the rules (:mod:`.rules`), or asks for what cannot be, is refused: by its
 acknowledgement where the front-end wants one (REPLY_ACK), else by closing the connection, for it
-would never know.
+would never know; that goes for messages with a reply of their own, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .layout import BackendRequest, ProtocolFeature, Request
 from .log import DirtyLog
 from .memory import MAX_SLOTS, MemoryTable, Region, map_file
 from .migration import StateTransfer
-from .rules import PROTOCOL_FEATURES, RULES
+from .rules import PROTOCOL_FEATURES, RULES, Rule
 from .vrings import Vring, Vrings
 
 __all__ = ["Loop", "Session"]
@@ -41,7 +41,13 @@ _MESSAGES_AT_ONCE = 16
 
 
 class Loop(Protocol):
-    """What a session needs of the loop that it lives in."""
+    """What a session needs of the server that it lives in."""
+
+    def on_start(self) -> object:
+        """A first ring is about to be served. An OSError or PyvirtioError refuses it."""
+
+    def on_stop(self) -> object:
+        """The last ring was stopped."""
 
     def watch(self, fd: int, callback: Callable[[], object]) -> None:
         """Call ``callback`` when there is something to read. Raises OSError."""
@@ -66,16 +72,18 @@ class Session:
         self._channel = channel
         self._loop = loop
         self._table = MemoryTable()
-        self._vrings = Vrings(device, self._table)
+        self._vrings = Vrings(device, self._table, loop.on_start, loop.on_stop)
         self._backend: Channel | None = None
         self._features_given = 0
         self._protocol = 0
         self._status = 0
+        self._known = device.config_generation
+        """The configuration that the front-end has read, or heard of."""
         self._writeback: bytes | None = None
         """What the driver has chosen, while the device is reset by a stop of the machine."""
         self._log: DirtyLog | None = None
         self._log_fd = -1
-        self._transfer = StateTransfer(device)
+        self._transfer = StateTransfer(device, loop.watch, loop.forget)
         self._handlers: dict[int, Callable[[Message], _Reply | None]] = {
             request: getattr(self, f"_{Request(request).name.lower()}") for request in RULES
         }
@@ -118,7 +126,12 @@ class Session:
         if not self._vrings.all[index].signal("call"):
             self._tell(BackendRequest.VRING_CALL, vu.VRING_STATE.pack(index, 0))
         if self._log is not None and self._log_fd >= 0:
-            os.eventfd_write(self._log_fd, 1)
+            try:
+                os.eventfd_write(self._log_fd, 1)
+            except BlockingIOError:  # signalled more often than anyone will count
+                pass
+            except OSError as error:
+                _log.warning("the log's descriptor fails: %s", error)
 
     def config_interrupt(self) -> None:
         """See :class:`..transport.Transport`."""
@@ -126,13 +139,23 @@ class Session:
             for vring in self._vrings.all:
                 if not vring.signal("error"):
                     self._tell(BackendRequest.VRING_ERR, vu.VRING_STATE.pack(vring.index, 0))
-        self._tell(BackendRequest.CONFIG_CHANGE_MSG)
+            self._tell(BackendRequest.CONFIG_CHANGE_MSG)
+        self._tell_configuration()
+
+    def _tell_configuration(self) -> None:
+        """Say that the configuration is another now, if the front-end does not know. While all
+        rings are stopped nothing may be said ("Suspended device state"): it is said when one
+        starts, which is soon enough for a driver that had not begun."""
+        generation = self._device.config_generation
+        if generation != self._known and any(vring.started for vring in self._vrings.all):
+            self._known = generation
+            self._tell(BackendRequest.CONFIG_CHANGE_MSG)
 
     def _tell(self, request: BackendRequest, payload: bytes = b"") -> None:
         """Send a message of our own, if there is a way for it."""
         backend = self._backend
-        inband = request != BackendRequest.CONFIG_CHANGE_MSG
-        if backend is None or (inband and not self.negotiated(_F.INBAND_NOTIFICATIONS)):
+        config = request == BackendRequest.CONFIG_CHANGE_MSG
+        if backend is None or not self.negotiated(_F.CONFIG if config else _F.INBAND_NOTIFICATIONS):
             return
         try:
             backend.send(request, 0, payload)
@@ -160,9 +183,12 @@ class Session:
     # -- one message ---------------------------------------------------------------------------
 
     def _handle(self, message: Message) -> None:
+        rule = RULES.get(message.request)
         acknowledge = message.need_reply and self.negotiated(_F.REPLY_ACK)
+        if rule is not None and rule.answers:
+            acknowledge = False
         try:
-            self._check(message)
+            self._check(message, rule)
             reply = self._handlers[message.request](message)
         except (PyvirtioError, OSError) as error:
             if not acknowledge:
@@ -180,9 +206,8 @@ class Session:
                 for fd in fds:
                     os.close(fd)
 
-    def _check(self, message: Message) -> None:
+    def _check(self, message: Message, rule: Rule | None) -> None:
         """Raise VhostUserError for a message that breaks a rule of the table."""
-        rule = RULES.get(message.request)
         if rule is None:
             raise VhostUserError("unknown")
         if rule.needs is not None and not self.negotiated(rule.needs):
@@ -254,6 +279,7 @@ class Session:
         self._vrings.stop_all()
         self._vrings.forget_inflight()
         self._reset_driver()
+        self._vrings.rest()
 
     def _reset_device(self, message: Message) -> None:
         self._stop_driver()
@@ -371,6 +397,7 @@ class Session:
             vring.tracker.forget()  # nothing is under way: what comes next says where it begins
         self._replace(vring, "kick", -1)
         vring.replace("call", -1)
+        self._vrings.rest()
         return _Reply(vu.VRING_STATE.pack(index, vring.base))
 
     def _set_vring_enable(self, message: Message) -> None:
@@ -389,6 +416,7 @@ class Session:
         if self._device.state.broken and not any(each.live for each in self._vrings.all):
             self._recover()
         self._vrings.refresh(vring)
+        self._tell_configuration()
 
     def _set_vring_call(self, message: Message) -> None:
         vring, fd = self._vring_fd(message)
@@ -478,6 +506,7 @@ class Session:
             _log.warning("refused to give configuration: %s", error)
             return _Reply(b"")
         head = message.payload[: vu.CONFIG_HEAD.size]
+        self._known = self._device.config_generation
         return _Reply(head + self._device.read_config(offset, len(data)))
 
     def _set_config(self, message: Message) -> None:
@@ -508,7 +537,8 @@ class Session:
         fd = message.take_fd()
         if phase or any(vring.live for vring in self._vrings.all):
             os.close(fd)
-            raise VhostUserError(f"device state in phase {phase}, with rings that are used")
+            _log.warning("no device state is transferred in phase %d, or with live rings", phase)
+            return _number(vu.STATE_NO_FD | 1)
         self._transfer.begin(direction, fd)
         return _number(vu.STATE_NO_FD)
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...errors import GuestError
+from ...errors import GuestError, PyvirtioError
 from .. import layout as at
 from ..blk import VirtioBlk
 from ..device import VirtioDevice
@@ -78,8 +78,19 @@ class Vring:
 class Vrings:
     """All rings of a session; ``table`` is its guest memory."""
 
-    def __init__(self, device: VirtioDevice, table: MemoryTable) -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        table: MemoryTable,
+        on_start: Callable[[], object] = lambda: None,
+        on_stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``on_start`` is called before a first ring is served, and may refuse that by an OSError
+        or PyvirtioError; ``on_stop`` when the front-end has stopped the last."""
         self._device = device
+        self._on_start = on_start
+        self._on_stop = on_stop
+        self._in_use = False
         self._table = table
         self._memory: GuestMemory = GuestMemory.from_buffer(b"")
         self._inflight: Mapping | None = None
@@ -132,6 +143,12 @@ class Vrings:
         for vring in self.all:
             self.stop(vring)
 
+    def rest(self) -> None:
+        """The front-end has stopped a ring: the disk is not needed if that was the last one."""
+        if self._in_use and not any(vring.started for vring in self.all):
+            self._in_use = False
+            self._on_stop()
+
     def set_memory(self, memory: GuestMemory, then: Callable[[], object] = lambda: None) -> None:
         """Guest memory is another; ``then`` is called when the old one is not used any more."""
         self.stop_all()
@@ -159,6 +176,12 @@ class Vrings:
             self._table.to_guest, vring.areas
         )
         tracker = self._tracker(vring)
+        if not self._in_use:
+            try:
+                self._on_start()
+            except (OSError, PyvirtioError) as error:
+                raise VhostUserError(f"ring {vring.index} cannot be started: {error}") from error
+            self._in_use = True
         try:
             self._set_indices(vring, state, tracker)
             device.enable_queue(vring.index)
@@ -242,6 +265,12 @@ class Vrings:
     def close(self) -> None:
         """Do what is under way, and let go of everything."""
         self.stop_all()
+        for vring in self.all:
+            vring.started = False
+        try:
+            self.rest()
+        except (OSError, PyvirtioError) as error:
+            _log.error("the disk is not closed as it should be: %s", error)
         self._device.wrap_ring = None
         self.drop_trackers()
         if self._inflight is not None:
