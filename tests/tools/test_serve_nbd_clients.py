@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import random
 import socket
 import struct
 import threading
@@ -332,3 +334,76 @@ def test_a_server_without_descriptors_goes_on_when_there_are_some(
     monkeypatch.setattr(socket.socket, "accept", accept)
     with Client(running.path) as client:
         assert client.ask(Command.READ, 0, 1).error == 0
+
+
+def random_session(source: random.Random) -> bytes:
+    """What a client might say, here and there wrong: options, then requests."""
+    said = [struct.pack(">I", source.choice([3] * 20 + [1, 1, 2, 0, 0xFFFFFFFF]))]
+    name = struct.pack(">I", source.choice([0, 0, 0, 1, 5000, 0xFFFFFFFF]))
+    for _ in range(source.randrange(5)):
+        option = source.choice([*nbd.Option, 99, 0])
+        data = source.choice(
+            [
+                b"",
+                name,
+                name + bytes(2),
+                name + struct.pack(">HHH", 2, source.randrange(5), 3),
+                name + struct.pack(">II", 1, 15) + b"base:allocation",
+                name + struct.pack(">II", source.randrange(9), source.randrange(20)),
+                source.randbytes(source.randrange(60)),
+            ]
+        )
+        length = source.choice([len(data)] * 40 + [0, len(data) + 1, 1 << 16, 1 << 31])
+        said.append(nbd.OPTION.pack(nbd.OPTION_MAGIC, option, length) + data)
+    option = source.choice([nbd.Option.GO, nbd.Option.EXPORT_NAME])
+    data = bytes(6) if option == nbd.Option.GO else b""
+    said.append(nbd.OPTION.pack(nbd.OPTION_MAGIC, option, len(data)) + data)
+    for _ in range(source.randrange(12)):
+        command = source.choice([*Command, 50])
+        offset = source.choice(
+            [0, 512, SIZE - 1, SIZE, 2**63, 2**64 - 1, source.randrange(1 << 20)]
+        )
+        length = source.choice([0, 1, 512, 4096, 65536, SIZE, 2**32 - 1, source.randrange(9999)])
+        magic = source.choice([nbd.REQUEST_MAGIC] * 20 + [source.getrandbits(32)])
+        flags = source.choice([0, 0, 0, source.getrandbits(5), source.getrandbits(16)])
+        said.append(nbd.REQUEST.pack(magic, flags, command, source.getrandbits(64), offset, length))
+        if command == Command.WRITE:
+            said.append(bytes(min(length, source.choice([length, 10]), 1 << 20)))
+    whole = bytearray(b"".join(said))
+    for _ in range(source.choice([0, 0, 0, 1, 3])):
+        whole[source.randrange(len(whole))] = source.randrange(256)
+    return bytes(whole[: source.choice([len(whole)] * 3 + [source.randrange(len(whole))])])
+
+
+def test_bytes_are_counted_when_they_have_been_read_or_written(running: Running) -> None:
+    with Client(running.path) as client:
+        client.ask(Command.READ, 0, 512)
+        client.ask(Command.READ, SIZE, 512)
+        client.ask(Command.WRITE, 0, 100, data=bytes(100))
+        client.ask(Command.WRITE, SIZE, 100, data=bytes(100))
+    found = running.server.statistics
+    assert (found.requests, found.read, found.written) == (4, 512, 100)
+
+
+def test_random_clients_neither_end_the_server_nor_leave_anything_behind(
+    running: Running, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    disk.go_on.set()
+    source = random.Random(int(os.environ.get("PYVIRTIO_NBD_SEED", "1")))
+    for _ in range(int(os.environ.get("PYVIRTIO_NBD_CLIENTS", "300"))):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(running.path)
+            with suppress(ConnectionError):
+                client.sendall(random_session(source))
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(1 << 20):
+                    pass
+    with Client(running.path) as good:
+        assert good.ask(Command.READ, 0, 1).error == 0
+    running.stop()
+    assert not faults
+    assert running.server.statistics.requests > 100
+    assert running.server.statistics.under_way == 0

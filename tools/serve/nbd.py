@@ -25,14 +25,14 @@ from .sockets import passed_sockets
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _BACKLOG = 64
 
 
 def run(program: str, arguments: list[str]) -> int:
     """Serve until told to end; the exit status."""
-    parser = _parser(program)
+    parser = make_parser(program)
     options = parser.parse_args(arguments)
     if options.image is None and not options.export:
         parser.error("an image is needed")
@@ -155,7 +155,8 @@ def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
     ).context()
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """The options there are."""
     parser = argparse.ArgumentParser(
         program, description="Serve images over NBD.", allow_abbrev=False
     )
@@ -172,7 +173,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--socket", metavar="PATH", help="listen at this UNIX socket")
     add("--port", type=int, metavar="N", help=f"listen at this TCP port (default: {DEFAULT_PORT})")
     add("--bind", default="127.0.0.1", metavar="ADDRESS", help="of the TCP port (default: local)")
-    add("--format", help="of the images; their first bytes tell if not given")
+    add("--format", metavar="FORMAT", help="of the images; their first bytes tell if not given")
     add("--read-only", action="store_true", help="nothing is written")
     add("--description", default="", metavar="TEXT", help="what clients are told of the exports")
     add(

@@ -32,19 +32,23 @@ class Statistics:
     under_way: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, command: int, length: int) -> None:
+    def begin(self) -> None:
         """Note a request."""
         with self.lock:
             self.requests += 1
             self.under_way += 1
             self.at_once = max(self.at_once, self.under_way)
+
+    def succeed(self, command: int, length: int) -> None:
+        """Note that a request did what it was to do."""
+        with self.lock:
             if command == nbd.Command.READ:
                 self.read += length
             elif command == nbd.Command.WRITE:
                 self.written += length
 
     def end(self) -> None:
-        """Note that a request is done."""
+        """Note that a request is over."""
         with self.lock:
             self.under_way -= 1
 

@@ -19,7 +19,7 @@ from struct import Struct
 
 from ...backend import nbd_protocol as nbd
 from ...backend.disk import Disk
-from ...errors import BackendError, PyvirtioError, UnsupportedError
+from ...errors import BackendError, PyvirtioError, UnsupportedError, message_of
 from .nbd_export import Export, Statistics, merged, zero_runs
 from .nbd_handshake import Agreed, Over, negotiate
 from .nbd_stream import Stream
@@ -169,7 +169,7 @@ class Session:
 
     def _serve(self, agreed: Agreed, request: _Request) -> None:
         """Do a request and answer it."""
-        self._statistics.begin(request.command, request.length)
+        self._statistics.begin()
         try:
             self._stream.send(self._answer(agreed, request))
         except BaseException as error:
@@ -223,11 +223,12 @@ class Session:
         structured, cookie = agreed.structured, request.cookie
         try:
             contents = self._do(agreed, request)
+            self._statistics.succeed(request.command, request.length)
         except (PyvirtioError, OSError, ValueError, MemoryError) as error:
             number = _code(error)
             if not structured:
                 return [nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_MAGIC, number, cookie)]
-            text = str(error).encode(errors="replace")[:4096]
+            text = message_of(error).encode(errors="replace")[:4096]
             contents = [(nbd.Type.ERROR, [Struct(">IH").pack(number, len(text)), text])]
         if not structured:
             data = [part for _, parts in contents for part in parts]

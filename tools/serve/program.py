@@ -13,6 +13,8 @@ __all__ = ["COMMANDS", "run"]
 COMMANDS = {
     "nbd": ("nbd", "images as exports of an NBD server"),
     "vhost-user-blk": ("vhost_user_blk", "a virtio-blk device for QEMU and other VMMs"),
+    "man": ("man", "no image, but the manual page of the program or of a command"),
+    "completion": ("completion", "no image, but what bash, zsh or fish completes"),
 }
 """Subcommand -> module here with ``run(program, arguments) -> exit status``, and what it serves."""
 

@@ -21,14 +21,14 @@ from .monitor import Monitor
 from .signals import on_signals
 from .sockets import passed_sockets
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
 
 
 def run(program: str, arguments: list[str]) -> int:
     """Serve until told to end; the exit status."""
-    parser = _parser(program)
+    parser = make_parser(program)
     options = parser.parse_args(arguments)
     if options.print_capabilities:
         print(json.dumps(_CAPABILITIES))
@@ -95,7 +95,8 @@ def _open(options: argparse.Namespace) -> Disk:
     return image(options.read_only, True)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """The options there are."""
     parser = argparse.ArgumentParser(
         program, description="Serve an image as a vhost-user-blk device.", allow_abbrev=False
     )
@@ -109,7 +110,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
         help="serve this descriptor, a socket that is connected or listens",
     )
-    add("--format", help="of the image; its first bytes tell if not given")
+    add("--format", metavar="FORMAT", help="of the image; its first bytes tell if not given")
     add("--read-only", action="store_true", help="nothing is written")
     add("--queues", type=int, default=1, metavar="N", help="request queues (default: 1)")
     add("--queue-size", type=int, default=256, metavar="N", help="their entries (default: 256)")

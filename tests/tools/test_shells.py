@@ -1,4 +1,5 @@
-"""What pyvirtio-img says to shells and to man: judged by bash, zsh, fish, man and mandoc."""
+"""What pyvirtio-img and pyvirtio-serve say to shells and to man: judged by bash, zsh, fish, man and
+mandoc."""
 
 from __future__ import annotations
 
@@ -16,16 +17,18 @@ import pytest
 from pyvirtio.tools.img.commands import OURS, QEMU
 from support.peers import requires
 
-MAIN = "#!{}\nimport sys\nfrom pyvirtio.tools.img import main\nsys.exit(main())\n"
+MAIN = "#!{}\nimport sys\nfrom pyvirtio.tools.{} import main\nsys.exit(main())\n"
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A folder with the program in it, by a name that nobody else completes."""
-    path = tmp_path / "bin" / "my-img"
-    path.parent.mkdir()
-    path.write_text(MAIN.format(sys.executable))
-    path.chmod(0o755)
+    """The first in a folder with both, by names that nobody else completes."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("serve", "img"):
+        path = folder / f"my-{name}"
+        path.write_text(MAIN.format(sys.executable, name))
+        path.chmod(0o755)
     return path
 
 
@@ -78,13 +81,16 @@ BASH = ("bash", "--norc", "--noprofile", "-i")
         ("my-img info --output=json so", "my-img info --output=json some-disk.img "),
         ("my-img completion z", "my-img completion zsh "),
         ("my-img man verify", "my-img man verify-chain "),
+        ("my-serve vh", "my-serve vhost-user-blk "),
+        ("my-serve nbd --read", "my-serve nbd --read-only "),
+        ("my-serve nbd --format=q", "my-serve nbd --format=qcow2 "),
     ],
 )
 def test_bash_completes(program: Path, tmp_path: Path, typed: str, becomes: str) -> None:
     (tmp_path / "some-disk.img").touch()
     shell = Shell(tmp_path, *BASH)
     try:
-        shell.type('eval "$(my-img completion bash)"; echo load""ed\n')
+        shell.type(f'eval "$({typed.split()[0]} completion bash)"; echo load""ed\n')
         shell.wait_for("loaded")
         shell.type(f"{typed}\t")
         shell.wait_for(re.escape(becomes))
@@ -120,10 +126,11 @@ def test_zsh_completes(program: Path, tmp_path: Path, typed: str, becomes: str) 
         ("my-img convert -O q", {"qcow2"}),
         ("my-img convert --sal", {"--salvage"}),
         ("my-img completion ", {"bash", "zsh", "fish"}),
+        ("my-serve vhost-user-blk --qu", {"--queues", "--queue-size"}),
     ],
 )
 def test_fish_completes(program: Path, tmp_path: Path, typed: str, answers: set[str]) -> None:
-    code = f"my-img completion fish | source; complete -C '{typed}'"
+    code = f"{typed.split()[0]} completion fish | source; complete -C '{typed}'"
     path = f"{program.parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["fish", "--no-config", "-c", code],
@@ -138,9 +145,11 @@ def test_fish_completes(program: Path, tmp_path: Path, typed: str, answers: set[
 
 @requires("man", "mandoc")
 def test_man_and_mandoc_take_every_page(program: Path, tmp_path: Path) -> None:
-    for command in ("", *QEMU, *OURS):
-        page = tmp_path / f"page-{command}.1"
-        words = [str(program), "man", *([command] if command else [])]
+    pages = [("img", command) for command in ("", *QEMU, *OURS)]
+    pages += [("serve", command) for command in ("", "nbd", "vhost-user-blk")]
+    for name, command in pages:
+        page = tmp_path / "page.1"
+        words = [f"{program.parent}/my-{name}", "man", *([command] if command else [])]
         page.write_bytes(subprocess.run(words, capture_output=True, check=True).stdout)
         shown = subprocess.run(
             ["man", "--warnings=all", "-l", str(page)],
@@ -150,7 +159,8 @@ def test_man_and_mandoc_take_every_page(program: Path, tmp_path: Path) -> None:
             check=True,
         )
         assert shown.stderr == ""
-        assert f"my-img{'-' + command if command else ''} - " in re.sub(r" +", " ", shown.stdout)
+        title = f"my-{name}{'-' + command if command else ''} - "
+        assert title in re.sub(r" +", " ", shown.stdout)
         lint = subprocess.run(
             ["mandoc", "-T", "lint", "-W", "warning", str(page)], capture_output=True, text=True
         )
