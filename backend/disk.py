@@ -336,7 +336,12 @@ class Disk(ABC):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as error:
+            if value is not None:
+                error.__context__ = value  # which an ExitStack on the way has forgotten
+            raise
 
     def __repr__(self) -> str:
         name = f" {self.filename!r}" if self.filename else ""
