@@ -45,14 +45,14 @@ def make_empty(metadata: Metadata, *, alone: bool) -> None:
         and metadata.data_file is None
         and 3 + l1_clusters <= 1 << geometry.refcount_block_bits
     ):
-        with metadata.lock, metadata.health.step("Emptying the image"):
+        with metadata.health.step("Emptying the image"):
             _make_anew(metadata, l1_clusters)
     else:
         _give_up_all(metadata)
 
 
 def _make_anew(metadata: Metadata, l1_clusters: int) -> None:
-    """Header, refcount table, one refcount block and the L1 table, and nothing else (lock held)."""
+    """Header, refcount table, one refcount block and the L1 table, and nothing else."""
     file, header, size = metadata.file, metadata.header, metadata.cluster_size
     mark_dirty(file, header)
     file.debug_event("l1_update")

@@ -48,11 +48,13 @@ def read_table(file: Disk, header: Header, result: CheckResult, *, repair: bool)
     findings = TableRepair()
     try:
         snapshots, length = read_snapshots(file, header, number, findings if repair else None)
-    except (ImageError, BackendError) as error:
-        failed = isinstance(error, BackendError)
-        text = f"Failed to read snapshot table: {error.strerror}" if failed else str(error)
+    except ImageError as error:
+        _fail(result, f"failed to read the snapshot table: {error}")
+        raise CheckFailed(EFBIG) from error
+    except BackendError as error:
+        text = f"Failed to read snapshot table: {error.strerror}"
         _fail(result, f"failed to read the snapshot table: {text}")
-        raise CheckFailed(error.errno if failed else EFBIG) from error
+        raise CheckFailed(error.errno) from error
     for message in findings.messages:
         result.say(message)
     discarded += number - len(snapshots)
