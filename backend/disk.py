@@ -348,7 +348,12 @@ class Disk(ABC):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as error:
+            if value is not None:
+                error.__context__ = value  # which an ExitStack on the way has forgotten
+            raise
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled; open it again")

@@ -56,9 +56,8 @@ def write_clusters(metadata: Metadata, contents: bytes) -> tuple[int, int]:
     count = metadata.geometry.clusters(len(contents))
     with metadata.lock:
         first = metadata.refcounts.allocate_contiguous(count)
-    padded = contents.ljust(count << metadata.cluster_bits, b"\0")
     try:
-        metadata.file.write(first << metadata.cluster_bits, padded)
+        metadata.file.write(first << metadata.cluster_bits, contents)
     except BaseException:
         free_clusters(metadata, first, count)
         raise

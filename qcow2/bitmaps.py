@@ -448,9 +448,10 @@ class Bitmaps:
         If it fails, what is in the file stays: bitmaps in use, which are lost with this object.
         """
         with self.lock:
-            changed = [bitmap for bitmap in self._list if bitmap.changed]
-            if not changed:
+            if not any(bitmap.changed for bitmap in self._list):
                 return
+            # As QEMU: all of them, but those that nobody can tell the contents of.
+            changed = [bitmap for bitmap in self._list if not bitmap.inconsistent]
             metadata = self._metadata
             old = [bitmap.entry for bitmap in changed if bitmap.entry is not None]
             new: dict[Bitmap, DirectoryEntry] = {}

@@ -358,7 +358,7 @@ class Qcow2Disk(Disk):
         from . import emptying
 
         with self.bitmaps.recording(0, self.size), self._metadata.exclusive():
-            emptying.make_empty(self._metadata)
+            emptying.make_empty(self._metadata, alone=not self.snapshots.drafting)
 
     @property
     def cluster_size(self) -> int:

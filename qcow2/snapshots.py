@@ -142,6 +142,11 @@ class Snapshots:
         for view in list(self._views):
             view.close()
 
+    @property
+    def drafting(self) -> bool:
+        """True if a draft is open, or VM state is kept to be based on."""
+        return self._base is not None or any(not draft.closed for draft in self._drafts)
+
     def give_up_drafts(self) -> None:
         """Close every draft that became no snapshot."""
         for draft in self._drafts:

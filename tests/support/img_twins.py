@@ -1,4 +1,5 @@
-"""The same command lines for pyvirtio-img and qemu-img, on copies of the same images.
+"""The same command lines for pyvirtio-img and qemu-img, pyvirtio-io and qemu-io, on copies of the
+same images.
 
 ``python -m support.img_twins --seed 1 --count 100`` goes on for as long as it is told (without a
 count until it is interrupted, or for ``--minutes``) and prints what differs.
@@ -22,12 +23,11 @@ from pathlib import Path
 
 __all__ = ["Outcome", "command_line", "compare", "make_images", "run_both"]
 
-_OURS = (
-    "import sys; from pyvirtio.tools.img import main; sys.argv[0] = 'qemu-img'; sys.exit(main())"
-)
+_OURS = "import sys; from pyvirtio.tools.{} import main; sys.argv[0] = 'qemu-{}'; sys.exit(main())"
 _VOLATILE = re.compile(
     r"disk size: .*|\"actual-size\": \d+,?|uuid: .*|#block\d+|date-(n?sec)\": \d+|\d{4}-\d\d-\d\d "
-    r"\d\d:\d\d:\d\d|\s+(stride|iters|key offset|max iters): \d+|Run completed in .*"
+    r"\d\d:\d\d:\d\d|\s+(stride|iters|key offset|max iters): \d+|Run completed in .*|"
+    r"(?<=ops; ).*|\(pyvirtio .*\)|\(Debian .*\)"
 )
 _IMAGES = ("base.qcow2", "top.qcow2", "snap.qcow2", "raw.img")
 
@@ -141,23 +141,179 @@ def command_line(chance: random.Random) -> list[str]:
         ["bitmap", chance.choice(["--remove", "--clear", "--disable", "--add"]), image, "dirty"],
         ["bitmap", "--add", "--merge", "dirty", image, "more"],
     ]
+    lines += _more_lines(chance, image, other, kind, size)
     line = chance.choice(lines)
+    if line[0] == "qemu-io":
+        return line
     return [word for index, word in enumerate(line) if word or line[index - 1] == "-b"]
+
+
+def _more_lines(
+    chance: random.Random, image: str, other: str, kind: str, size: str
+) -> list[list[str]]:
+    """Names that are options, options that are seldom used, and what cannot be done."""
+    driver = "raw" if image == "raw.img" else "qcow2"
+    described = chance.choice(
+        [
+            f"driver={driver},file.filename={image}",
+            f"driver={driver},file.driver=file,file.filename={image},read-only=on",
+            f"driver={kind},file.filename={image}",
+            f"driver=raw,file.filename={image},offset=512,size=4096",
+            f"driver={driver},file.filename={image},file.locking=off,discard=unmap",
+            f"file.filename={image}",
+            f"driver={driver},file.filename={image},foo=1",
+            f"driver=blkdebug,image.filename={image}",
+            "driver=null-co,size=64k",
+            f"driver=throttle,file.filename={image}",
+            f"filename={image}",
+            "",
+        ]
+    )
+    named = chance.choice(
+        [
+            f'json:{{"driver": "{driver}", "file": {{"driver": "file", "filename": "{image}"}}}}',
+            f'json:{{"driver": "{driver}", "file.filename": "{image}"}}',
+            f"json:{{'driver': '{kind}', 'file': {{'driver': 'file', 'filename': '{image}'}}}}",
+            'json:{"driver": "null-co", "size": 65536, "read-zeroes": true}',
+            'json:{"driver": "qcow2"}',
+            "json:{",
+            f"file:{image}",
+            f"blkdebug::{image}",
+            f"nonsense:{image}",
+            "missing.qcow2",
+        ]
+    )
+    output = chance.choice(["--output=json", "--output=human", "--output=xml"])
+    quietly = chance.choice([[], ["-q"], ["-p"], ["-U"]])
+    return [
+        ["info", "--image-opts", output, described],
+        ["map", "--image-opts", output, described],
+        ["check", "--image-opts", *quietly, described],
+        ["compare", "--image-opts", described, f"driver=raw,file.filename={other}"],
+        ["convert", "--image-opts", "-O", "raw", described, "new"],
+        ["measure", "--image-opts", "-O", "qcow2", described],
+        ["info", output, named],
+        ["map", output, named],
+        ["check", *quietly, named],
+        ["convert", "-O", kind, named, "new"],
+        ["compare", *quietly, named, image],
+        ["convert", "--salvage", "-O", "raw", image, "new"],
+        ["convert", "-W", "-m", chance.choice(["1", "8", "0", "17"]), "-O", "raw", image, "new"],
+        ["convert", *quietly, "-t", chance.choice(["none", "unsafe", "x"]), image, "new"],
+        ["convert", "-n", "--target-is-zero", "-O", "raw", image, "raw.img"],
+        ["convert", "-C", "-O", "raw", image, "new"],
+        ["convert", "-r", chance.choice(["1G", "x"]), "-O", "raw", image, "new"],
+        ["convert", "-O", "qcow2", "--bitmaps", "--skip-broken-bitmaps", "snap.qcow2", "new"],
+        ["check", "-r", chance.choice(["leaks", "all", "x"]), output, image],
+        ["measure", output, "-O", kind, "-l", chance.choice(["one", "no"]), "snap.qcow2"],
+        ["dd", f"if={image}", "of=new", f"bs={chance.choice(['1k', '1M', '-1', 'x'])}", "count=3"],
+        ["dd", "-f", kind, "-O", "raw", f"if={image}", "of=new", f"skip={chance.randrange(20000)}"],
+        [
+            "dd",
+            *chance.choice([["bs=1k"], [f"if={image}"], ["of=new"], ["a=b"], [f"if={image}=x"]]),
+        ],
+        ["bitmap", "--add", "-g", chance.choice(["512", "3", "64k", "4G"]), image, "b"],
+        ["bitmap", "--add", "--disable", image, chance.choice(["b", "dirty", "n" * 1024])],
+        ["bitmap", "--merge", "dirty", "-b", other, image, "dirty"],
+        ["bitmap", "--enable", "--disable", image, "dirty"],
+        ["bitmap", image, "dirty"],
+        ["resize", *quietly, image, chance.choice(["-1k", "+1k", "-1G", "+0", "1T", "x"])],
+        ["resize", "--preallocation", chance.choice(["off", "full", "x"]), image, "6M"],
+        ["rebase", "-p", "-b", "raw.img", "-F", "raw", image],
+        ["rebase", "-u", "-b", "", image],
+        ["rebase", image],
+        ["commit", "-p", chance.choice(["top.qcow2", image])],
+        ["commit", "-b", chance.choice(["base.qcow2", "none"]), "top.qcow2"],
+        [
+            "amend",
+            "-p",
+            "-o",
+            chance.choice(["compat=0.10", "compat=1.1", "refcount_bits=8"]),
+            image,
+        ],
+        ["amend", "-p", "-o", "compat=1.1,refcount_bits=64", image],
+        [
+            "amend",
+            "-o",
+            chance.choice(["size=8M", "backing_file=x", "cluster_size=4k", "?"]),
+            image,
+        ],
+        ["amend", "-f", kind, "-o", "help"],
+        ["create", "-f", kind, "-o", "help"],
+        ["snapshot", "-c", chance.choice(["two", "one", ""]), image],
+        ["snapshot", "-l", "-c", "x", image],
+        ["create", "-q", "-f", "qcow2", "-u", "-b", named, "-F", "raw", "new", size],
+        ["create", "new"],
+        ["compare", image],
+        [chance.choice(["info", "check", "map", "resize", "nothing", "--nothing", "rebase"])],
+        [chance.choice(["info", "convert", "commit", "dd"]), "--nothing", image],
+        *[_script(chance, image) for _ in range(12)],
+    ]
+
+
+def _script(chance: random.Random, image: str) -> list[str]:
+    """A run of qemu-io with some commands."""
+    pick = chance.choice
+
+    def place() -> str:
+        return pick(["0", "512", "4k", "65536", "1M", "700k", "3", "5M", "-1", "x"])
+
+    def length() -> str:
+        return pick(["512", "1k", "64k", "100k", "1M", "1", "0", "3G", "x"])
+
+    def one() -> str:
+        read = pick(["", "-v ", "-q ", "-C ", "-P 0 ", "-P 7 "])
+        odd_read = pick(["-x", "-b", "-P 300", "-P x", "-s 1", ""])
+        write = pick(["", "-f ", "-q ", "-z ", "-c ", "-zu ", "-zn "]) + pick(["", "-P 9 "])
+        odd_write = pick(["-z -P 1", "-u", "-n", "-b -z", "-c -z", "-s none"])
+        setting = pick(["read-only=on", "x=1", "driver=raw", "lazy-refcounts=on"])
+        commands = [
+            f"read {read}{place()} {length()}",
+            f"read -P 5 -s 512 -l 512 {place()} 2k",
+            f"read {odd_read} {place()} {length()}",
+            f"write {write}{place()} {length()}",
+            f"write {odd_write} 0 64k",
+            f"readv {pick(['', '-q ', '-P 0 '])}{place()} {length()} {length()}",
+            f"writev {pick(['', '-f ', '-q '])}{place()} {length()} {length()}",
+            f"aio_write {pick(['', '-q ', '-z ', '-zu '])}{place()} 64k",
+            f"aio_read {pick(['', '-q ', '-P 0 '])}{place()} 4k",
+            f"discard {pick(['', '-q ', '-C '])}{place()} {length()}",
+            f"alloc {place()} {pick([length(), ''])}",
+            f"truncate {pick(['', '-m full ', '-m x '])}{length()}",
+            *("map", "length", "info", "flush", "aio_flush", "reopen -r", "reopen", "close"),
+            f"reopen -o {setting}",
+            f"open {pick(['', '-r ', '-o driver=raw '])}{image}",
+            *("help", f"help {pick(['read', 'open', 'nothing'])}", "quit", "nothing"),
+            *("sleep 1", "sleep x", "read", "write 0"),
+        ]
+        return pick(commands)
+
+    words = ["qemu-io"]
+    if image == "raw.img":
+        words += ["-f", "raw"]
+    words += pick([[], ["-t", "writeback"], ["-n"], ["-d", "unmap"], ["-r"], ["-s"], ["-C"]])
+    for _ in range(chance.randrange(1, 6)):
+        words += ["-c", one()]
+    return [*words, image]
 
 
 def run_both(images: Path, words: list[str]) -> tuple[Outcome, Outcome]:
     """QEMU's outcome and ours."""
-    return _run(["qemu-img"], images, words), _run([sys.executable, "-c", _OURS], images, words)
+    tool = "img"
+    if words[0] == "qemu-io":
+        tool, words = "io", words[1:]
+    ours = [sys.executable, "-c", _OURS.format(tool, tool)]
+    return _run([f"qemu-{tool}"], images, words), _run(ours, images, words)
 
 
-def compare(theirs: Outcome, ours: Outcome) -> list[str]:
-    """What differs, in words; nothing if all is the same."""
+def compare(theirs: Outcome, ours: Outcome, *, exact: bool = False) -> list[str]:
+    """What differs, in words; nothing if all is the same. ``exact``: errors to the letter."""
     found = []
     if theirs.status != ours.status:
         found.append(f"status {theirs.status}, ours {ours.status}")
     if theirs.output != ours.output:
         found.append(f"output {theirs.output!r}, ours {ours.output!r}")
-    if bool(theirs.errors) != bool(ours.errors):
+    if (exact and theirs.errors != ours.errors) or bool(theirs.errors) != bool(ours.errors):
         found.append(f"errors {theirs.errors!r}, ours {ours.errors!r}")
     if theirs.status == 0 and theirs.contents != ours.contents:
         found.append(f"contents {theirs.contents}, ours {ours.contents}")
@@ -204,6 +360,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--count", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--exact", action="store_true", help="compare messages to the letter, too")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     differing = number = 0
@@ -216,7 +373,7 @@ def main() -> int:
                 images.mkdir()
                 make_images(images, seed)
             words = command_line(random.Random(seed))
-            found = compare(*run_both(images, words))
+            found = compare(*run_both(images, words), exact=options.exact)
             number += 1
             if found:
                 differing += 1

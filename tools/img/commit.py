@@ -6,9 +6,9 @@ import os
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ...backend.chain import layers
+from ...backend.chain import as_overlay, layers
 from ...backend.commit import commit
-from ...errors import PyvirtioError
+from ...errors import PyvirtioError, UnsupportedError
 from ..getopt import Option
 from ..messages import Failure, errno_text, text_of
 from ..objects import Objects
@@ -67,13 +67,21 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
                 raise Failure("Image does not have a backing file")
         keep = "-d" in given or "-b" in given
         try:
-            commit(disk, base, keep=keep, rate_limit=rate, progress=meter)
+            commit(disk, base, keep=True, rate_limit=rate, progress=meter)
         except (PyvirtioError, OSError) as error:
             if getattr(error, "errno", None) is None:
                 raise Failure(text_of(error)) from error
             raise Failure(f"Block job failed: {errno_text(error)}") from error
         except ValueError as error:
             raise Failure(text_of(error)) from error
+        if not keep:
+            try:
+                as_overlay(disk).make_empty()
+            except UnsupportedError:
+                pass
+            except (PyvirtioError, OSError) as error:
+                text = f"Failed to empty {disk.filename or name}: {errno_text(error)}"
+                raise Failure(text) from error
     if not quiet:
         print("Image committed.")
     return 0
