@@ -4,6 +4,7 @@
 # fmt: off
 
 INCREMENTS = "machine/test_increments.py::test_"
+BRANCHES = "machine/test_branches.py::test_"
 MACHINE = "machine/test_snapshots.py::test_"
 STREAM = "machine/test_stream.py::test_"
 CUTS = "machine/test_cuts.py::test_"
@@ -44,9 +45,9 @@ MACHINES: list[tuple[str, ...]] = [
     ("qcow2/vmstate.py", "gaps are not read", "            if not 0 <= gap <= _BRIDGED or", "            if gap or", "machine/test_cost.py::test_pages_that_lie_scattered_are_read_in_rows"),
     ("qcow2/snapshots.py", "all is collected again", "        with metadata.exclusive(settled=False, told=True), ExitStack() as undo:\n", "        with metadata.exclusive(settled=False), ExitStack() as undo:\n", "machine/test_cost.py::test_it_takes_no_more_steps_in_an_image_with_many"),
     # -- lineage --
-    ("machine/lineage.py", "the parent is not the nearest ancestor", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(*self.ancestors, self.uuid)[-MAX_ANCESTORS:]", INCREMENTS + "snapshots_form_a_tree", INCREMENTS + "a_deleted_parent_leaves_the_one_before_it"),
-    ("machine/lineage.py", "lineages grow for ever", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(self.uuid, *self.ancestors)", INCREMENTS + "a_lineage_comes_back_and_stays_short"),
-    ("machine/lineage.py", "a lineage cut short is taken", "    if len(data) <= _UUID or len(data) != _UUID + 1 + data[_UUID] * _UUID:\n", "    if not data:\n", INCREMENTS + "a_lineage_of_another_length_is_refused"),
+    ("machine/lineage.py", "the parent is not the nearest ancestor", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(*self.ancestors, self.uuid)[-MAX_ANCESTORS:]", BRANCHES + "snapshots_form_a_tree", BRANCHES + "a_deleted_parent_leaves_the_one_before_it"),
+    ("machine/lineage.py", "lineages grow for ever", "(self.uuid, *self.ancestors)[:MAX_ANCESTORS]", "(self.uuid, *self.ancestors)", BRANCHES + "a_lineage_comes_back_and_stays_short"),
+    ("machine/lineage.py", "a lineage cut short is taken", "    if len(data) <= _UUID or len(data) != _UUID + 1 + data[_UUID] * _UUID:\n", "    if not data:\n", BRANCHES + "a_lineage_of_another_length_is_refused"),
     # -- machine snapshots --
     ("machine/snapshots.py", "a draft that failed leaks", "                    pending.draft.close()\n", "                    pass\n", INCREMENTS + "a_save_that_failed_loses_no_dirty_page"),
     ("machine/snapshots.py", "a disk that failed leaves the others' snapshots", "            for disk in self._disks():\n                with _undoing(error):\n                    _delete(disk, name)\n            raise\n", "            raise\n", MACHINE + "a_disk_that_fails_to_save_undoes_the_others"),
@@ -67,8 +68,8 @@ MACHINES: list[tuple[str, ...]] = [
     ("machine/state.py", "what is left of a component is ignored", "            stream.end()\n", "            pass\n", STREAM + "a_section_that_makes_no_sense_loads_nothing"),
     ("machine/ram.py", "pages that are none are taken", "    if spare or reader", "    if reader", STREAM + "a_section_that_makes_no_sense_loads_nothing"),
     # -- forks --
-    ("machine/fork.py", "any snapshot of the base will do", "(snapshot.id, snapshot.name, (snapshot.date_sec, snapshot.date_nsec)) == identity:", "snapshot:", INCREMENTS + "a_fork_is_not_opened_as_something_else"),
-    ("machine/fork.py", "the base stays open", "closed=base.close)", "closed=id)", INCREMENTS + "a_fork_is_not_opened_as_something_else"),
+    ("machine/fork.py", "any snapshot of the base will do", "(snapshot.id, snapshot.name, (snapshot.date_sec, snapshot.date_nsec)) == identity:", "snapshot:", BRANCHES + "a_fork_is_not_opened_as_something_else"),
+    ("machine/fork.py", "the base stays open", "closed=base.close)", "closed=id)", BRANCHES + "a_fork_is_not_opened_as_something_else"),
     # -- VM state aside --
     ("qcow2/aside.py", "fresh clusters are counted twice", "        taken = [(first, self._references.take_run(first, count)) for first, count in self._fresh]\n", "        taken: list[tuple[int, list[array[int]]]] = []\n", ASIDE + "a_draft_has_what_its_base_has_and_what_was_written"),
     ("qcow2/aside.py", "what was written over leaks", "        self._free_orphans()\n", "", ASIDE + "what_is_written_twice_leaves_nothing_of_the_first"),
