@@ -8,7 +8,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,6 @@ from pyvirtio.virtio.vhost_user.memory import map_file
 from support.vhost_user import Rig
 
 PATIENCE = 30
-
-
-@pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(disk: Any = None, **device: Any) -> Rig:
-        rigs.append(Rig(tmp_path, disk, **device).__enter__())
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.__exit__()
-
-
-@pytest.fixture
-def rig(make_rig: Callable[..., Rig]) -> Rig:
-    return make_rig()
 
 
 def start_ring(front: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,6 @@ from pyvirtio.virtio.vhost_user.layout import ProtocolFeature, Request
 from support.vhost_user import Rig, settle
 
 PATIENCE = 30
-
-
-@pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(disk: Any = None, **device: Any) -> Rig:
-        rigs.append(Rig(tmp_path, disk, **device).__enter__())
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.__exit__()
-
-
-@pytest.fixture
-def rig(make_rig: Callable[..., Rig]) -> Rig:
-    return make_rig()
 
 
 class Held(pyvirtio.MemoryDisk):
