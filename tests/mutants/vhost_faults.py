@@ -5,6 +5,7 @@
 
 MAIN = "virtio/test_vhost_user.py::test_"
 FINE = "virtio/test_vhost_user_protocol.py::test_"
+RINGS = "virtio/test_vhost_user_rings.py::test_"
 MESSAGES = "virtio/test_vhost_user_messages.py::test_"
 NOTES = "virtio/test_vhost_user_inflight.py::test_"
 SERVE = "tools/test_serve.py::test_"
@@ -19,7 +20,7 @@ VHOST: list[tuple[str, ...]] = [
     (CHANNEL, "messages of any length", "                if size > _LONGEST:\n", "                if False:\n", MESSAGES + "a_message_that_breaks_a_rule_ends_the_connection_and_no_more"),
     (CHANNEL, "half a message keeps its descriptors", "        self._socket.close()\n        while self._fds:\n            os.close(self._fds.pop())\n", "        self._socket.close()\n", MESSAGES + "half_a_message_with_descriptors_leaves_none_behind"),
     # -- one message --
-    (SESSION, "descriptors that nobody took stay open", "            finally:\n                message.close()\n", "            finally:\n                pass\n", FINE + "descriptors_that_nobody_asked_for_are_closed"),
+    (SESSION, "descriptors that nobody took stay open", "            finally:\n                message.close()\n", "            finally:\n                pass\n", RINGS + "descriptors_that_nobody_asked_for_are_closed"),
     (SESSION, "an acknowledgement stands for a reply", "        if rule is not None and rule.answers:\n", "        if False:\n", FINE + "a_message_with_a_reply_of_its_own_is_never_acknowledged"),
     (SESSION, "acknowledged without being asked", "acknowledge = message.need_reply and self.negotiated(_F.REPLY_ACK)", "acknowledge = self.negotiated(_F.REPLY_ACK)", FINE + "no_acknowledgement_is_sent_where_none_was_asked_for_or_negotiated"),
     (SESSION, "acknowledged without being negotiated", "acknowledge = message.need_reply and self.negotiated(_F.REPLY_ACK)", "acknowledge = message.need_reply", FINE + "no_acknowledgement_is_sent_where_none_was_asked_for_or_negotiated"),
@@ -28,12 +29,15 @@ VHOST: list[tuple[str, ...]] = [
     (SESSION, "a payload of any length", "if rule.payload is not None and len(message.payload) != rule.payload.size:", "if False:", MESSAGES + "a_message_that_breaks_a_rule_ends_the_connection_and_no_more"),
     # -- features, status, reset --
     (SESSION, "features that were not offered", "        if wanted & ~self._device.offered_features:\n            raise", "        if False:\n            raise", MESSAGES + "a_message_that_breaks_a_rule_ends_the_connection_and_no_more"),
-    (SESSION, "rings are never enabled by features", "                vring.enabled = True\n", "                pass\n", FINE + "rings_are_enabled_by_features_alone_where_there_are_no_protocol_features"),
+    (SESSION, "rings are never enabled by features", "                vring.enabled = True\n", "                pass\n", RINGS + "rings_are_enabled_by_features_alone_where_there_are_no_protocol_features"),
     (SESSION, "writethrough is forgotten at a stop", "            if self._writeback is not None and self._device", "            if False and self._device", MAIN + "writethrough_outlives_a_stop_of_the_machine_and_not_a_reset"),
     (SESSION, "writethrough outlives a reset", "        self._stop_driver()\n        self._writeback = None\n", "        self._stop_driver()\n", MAIN + "writethrough_outlives_a_stop_of_the_machine_and_not_a_reset"),
     (SESSION, "FEATURES_OK whatever was accepted", "        if not self._device.status & at.STATUS_FEATURES_OK:\n", "        if False:\n", MAIN + "features_that_were_not_offered_are_refused"),
     (SESSION, "NEEDS_RESET is not shown", "return _number(status | self._device.status & at.STATUS_NEEDS_RESET)", "return _number(status)", MAIN + "a_broken_ring_is_told_of_and_a_new_driver_starts_over"),
     (SESSION, "a broken device stays so", "            self._recover()\n", "            pass\n", MAIN + "a_broken_device_is_mended_by_a_mere_restart_of_its_rings"),
+    (SESSION, "a reset keeps the notes", "        self._vrings.forget_inflight()\n", "        pass\n", RINGS + "a_reset_forgets_requests_rings_and_their_places"),
+    (SESSION, "a reset keeps rings enabled", "            vring.enabled = not self._features_given >> vu.VHOST_USER_F_PROTOCOL_FEATURES & 1\n", "            pass\n", RINGS + "a_reset_forgets_requests_rings_and_their_places"),
+    (SESSION, "a reset keeps rings started", "        for vring in self._vrings.all:\n            vring.started = False\n            vring.enabled = not", "        for vring in self._vrings.all:\n            vring.enabled = not", RINGS + "a_reset_forgets_requests_rings_and_their_places"),
     # -- memory and the log --
     (SESSION, "a region taken out stays", "        self._apply_memory(region.close)\n", "        pass\n", MAIN + "a_ring_whose_memory_goes_is_told_of_and_comes_back_with_it"),
     (MEMORY, "regions may overlap", "        elif any(region.overlaps(other) for other in self.regions):\n", "        elif False:\n", MESSAGES + "regions_that_overlap_are_refused"),
@@ -44,14 +48,14 @@ VHOST: list[tuple[str, ...]] = [
     ("virtio/vhost_user/log.py", "a log is left", "range(first, min(last + 1, self._size))", "range(first, last + 1)", FINE + "a_log_that_is_smaller_than_memory_is_not_left"),
     (SESSION, "who waits for the log is not told", "        if self._log is not None and self._log_fd >= 0:\n", "        if False:\n", FINE + "who_waits_for_the_log_is_told"),
     # -- rings --
-    (SESSION, "a stopped ring is still started", "        vring.started = False\n        self._vrings.stop(vring)\n        if", "        self._vrings.stop(vring)\n        if", FINE + "a_stopped_ring_is_not_served_when_memory_changes"),
-    (SESSION, "a stopped ring keeps its kicks", "            vring.tracker.forget()  # nothing is under way: what comes next says where it begins\n        self._replace(vring, \"kick\", -1)\n", "            vring.tracker.forget()\n", FINE + "a_stop_gives_back_kick_and_call"),
+    (SESSION, "a stopped ring is still started", "        vring.started = False\n        self._vrings.stop(vring)\n        if", "        self._vrings.stop(vring)\n        if", RINGS + "a_stopped_ring_is_not_served_when_memory_changes"),
+    (SESSION, "a stopped ring keeps its kicks", "            vring.tracker.forget()  # nothing is under way: what comes next says where it begins\n        self._replace(vring, \"kick\", -1)\n", "            vring.tracker.forget()\n", RINGS + "a_stop_gives_back_kick_and_call"),
     (SESSION, "a stopped ring keeps its notes", "        if vring.tracker is not None and not vring.held:\n            vring.tracker.forget()", "        if False:\n            pass", MAIN + "a_queue_that_was_reset_begins_anew_whatever_was_noted"),
-    (SESSION, "a ring is enabled by any number", "        if enable > 1:\n", "        if False:\n", FINE + "a_ring_is_enabled_or_not"),
-    (SESSION, "a new call descriptor is not signalled", "            vring.signal(\"call\")  # the old one may have been left unread\n", "            pass\n", FINE + "a_new_call_descriptor_is_signalled"),
-    (SESSION, "a descriptor is needed or not", "        if bool(value & vu.VRING_NO_FD) == bool(message.fds):\n", "        if False:\n", MESSAGES + "a_message_that_breaks_a_rule_ends_the_connection_and_no_more", FINE + "a_descriptor_comes_where_it_is_announced"),
+    (SESSION, "a ring is enabled by any number", "        if enable > 1:\n", "        if False:\n", RINGS + "a_ring_is_enabled_or_not"),
+    (SESSION, "a new call descriptor is not signalled", "            vring.signal(\"call\")  # the old one may have been left unread\n", "            pass\n", RINGS + "a_new_call_descriptor_is_signalled"),
+    (SESSION, "a descriptor is needed or not", "        if bool(value & vu.VRING_NO_FD) == bool(message.fds):\n", "        if False:\n", MESSAGES + "a_message_that_breaks_a_rule_ends_the_connection_and_no_more", RINGS + "a_descriptor_comes_where_it_is_announced"),
     (VRINGS, "a disabled ring is served", "if vring.started and vring.enabled and self._device", "if vring.started and self._device", MAIN + "a_disabled_ring_is_not_served"),
-    (VRINGS, "a ring is looked at when it is kicked", "            device.guest_error(error)\n            return\n        device.kick(vring.index)\n", "            device.guest_error(error)\n            return\n", FINE + "a_ring_that_starts_needs_no_kick"),
+    (VRINGS, "a ring is looked at when it is kicked", "            device.guest_error(error)\n            return\n        device.kick(vring.index)\n", "            device.guest_error(error)\n            return\n", RINGS + "a_ring_that_starts_needs_no_kick"),
     (VRINGS, "a packed ring forgets its wrap counters", "vring.base = state.next_avail\n        if self._packed:\n", "vring.base = state.next_avail\n        if False:\n", MAIN + "a_stopped_ring_goes_on_where_it_was"),
     (VRINGS, "a ring that cannot be served is not told of", "                vring.signal(\"error\")\n", "                pass\n", MAIN + "a_ring_whose_memory_goes_is_told_of_and_comes_back_with_it"),
     (VRINGS, "what was done stays in the process", "            device.disk.flush()\n", "            pass\n", MAIN + "what_cannot_be_kept_is_not_said_to_be_done", SERVE + "nothing_that_was_done_is_lost_with_a_server_that_is_killed"),

@@ -1,14 +1,17 @@
-"""A machine for tests: guest RAM, a disk in memory, our device, and the driver of the library."""
+"""A machine for tests: guest RAM, a disk in memory, our device, and the driver of the library; and
+vhost-user servers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pyvirtio
 from pyvirtio.virtio.driver import Arena, BlockDriver, Registers
+from support.vhost_user import Rig
 
 BASE = 0x8000_0000
 RAM_SIZE = 1 << 22
@@ -149,3 +152,22 @@ def started(request: pytest.FixtureRequest) -> Machine:
     machine = Machine(memory=request.param)
     machine.driver.start()
     return machine
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """Makes vhost-user servers, on a disk (in memory if none is given), with a device's options."""
+    rigs: list[Rig] = []
+
+    def make(disk: Any = None, **device: Any) -> Rig:
+        rigs.append(Rig(tmp_path, disk, **device).__enter__())
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.__exit__()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., Rig]) -> Rig:
+    return make_rig()

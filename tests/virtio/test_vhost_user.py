@@ -7,7 +7,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,6 @@ MARK = bytes(range(256)) * 4
 
 def without(*features: ProtocolFeature) -> int:
     return UNDERSTOOD & ~sum(1 << feature for feature in features)
-
-
-@pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(disk: Any = None, **device: Any) -> Rig:
-        rigs.append(Rig(tmp_path, disk, **device).__enter__())
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.__exit__()
-
-
-@pytest.fixture
-def rig(make_rig: Callable[..., Rig]) -> Rig:
-    return make_rig()
 
 
 def completion(driver: BlockDriver, head: int) -> Completion:
