@@ -2,7 +2,8 @@
 
 Most are what a tired programmer would do: an order changed, an off-by-one, a check or a flag
 forgotten, a wrong constant. ``qcow2/`` comes first, file by file, with what is done in bulk, then
-``backend/``, then what the features add, what works unseen, ``machine/``, ``virtio/``, vhost-user.
+``backend/``, then what the features add, what works unseen, ``machine/``, NBD, ``virtio/``,
+vhost-user.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def _load() -> list[Fault]:
     from bulk_faults import BULK
     from feature_faults import FEATURES
     from machine_faults import MACHINES
+    from nbd_faults import NBD
     from qcow2_faults import QCOW2
     from quiet_faults import QUIET
     from vhost_faults import VHOST
@@ -46,6 +48,7 @@ def _load() -> list[Fault]:
             *FEATURES,
             *QUIET,
             *MACHINES,
+            *NBD,
             *VIRTIO,
             *VHOST,
         )

@@ -60,6 +60,19 @@ def test_tables_in_any_order_are_told_as_those_in_a_row(tmp_path: Path) -> None:
     assert totals[0] == totals[1]
 
 
+def test_full_tables_are_told_cluster_by_cluster(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    options = {"cluster_size": 4096, "preallocation": "metadata"}
+    with pyvirtio.create_disk(path, 8 << 20, **options) as disk:
+        disk.snapshots.create("one")
+        disk.write(4096, b"y" * 4096 * 3)
+        now = {disk.block_status(at, 1).host_offset for at in range(0, 8 << 20, 4096)}
+    found = map_of(path)
+    data = found.kinds.index("data")
+    assert {at * 4096 for at, kind in enumerate(found.use) if kind == data} == now
+    assert found.totals()["snapshot one"] == 3
+
+
 @pytest.mark.parametrize("bits", [1, 16, 64])
 def test_what_is_counted_but_not_used_has_leaked(tmp_path: Path, bits: int) -> None:
     path = tmp_path / "a.qcow2"

@@ -97,10 +97,11 @@ class Reply(NamedTuple):
 class Client:
     """A connection to the export ``name``, with structured replies and all it has to tell."""
 
-    def __init__(self, path: str, name: str = "", *contexts: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, path: str | int, name: str = "", *contexts: str) -> None:
+        """At a path, or a local port."""
+        self.socket = socket.socket(socket.AF_INET if isinstance(path, int) else socket.AF_UNIX)
         self.socket.settimeout(30)
-        self.socket.connect(path)
+        self.socket.connect(("127.0.0.1", path) if isinstance(path, int) else path)
         nbd.receive(self.socket, 18)
         self.socket.sendall(struct.pack(">I", 3))
         self.option(nbd.Option.STRUCTURED_REPLY)
