@@ -45,7 +45,7 @@ class BlkdebugDisk(AlignedFilter):
         self._max_write_zeroes = max_write_zeroes
         self._discard_sizes = discard_sizes
         self._name = name
-        self.unflushed = False
+        self.flush_due = False
         """A write was tried since the last flush: else there is nothing to flush, or to fail."""
 
     @property
@@ -65,7 +65,7 @@ class BlkdebugDisk(AlignedFilter):
             super()._read_aligned(offset + done, split(views, done, part), part)
 
     def _write_aligned(self, offset: int, views: list[memoryview], length: int) -> None:
-        self.unflushed = True
+        self.flush_due = True
         self.rules.happen("pwritev")
         step = self._max_transfer or length
         for done in range(0, length, step):
@@ -77,7 +77,7 @@ class BlkdebugDisk(AlignedFilter):
     def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         if length < self._align:
             raise UnsupportedError("blkdebug: less than its alignment", feature="zeroes")
-        self.unflushed = True
+        self.flush_due = True
         self.rules.happen("pwritev_zero")
         for at, part in _pieces(offset, length, 0, self._max_write_zeroes):
             self.rules.check(at, part, "write-zeroes")
@@ -85,19 +85,19 @@ class BlkdebugDisk(AlignedFilter):
         self.rules.happen("pwritev_done")
 
     def _discard(self, offset: int, length: int) -> None:
-        self.unflushed = True
+        self.flush_due = True
         for at, part in _pieces(offset, length, *self._discard_sizes):
             self.rules.check(at, part, "discard")
             super()._discard(at, part)
 
     def _flush(self) -> None:
-        if self.unflushed:
+        if self.flush_due:
             self.rules.check(0, 0, "flush")
             super()._flush()
-            self.unflushed = False
+            self.flush_due = False
 
     def _truncate(self, size: int, preallocation: str) -> None:
-        self.unflushed = True
+        self.flush_due = True
         super()._truncate(size, preallocation)
 
     def _block_status(self, offset: int, length: int) -> Extent:

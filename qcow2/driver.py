@@ -551,12 +551,13 @@ class Qcow2Disk(Disk):
 
     @property
     def unflushed(self) -> tuple[str, ...]:
-        """The caches of metadata, as QEMU names them, if something is not in the file yet, or not
-        stable there as far as the file knows.
-
-        It needs both to be written, whichever has changed."""
-        unflushed = self._metadata.dirty or getattr(self._file, "unflushed", False)
-        return ("L2 table", "refcount block") if unflushed else ()
+        """The caches of metadata, as QEMU names them, that it could not bring to stable storage:
+        those that have changed, and both if the file has something to flush, as far as it knows."""
+        metadata = self._metadata
+        flushes = getattr(self._file, "flush_due", False)
+        if flushes or metadata.tables.cache.dirty or metadata.tables.dirty_l1:
+            return "L2 table", "refcount block"
+        return ("refcount block",) if metadata.dirty else ()
 
     def drain(self) -> None:
         with self._metadata.gate.exclusive():

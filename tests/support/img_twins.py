@@ -27,7 +27,7 @@ _OURS = "import sys; from pyvirtio.tools.{} import main; sys.argv[0] = 'qemu-{}'
 _VOLATILE = re.compile(
     r"disk size: .*|\"actual-size\": \d+,?|uuid: .*|#block\d+|date-(n?sec)\": \d+|\d{4}-\d\d-\d\d "
     r"\d\d:\d\d:\d\d|\s+(stride|iters|key offset|max iters): \d+|Run completed in .*|"
-    r"(?<=ops; ).*|\(pyvirtio .*\)|\(Debian .*\)"
+    r"(?<=ops; ).*|0,1,0:00:\d\d.*|(?:    \([0-9.]+/100%\)\r)+(?=\n)|\(pyvirtio .*\)|\(Debian .*\)"
 )
 _IMAGES = ("base.qcow2", "top.qcow2", "snap.qcow2", "raw.img")
 
@@ -217,7 +217,7 @@ def _more_lines(
         ["bitmap", "--merge", "dirty", "-b", other, image, "dirty"],
         ["bitmap", "--enable", "--disable", image, "dirty"],
         ["bitmap", image, "dirty"],
-        ["resize", *quietly, image, chance.choice(["-1k", "+1k", "-1G", "+0", "1T", "x"])],
+        ["resize", *quietly, image, chance.choice(["-1k", "+1k", "-1G", "+0", "9M", "x"])],
         ["resize", "--preallocation", chance.choice(["off", "full", "x"]), image, "6M"],
         ["rebase", "-p", "-b", "raw.img", "-F", "raw", image],
         ["rebase", "-u", "-b", "", image],

@@ -76,14 +76,18 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             try:
                 _act(disk, other, action, value, name, granularity)
             except (PyvirtioError, ValueError, KeyError, OSError) as error:
-                raise Failure(
-                    f"Operation {action[2:]} on bitmap {name} failed: {text_of(error)}"
-                ) from error
+                # QEMU names the node, which it has made a name up for.
+                text = text_of(error).replace("' persistent: ", "' persistent in '#block000': ")
+                raise Failure(f"Operation {action[2:]} on bitmap {name} failed: {text}") from error
     return 0
 
 
 def _act(disk: Disk, other: Disk, action: str, value: str, name: str, granularity: int) -> None:
     bitmaps, sources = bitmaps_of(disk), bitmaps_of(other)
+    if action == "--add" and granularity:
+        granularity &= 0xFFFF_FFFF
+        if granularity < 512 or granularity & (granularity - 1):
+            raise ValueError("Granularity must be power of 2 and at least 512")
     if bitmaps is None:
         if action == "--add":
             raise ValueError("Can't store persistent bitmaps to #block000: Operation not supported")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from ...backend.map import json_lines, map_extents
+from ...backend.map import MapEntry, json_lines, map_extents
 from ...errors import PyvirtioError
 from ..getopt import Option
 from ..messages import Failure, errno_text
@@ -15,8 +16,6 @@ from .shared import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, OUTPUT, is_js
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from ...backend.map import MapEntry
 
 __all__ = ["OPTIONS", "run"]
 
@@ -48,10 +47,12 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
     json = is_json(given.get("--output"))
     source = Source(name, given.get("-f"), "--image-opts" in given, "-U" in given)
     with open_image(source, objects) as disk:
-        entries = map_extents(disk, start, length)
+        entries = iter(map_extents(disk, start, length))
         try:
             if json:
-                for line in json_lines(entries):
+                # Of nothing, QEMU says that there is nothing.
+                first = next(entries, MapEntry(start, 0, 0, False, False, False, False, None))
+                for line in json_lines(chain([first], entries)):
                     print(line, end="")
             else:
                 _print(entries)

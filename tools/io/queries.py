@@ -60,7 +60,14 @@ def _length(session: Session, arguments: Arguments) -> None:
 
 def _info(session: Session, arguments: Arguments) -> None:
     disk = session.image
+    if session.flags.copy_on_read:  # what QEMU has no node for
+        disk = disk.children["file"]
     facts = disk.info()
+    if not disk.read_only:
+        # QEMU marks them when it opens the image, not when it is first written.
+        for bitmap in facts.specific.get("bitmaps", ()):
+            if "in-use" not in bitmap["flags"]:
+                bitmap["flags"].insert(0, "in-use")
     print("format name:", facts.format)
     if facts.format in _PROTOCOLS:
         print("format name:", facts.format)

@@ -254,6 +254,8 @@ class Session:
             for option, value in options.items()
             if not self._is_fixed(disk, option, value)
         }
+        if self.flags.copy_on_read and flags.read_only:
+            self.fail("Can't set node '' to r/o with copy-on-read enabled")
         unchanged = flags.__dict__ == self.flags.__dict__ and not options
         if unchanged:
             return
