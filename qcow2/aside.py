@@ -21,10 +21,9 @@ from . import layout
 from .compression import compress
 from .metadata import Metadata
 from .quarantine import DiscardKind
-from .refcounts import pack_table
 from .reference_vector import ReferenceVector
 from .sharing import l2_tables, read_plain
-from .tally import decode
+from .table_io import pack_table, unpack_table
 
 if TYPE_CHECKING:
     from .snapshot_table import Snapshot
@@ -263,7 +262,7 @@ class Draft:
             offset = self._l1[index]
             if offset:
                 with metadata.lock:
-                    table = decode(metadata.read_l2_table(offset))
+                    table = unpack_table(metadata.read_l2_table(offset))
                 self._references.remove_clusters([offset >> metadata.cluster_bits])
             else:
                 table = array("Q", bytes(metadata.cluster_size))

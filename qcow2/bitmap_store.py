@@ -19,7 +19,7 @@ from .header_update import update_header
 from .layout import Autoclear
 from .metadata import Metadata
 from .quarantine import DiscardKind, merge_runs
-from .refcounts import pack_table
+from .table_io import pack_table
 
 __all__ = ["free_bitmap", "store_bits", "switch_directory"]
 

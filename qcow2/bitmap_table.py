@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from array import array
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from . import layout
 from .bitmap_directory import DirectoryEntry, table_size
 from .dirty_bits import DirtyBits
 from .metadata import Metadata
+from .table_io import load_table
 
 __all__ = ["check_tables", "load_bits", "load_entries"]
 
@@ -26,11 +26,9 @@ def load_entries(file: Disk, entry: DirectoryEntry, cluster_size: int) -> array[
     """The table of a bitmap, checked. Raises ImageError with QEMU's message."""
     message = f"Could not read bitmap_table table from image for bitmap '{entry.name}'"
     try:
-        table = array("Q", file.read(entry.table_offset, 8 * entry.table_size))
+        table = load_table(file, entry.table_offset, entry.table_size)
     except BackendError as error:
         raise BackendError.wrap(error, message, file.filename) from error
-    if sys.byteorder == "little":
-        table.byteswap()
     for value in table:
         offset = value & layout.OFFSET_MASK
         if value & layout.BITMAP_TABLE_RESERVED_MASK or (

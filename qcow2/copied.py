@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from ..errors import BackendError
 from . import layout
 from .layout import Incompatible
-from .refcounts import pack_table
-from .references import CheckFailed, read_padded, unpack
+from .references import CheckFailed, read_padded
 from .survey import Survey
+from .table_io import pack_table, unpack_table
 
 __all__ = ["check_copied"]
 
@@ -79,7 +79,7 @@ class _Copied:
         except BackendError as error:
             self.result.unreadable(f"Could not read L2 table: {error.strerror}")
             raise CheckFailed(error.errno) from error
-        entries = unpack(data)
+        entries = unpack_table(data)
         wrong = self.wrong_entries(entries[:: self.step] if self.step > 1 else entries)
         for i, refcount in wrong:
             message = (

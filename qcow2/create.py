@@ -25,7 +25,8 @@ from .layout import (
 from .metadata import CacheSizes, Metadata
 from .preallocate import check_mode, preallocate
 from .refcount_codec import codec_for
-from .refcounts import pack_table, structure_size
+from .refcounts import structure_size
+from .table_io import pack_table
 
 __all__ = ["CreateOptions", "create"]
 

@@ -13,8 +13,8 @@ from .bitmap_directory import read_directory
 from .bitmap_table import load_entries
 from .header import Header, read_header
 from .refcount_codec import codec_for
-from .refcounts import load_table
 from .snapshot_table import Snapshot, read_snapshots
+from .table_io import load_table
 
 __all__ = ["metadata_facts"]
 

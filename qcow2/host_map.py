@@ -16,9 +16,9 @@ from .bitmap_directory import read_directory
 from .bitmap_table import load_entries
 from .header import Header, read_header
 from .refcount_codec import codec_for
-from .refcounts import load_table
 from .snapshot_table import read_snapshots
-from .tally import decode, progression
+from .table_io import load_table, unpack_table
+from .tally import progression
 
 __all__ = ["KINDS", "HostMap", "host_map"]
 
@@ -201,7 +201,7 @@ class _Mapper:
                 self._mark_run(kind, (run[0] & layout.OFFSET_MASK) >> bits, run[1])
                 return
         zero = kind if geometry.extended_l2 else _NUMBERS["zero"]
-        for entry in decode(table)[:: geometry.l2_entry_words]:
+        for entry in unpack_table(table)[:: geometry.l2_entry_words]:
             if entry & layout.COMPRESSED:
                 self._mark("compressed", *geometry.compressed_extent(entry))
             elif entry & layout.OFFSET_MASK:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .metadata import Metadata
 from .reference_vector import ReferenceVector
 from .sharing import l2_tables, read_plain
-from .tally import decode
+from .table_io import unpack_table
 
 __all__ = ["KnownReferences"]
 
@@ -43,7 +43,7 @@ class KnownReferences:
         for index in [index for index in tables if index not in named]:
             offset, table = tables.pop(index)
             references.remove_clusters([offset >> bits])
-            references.remove_entries(decode(table))
+            references.remove_entries(unpack_table(table))
         for index, offset in named.items():
             table = read_plain(metadata, offset)
             known = tables.get(index)
@@ -68,5 +68,5 @@ def _exchange(references: ReferenceVector, old: bytes, new: bytes) -> None:
     for at in range(0, len(old), _PIECE):
         one, two = old[at : at + _PIECE], new[at : at + _PIECE]
         if one != two:
-            references.add_entries(decode(two))
-            references.remove_entries(decode(one))
+            references.add_entries(unpack_table(two))
+            references.remove_entries(unpack_table(one))

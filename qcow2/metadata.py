@@ -34,9 +34,10 @@ from .options import CacheSizes
 from .overlap import TEMPLATES, Overlap, Section
 from .quarantine import DiscardKind, DroppedReferences, merge_runs
 from .refcount_codec import uniform
-from .refcounts import Refcounts, load_table, pack_table, switch_fields
+from .refcounts import Refcounts
 from .requests import RequestGate
 from .state import mark_clean, mark_dirty
+from .table_io import load_table, pack_table, switch_fields
 from .tables import entry_kind
 
 if TYPE_CHECKING:

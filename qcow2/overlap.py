@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import BackendError
 from . import layout
-from .refcounts import load_table
 from .snapshot_table import Snapshot
+from .table_io import load_table
 
 if TYPE_CHECKING:
     from .metadata import Metadata

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from ..errors import UnsupportedError
 from . import layout
 from .metadata import Metadata
-from .refcounts import pack_table
-from .tally import decode
+from .table_io import pack_table, unpack_table
 
 __all__ = ["MODES", "check_mode", "preallocate"]
 
@@ -78,7 +77,7 @@ def _is_own(metadata: Metadata, index: int) -> bool:
 def _words(metadata: Metadata, index: int) -> array[int]:
     """All words of an L2 table as it is; zeroes if there is none."""
     offset = metadata.tables.l2_offset(index)
-    return decode(metadata.read_l2_table(offset) if offset else bytes(metadata.cluster_size))
+    return unpack_table(metadata.read_l2_table(offset) if offset else bytes(metadata.cluster_size))
 
 
 def _missing(metadata: Metadata, index: int, begin: int, count: int) -> int:

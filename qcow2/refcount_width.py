@@ -14,7 +14,7 @@ from . import layout
 from .header_update import update_header
 from .metadata import Metadata
 from .refcount_codec import codec_for
-from .refcounts import pack_table
+from .table_io import pack_table
 
 __all__ = ["change_refcount_width"]
 

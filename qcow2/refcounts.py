@@ -8,7 +8,6 @@ before anything refers to the cluster, and lowered only after the dropped refere
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -21,43 +20,12 @@ from .geometry import Geometry
 from .header import Header
 from .health import Health
 from .refcount_codec import codec_for, uniform
+from .table_io import load_table, pack_table, switch_fields
 
 if TYPE_CHECKING:
     from .overlap import Overlap
 
-__all__ = ["Refcounts", "load_table", "pack_table", "structure_size"]
-
-
-def load_table(file: Disk, offset: int, entries: int) -> array[int]:
-    """A table of big-endian 64-bit entries (L1, refcount table) from the file."""
-    table = array("Q", file.read(offset, 8 * entries))
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table
-
-
-def pack_table(entries: Sequence[int]) -> bytes:
-    """The bytes of a table of 64-bit entries."""
-    table = array("Q", entries)
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table.tobytes()
-
-
-def switch_fields(file: Disk, place: int, new: bytes, old: bytes) -> BackendError | None:
-    """Put other values in fields of the header that one write changes, stable at once.
-
-    Returns the error if that failed and the ``old`` values stand there, stable, all the same.
-    Raises BackendError where nobody knows what stands there.
-    """
-    try:
-        file.write(place, new)
-        file.flush()
-    except BackendError as error:
-        file.write(place, old)
-        file.flush()
-        return error
-    return None
+__all__ = ["Refcounts", "structure_size"]
 
 
 def structure_size(geometry: Geometry, others: int) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from ..errors import BackendError, ImageError, UnsupportedError
 from . import layout
 from .metadata import Metadata
-from .tally import decode, progression
+from .table_io import unpack_table
+from .tally import progression
 
 __all__ = ["ReferenceVector", "VectorTooLong"]
 
@@ -93,7 +94,7 @@ class ReferenceVector:
                 self._add_run(first, run[1])
                 return
         if any(table):
-            self.add_entries(decode(table))
+            self.add_entries(unpack_table(table))
 
     def add_entries(self, entries: Sequence[int]) -> None:
         """What standard L2 entries refer to."""

@@ -20,8 +20,9 @@ from .counts import MANY, ClusterCounts
 from .header import Header
 from .layout import Incompatible
 from .result import CheckResult
+from .table_io import unpack_table
 
-__all__ = ["MAX_CLUSTERS", "CheckFailed", "References", "lanes", "read_padded", "unpack"]
+__all__ = ["MAX_CLUSTERS", "CheckFailed", "References", "lanes", "read_padded"]
 
 MAX_CLUSTERS = 0x7FFF_FFFF
 """Host clusters in a file that can be checked (QEMU's limit)."""
@@ -45,14 +46,6 @@ def read_padded(file: Disk, offset: int, length: int) -> bytes:
     there = min(max(file.size - offset, 0), length)
     data = file.read(offset, there) if there else b""
     return data if there == length else data.ljust(length, b"\0")
-
-
-def unpack(data: bytes) -> array[int]:
-    """Big-endian 64-bit values."""
-    values = array("Q", data)
-    if _SWAP:
-        values.byteswap()
-    return values
 
 
 def lanes(count: int, value: int) -> int:
@@ -154,7 +147,7 @@ class References:
         is named by its host offset."""
         self.refer(offset, 8 * size)
         try:
-            l1 = unpack(read_padded(self.file, offset, 8 * size))
+            l1 = unpack_table(read_padded(self.file, offset, 8 * size))
         except BackendError as error:
             self.result.unreadable(f"I/O error in check_refcounts_l1: {error.strerror}")
             raise CheckFailed(error.errno) from error
@@ -199,9 +192,9 @@ class References:
         if not value:
             return follows
         if value & masks.special or self._external:
-            return self._one_by_one(unpack(data), None, offset, times, active, follows)
+            return self._one_by_one(unpack_table(data), None, offset, times, active, follows)
         numbers = (value & masks.offset) >> self.bits
-        clusters = unpack(numbers.to_bytes(len(data)))
+        clusters = unpack_table(numbers.to_bytes(len(data)))
         first = clusters[0]
         unflagged = value & masks.copied != masks.copied
         if first and numbers == first * masks.ones + masks.rising:
@@ -214,7 +207,7 @@ class References:
             follows = (first + count) << self.bits
         else:
             if 0 in clusters:
-                entries = [e for e in unpack(data) if e & layout.OFFSET_MASK]
+                entries = [e for e in unpack_table(data) if e & layout.OFFSET_MASK]
                 unflagged = any(not e & layout.COPIED for e in entries)
                 clusters = array("Q", filter(None, clusters))
             self._each(clusters, times)
@@ -236,7 +229,7 @@ class References:
         self, data: bytes, offset: int, times: int, active: int, follows: int
     ) -> int:
         """Entries of 128 bits: the second half says what the subclusters are."""
-        values = unpack(data)
+        values = unpack_table(data)
         bitmaps = values[1::2]
         return self._one_by_one(values[::2], bitmaps, offset, times, active, follows)
 

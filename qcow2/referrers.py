@@ -11,9 +11,9 @@ from .bitmap_directory import read_directory
 from .bitmap_table import load_entries
 from .header import Header, read_header
 from .inspect import Step, refcount_steps
-from .refcounts import load_table
 from .snapshot_table import read_snapshots
-from .tally import decode, every_entry
+from .table_io import load_table, unpack_table
+from .tally import every_entry
 
 __all__ = ["explain_host"]
 
@@ -109,7 +109,7 @@ class _Search:
         compressed = int.from_bytes(table) & every_entry(layout.COMPRESSED, len(table) // 8)
         if not compressed and names not in table:
             return
-        for index, entry in enumerate(decode(table)[::step]):
+        for index, entry in enumerate(unpack_table(table)[::step]):
             if entry & layout.COMPRESSED:
                 if self._holds(*geometry.compressed_extent(entry)):
                     yield index, entry

@@ -8,8 +8,8 @@ from ..errors import ImageError
 from .header import Header, read_header
 from .layout import Incompatible
 from .metadata import Metadata
-from .refcounts import load_table
 from .snapshots import Snapshots
+from .table_io import load_table
 
 __all__ = ["reload"]
 

@@ -15,9 +15,9 @@ from . import layout
 from .counts import ClusterCounts, encode_block
 from .quarantine import DiscardKind, DroppedReferences
 from .refcount_codec import codec_for
-from .refcounts import pack_table
 from .references import read_padded
 from .survey import Survey
+from .table_io import pack_table
 
 __all__ = ["adjust_refcounts", "rebuild_refcounts", "release_old_structure"]
 

@@ -21,7 +21,7 @@ from .metadata import Metadata
 from .past_end import drop_past_end
 from .preallocate import check_mode, preallocate
 from .quarantine import DiscardKind
-from .refcounts import pack_table
+from .table_io import pack_table
 
 __all__ = ["grow_l1", "set_size", "truncate"]
 

@@ -17,8 +17,8 @@ from .counts import ClusterCounts
 from .metadata import Metadata
 from .quarantine import DiscardKind
 from .refcount_codec import uniform
-from .refcounts import pack_table
-from .tally import WINDOW, Tally, decode, every_entry, host_clusters, progression
+from .table_io import pack_table, unpack_table
+from .tally import WINDOW, Tally, every_entry, host_clusters, progression
 
 __all__ = [
     "l2_tables",
@@ -52,22 +52,22 @@ def l2_tables(metadata: Metadata, l1: Sequence[int]) -> Iterator[tuple[int, int]
 
 def read_entries(metadata: Metadata, offset: int) -> array[int]:
     """All entries of the L2 table at a host offset, as they are now (without subclusters)."""
-    return decode(read_plain(metadata, offset))
+    return unpack_table(read_plain(metadata, offset))
 
 
 def read_plain(metadata: Metadata, offset: int) -> bytes:
     """:func:`read_entries` as bytes: a table of standard entries."""
     table = metadata.read_l2_table(offset)
     words = metadata.geometry.l2_entry_words
-    return table if words == 1 else pack_table(decode(table)[::words])
+    return table if words == 1 else pack_table(unpack_table(table)[::words])
 
 
 def write_plain(metadata: Metadata, offset: int, table: bytes) -> None:
     """Replace what :func:`read_plain` gave; the states of subclusters stay."""
     words = metadata.geometry.l2_entry_words
     if words > 1:
-        whole = decode(metadata.read_l2_table(offset))
-        whole[::words] = decode(table)
+        whole = unpack_table(metadata.read_l2_table(offset))
+        whole[::words] = unpack_table(table)
         table = pack_table(whole)
     metadata.write_l2_table(offset, table)
 
@@ -192,7 +192,7 @@ def _flagged(metadata: Metadata, table: bytes, singles: _Singles) -> bytes:
     if not any(table):
         return table
     if int.from_bytes(table) & every_entry(layout.COMPRESSED, len(table) // 8):
-        entries = decode(table)
+        entries = unpack_table(table)
         clusters = array("Q", [0 if e & layout.COMPRESSED else (e & mask) >> bits for e in entries])
     else:
         clusters = host_clusters(table, bits)

@@ -31,7 +31,6 @@ from .overlap import Section
 from .past_end import drop_tables
 from .quarantine import DiscardKind
 from .reading import Reader
-from .refcounts import load_table, pack_table
 from .reference_vector import VectorTooLong
 from .sharing import (
     lower_references,
@@ -43,6 +42,7 @@ from .sharing import (
 from .snapshot_list import SnapshotList
 from .snapshot_table import Snapshot, check_l1, read_snapshots
 from .snapshot_view import SnapshotDisk
+from .table_io import load_table, pack_table
 
 __all__ = ["Snapshot", "Snapshots"]
 

@@ -13,6 +13,7 @@ from struct import Struct
 
 from . import layout
 from .layout import ClusterKind
+from .table_io import pack_table, unpack_table
 from .tables import Tables
 
 __all__ = ["SubclusterTables", "allocated_mask", "subcluster_runs", "zero_mask"]
@@ -74,10 +75,7 @@ class SubclusterTables(Tables):
         return [states << 64 | entry for entry, states in zip(words[::2], words[1::2], strict=True)]
 
     def _words(self, position: int, count: int) -> array[int]:
-        words = array("Q", bytes(self._view[position : position + 16 * count]))
-        if _SWAP:
-            words.byteswap()
-        return words
+        return unpack_table(self._view[position : position + 16 * count])
 
     def set_entries(self, position: int, entries: Sequence[int]) -> None:
         self.cache.mark_dirty(position >> self.cache.slot_bits)
@@ -85,9 +83,7 @@ class SubclusterTables(Tables):
         words = array("Q", bytes(16 * len(states)))
         words[::2] = array("Q", [entry & low for entry in entries])
         words[1::2] = states
-        if _SWAP:
-            words.byteswap()
-        self._view[position : position + 16 * len(states)] = words.tobytes()
+        self._view[position : position + 16 * len(states)] = pack_table(words)
 
     def check_entry(self, entry: int, cluster: int) -> ClusterKind:
         allocated, zero = entry >> 64 & _ALL, entry >> 96

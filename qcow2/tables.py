@@ -14,6 +14,7 @@ from . import layout
 from .cache import TableCache
 from .geometry import Geometry
 from .layout import ClusterKind
+from .table_io import pack_table, unpack_table
 
 __all__ = ["Tables", "entry_kind"]
 
@@ -138,10 +139,7 @@ class Tables:
 
     def entries_at(self, position: int, count: int) -> Sequence[int]:
         """``count`` L2 entries of one slice."""
-        entries = array("Q", bytes(self._view[position : position + 8 * count]))
-        if _SWAP:
-            entries.byteswap()
-        return entries
+        return unpack_table(self._view[position : position + 8 * count])
 
     def entry(self, cluster: int) -> int:
         """The L2 entry of a guest cluster, 0 where there is no table."""
@@ -305,10 +303,7 @@ class Tables:
     def set_entries(self, position: int, entries: Sequence[int]) -> None:
         """Replace L2 entries of one slice, from ``position`` on."""
         self.cache.mark_dirty(position >> self.cache.slot_bits)
-        packed = array("Q", entries)
-        if _SWAP:
-            packed.byteswap()
-        self._view[position : position + 8 * len(packed)] = packed.tobytes()
+        self._view[position : position + 8 * len(entries)] = pack_table(entries)
 
     def set_l1(self, index: int, entry: int) -> None:
         """Replace an L1 entry; the file gets it with the next flush."""

@@ -18,9 +18,9 @@ from . import layout
 from .counts import MANY, ClusterCounts
 from .geometry import Geometry
 from .quarantine import merge_runs
-from .refcounts import pack_table
+from .table_io import pack_table, unpack_table
 
-__all__ = ["WINDOW", "Tally", "decode", "every_entry", "host_clusters", "progression"]
+__all__ = ["WINDOW", "Tally", "every_entry", "host_clusters", "progression"]
 
 WINDOW = 1 << 26
 """Host clusters from the start of the file that have a byte each: 64 MiB if all are touched."""
@@ -29,14 +29,6 @@ _PIECE = 1 << 14
 _MAX_OUTSIDE = 1 << 16
 """Clusters behind the window, or with many references, that are held at a time."""
 _SWAP = sys.byteorder == "little"
-
-
-def decode(table: bytes) -> array[int]:
-    """The 64-bit entries of a table as it is in the file."""
-    entries = array("Q", table)
-    if _SWAP:
-        entries.byteswap()
-    return entries
 
 
 @lru_cache(maxsize=8)
@@ -74,7 +66,7 @@ def host_clusters(table: bytes, bits: int) -> array[int]:
     Compressed entries (``every_entry(layout.COMPRESSED, …)``) must not be among them.
     """
     mask = every_entry(layout.OFFSET_MASK & -(1 << bits), len(table) // 8)
-    return decode(((int.from_bytes(table) & mask) >> bits).to_bytes(len(table)))
+    return unpack_table(((int.from_bytes(table) & mask) >> bits).to_bytes(len(table)))
 
 
 class Tally:
@@ -130,7 +122,7 @@ class Tally:
             return
         compressed = layout.COMPRESSED
         if int.from_bytes(table) & every_entry(compressed, len(table) // 8):
-            entries = decode(table)
+            entries = unpack_table(table)
             self._add_compressed([e for e in entries if e & compressed], times)
             table = pack_table([0 if e & compressed else e for e in entries])
         self.add_clusters([*filter(None, host_clusters(table, bits))], times)

@@ -15,9 +15,8 @@ from . import layout
 from .layout import CryptMethod
 from .metadata import Metadata
 from .quarantine import DiscardKind
-from .refcounts import pack_table
 from .sharing import l2_tables
-from .tally import decode
+from .table_io import pack_table, unpack_table
 
 __all__ = ["expand_zero_clusters"]
 
@@ -85,7 +84,7 @@ def _expand_tables(metadata: Metadata, tables: Iterable[int], backed: bool) -> N
 
 def _expand(metadata: Metadata, offset: int, backed: bool) -> _Change | None:
     """Prepare the expansion of one table (lock held); None if it has no zero cluster."""
-    entries = decode(metadata.read_l2_table(offset))
+    entries = unpack_table(metadata.read_l2_table(offset))
     flags, wanted = layout.ZERO | layout.COMPRESSED, layout.ZERO
     zeroes = [i for i, entry in enumerate(entries) if entry & flags == wanted]
     if not zeroes:

@@ -134,7 +134,7 @@ QCOW2: list[tuple[str, ...]] = [
     ("qcow2/metadata.py", "cached slices miss a table's change", "                cache.slice(slot)[:] = contents[start : start + cache.slot_size]\n", "                pass\n", SNAPSHOTS + "writing_after_a_snapshot_leaves_it_alone"),
     ("qcow2/opening.py", "the guest's discards are kept from the file", "DiscardKind.REQUEST: options.pass_discard_request", "DiscardKind.REQUEST: False", MAPPING + "discards_of_the_guest_reach_the_file_below_and_overwriting_does_not"),
     ("qcow2/metadata.py", "compressed data that ends in another cluster leaks", "self.dropped.add(first, last - first + 1, kind)", "self.dropped.add(first, last - first, kind)", MAPPING + "zeroed_compressed_clusters_are_given_back"),
-    ("qcow2/refcounts.py", "the header's switch is not stable before the old is freed", "        file.write(place, new)\n        file.flush()\n", "        file.write(place, new)\n", ORDER + "applying_switches_size_and_table_in_one_write"),
+    ("qcow2/table_io.py", "the header's switch is not stable before the old is freed", "        file.write(place, new)\n        file.flush()\n", "        file.write(place, new)\n", ORDER + "applying_switches_size_and_table_in_one_write"),
     ("qcow2/metadata.py", "a read-only image is changed", "        if self.read_only:\n", "        if False:\n", SNAPSHOTS + "a_read_only_image_takes_no_snapshots"),
     # -- quarantine, health --
     ("qcow2/quarantine.py", "references of different kinds are joined", "if last + length == first and last_kind is kind:", "if last + length == first:", PARTS + "dropped_runs_are_joined_where_they_continue"),

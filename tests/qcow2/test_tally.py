@@ -10,7 +10,7 @@ import pytest
 
 from pyvirtio.qcow2 import layout, tally
 from pyvirtio.qcow2.geometry import Geometry
-from pyvirtio.qcow2.refcounts import pack_table
+from pyvirtio.qcow2.table_io import pack_table
 from pyvirtio.qcow2.tally import WINDOW, Tally, host_clusters, progression
 
 GEOMETRY = Geometry(version=3, cluster_bits=12, refcount_order=4)
