@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from threading import Lock, Thread
 from time import perf_counter
@@ -86,6 +88,8 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
         if interval:
             print(f"Sending flush every {interval} requests")
         bench = _Bench(disk, bytes([pattern]) * size if writing else None, size, interval)
+        if count and not disk.size:
+            raise Failure("Failed request: Input/output error")
         offsets = _offsets(offset, step or size, disk.size, count)
         started = perf_counter()
         bench.run(offsets, min(depth, _MAX_THREADS, count))
@@ -101,8 +105,6 @@ def _number(text: str, what: str, high: int = INT_MAX) -> int:
 
 
 def _offsets(offset: int, step: int, size: int, count: int) -> Iterator[int]:
-    if count and not size:
-        raise Failure("Failed request: Input/output error")
     for _ in range(count):
         yield offset
         offset = (offset + step) % size
@@ -139,8 +141,10 @@ class _Bench:
                 return
             try:
                 self._request(offset, buffer)
-            except (PyvirtioError, ValueError, OSError) as error:
+            except (PyvirtioError, OSError) as error:
                 self._error = error
+            except ValueError:  # past the end of the disk
+                self._error = OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _request(self, offset: int, buffer: bytearray) -> None:
         if self._data is None:
