@@ -50,7 +50,7 @@ BACKEND: list[tuple[str, ...]] = [
     # -- file --
     ("backend/file.py", "the straight way forgets FUA", "                and not fua\n", "", FILE + "fua_and_flush_reach_fdatasync"),
     ("backend/file.py", "flushes succeed after one has failed", "                self._cache_lost = failure\n", "                pass\n", FILE + "after_a_failed_flush_all_flushes_fail_until_reopened"),
-    ("backend/file.py", "a reopened file still fails to flush", "        self._cache_lost = None\n        self._aim()\n\n    def invalidate", "        self._aim()\n\n    def invalidate", FILE + "after_a_failed_flush_all_flushes_fail_until_reopened"),
+    ("backend/file.py", "a reopened file still fails to flush", "        self._cache_lost = None\n        self._unflushed = True\n        self._aim()", "        self._unflushed = True\n        self._aim()", FILE + "after_a_failed_flush_all_flushes_fail_until_reopened"),
     ("backend/file.py", "cache=unsafe flushes", '        if self._cache == "unsafe":\n            return\n', "", FILE + "cache_unsafe_does_not_flush"),
     ("backend/file.py", "discards that are to be ignored are done", '        if self.discard_mode == "ignore":\n            return\n', "", FILE + "discard_gives_space_back_unless_ignored"),
     ("backend/file.py", "zeroes past the end do not make the file longer", 'self._writev(offset + length - 1, [memoryview(b"\\0")], 1)', "pass", FILE + "a_growable_file_grows_by_writes_and_zeroes"),
