@@ -27,7 +27,8 @@ _OURS = "import sys; from pyvirtio.tools.{} import main; sys.argv[0] = 'qemu-{}'
 _VOLATILE = re.compile(
     r"disk size: .*|\"actual-size\": \d+,?|uuid: .*|#block\d+|date-(n?sec)\": \d+|\d{4}-\d\d-\d\d "
     r"\d\d:\d\d:\d\d|\s+(stride|iters|key offset|max iters): \d+|Run completed in .*|"
-    r"(?<=ops; ).*|0,1,0:00:\d\d.*|(?:    \([0-9.]+/100%\)\r)+(?=\n)|\(pyvirtio .*\)|\(Debian .*\)"
+    r"(?<=ops; ).*|\d+,\d+,\d:\d\d:\d\d.*|(?:    \([0-9.]+/100%\)\r)+(?=\n)|"
+    r"\(pyvirtio .*\)|\(Debian .*\)"
 )
 _IMAGES = ("base.qcow2", "top.qcow2", "snap.qcow2", "raw.img")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from ...backend.measure import Measurement, measure
 from ...errors import PyvirtioError
@@ -64,10 +65,10 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
     if name is None and size is None:
         raise Failure("Either --size N or one filename must be specified.")
     with ExitStack() as stack:
-        disk = None
+        disk = image = None
         if name is not None:
             source = Source(name, given.get("-f"), "--image-opts" in given, "-U" in given)
-            disk = stack.enter_context(open_image(source, objects))
+            disk = image = stack.enter_context(open_image(source, objects))
             if snapshot is not None:
                 disk = open_snapshot(disk, snapshot)
         format = given.get("-O", "raw")
@@ -77,6 +78,10 @@ def run(found: list[tuple[str, str]], operands: list[str]) -> int:
             raise Failure("Block driver 'file' does not support size measurement")
         try:
             measured = measure(wanted, format=format, **arguments)
+            if image is not None and snapshot is not None and measured.bitmaps is not None:
+                # QEMU loads the snapshot into the image, whose bitmaps stay.
+                others = measure(image, format=format, **arguments)
+                measured = replace(measured, bitmaps=others.bitmaps)
         except (PyvirtioError, ValueError, OSError) as error:
             raise Failure(text_of(error)) from error
     _print(measured, json)

@@ -82,7 +82,7 @@ def _change(disk: Disk, action: str, name: str) -> None:
                 kept.decode(errors="surrogateescape"), icount=0, date=time.time_ns() // 1000 / 1e6
             )
         elif action == "-a":
-            snapshots.apply(snapshots.find(name))
+            snapshots.apply(name)
         else:
             snapshots.delete(snapshots.find_by(name=name))
             for _ in range(2):  # what only it used is freed with the flushes
