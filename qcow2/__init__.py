@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..backend.disk import Disk
 from ..backend.registry import Format, Measurement
 from .bitmaps import Bitmap, Bitmaps
 from .corruption import CorruptionEvent
+from .create import CreateOptions
+from .create import create as _create
 from .driver import Qcow2Disk
 from .header import probe
 from .result import CheckResult
 from .snapshots import Snapshot, Snapshots
-
-if TYPE_CHECKING:
-    from .create import CreateOptions
 
 __all__ = [
     "FORMAT",
@@ -34,23 +33,13 @@ def create(file: Disk, size: int, *, data_disk: Disk | None = None, **options: A
 
     ``data_disk`` is to be the external data file, if one is named, which is made otherwise.
     """
-    from .create import CreateOptions, create
-
-    create(file, size, CreateOptions.of(**options), data_disk)
+    _create(file, size, CreateOptions.of(**options), data_disk)
 
 
 def _measure(size: int, source: Disk | None, **options: Any) -> Measurement:
     from .measure import measure
 
     return measure(size, source, **options)
-
-
-def __getattr__(name: str) -> Any:
-    if name != "CreateOptions":  # not needed to open an image
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .create import CreateOptions
-
-    return CreateOptions
 
 
 FORMAT = Format(
