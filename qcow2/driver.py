@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.references import FileReference
-from ..errors import BackendError, UnsupportedError
+from ..errors import BackendError
 from . import header_update, info, layout, opening, zeroing
 from .bitmaps import Bitmaps
 from .cleaner import CacheCleaner
@@ -253,23 +253,15 @@ class Qcow2Disk(Disk):
             raise
 
     def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
-        # With subclusters the first and the last cluster may be there in part only.
-        backed = self._header.backing_file is not None
-        size, end = self._metadata.cluster_size, offset + length
-        while offset < end:
-            stop = end if end == self.size else max(end // size * size, offset)
-            if offset % size or stop == offset:
-                stop = min(end, (offset // size + 1) * size)
-            try:
-                with self.bitmaps.recording(offset, stop - offset):
-                    zeroing.write_zeroes(
-                        self._metadata, offset, stop - offset, unmap=unmap, backed=backed
-                    )
-            except UnsupportedError:
-                if self._header.version < 3:
-                    raise
-                self._write_zero_bytes(offset, stop - offset)
-            offset = stop
+        zeroing.write_zero_clusters(
+            self._metadata,
+            offset,
+            length,
+            self.size,
+            unmap=unmap,
+            recording=self.bitmaps.recording,
+            write=self._write_zero_bytes,
+        )
 
     def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
         backed = self._header.backing_file is not None
