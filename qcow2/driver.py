@@ -548,8 +548,7 @@ class Qcow2Disk(Disk):
 
     @property
     def unflushed(self) -> tuple[str, ...]:
-        """The caches of metadata, as QEMU names them, that it could not bring to stable storage:
-        those that have changed, and both if the file has something to flush, as far as it knows."""
+        """The metadata caches, in QEMU's names, that a flush has to bring to stable storage."""
         metadata = self._metadata
         flushes = getattr(self._file, "flush_due", False)
         if flushes or metadata.tables.cache.dirty or metadata.tables.dirty_l1:

@@ -119,7 +119,8 @@ def _zeroed(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> Cal
         return entry & ~allocated_mask(first, end) | zero_mask(first, end)
 
     if metadata.geometry.extended_l2:
-        at_end = offset + length >= metadata.header.size
+        # The end of the disk, where QEMU's block layer does not cut the request before it.
+        at_end = offset + length >= metadata.header.size and not (within + length) % (1 << bits)
         whole = not within and (at_end or end % layout.SUBCLUSTERS == 0)
         return replace_extended if whole else replace_part
     return replace
