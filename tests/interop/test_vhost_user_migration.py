@@ -1,7 +1,8 @@
 """A Linux guest moves from one QEMU to another while its disk, ours over vhost-user, is in use.
 
 Each QEMU has a server of its own; both have the same image, and the second gets it when the first
-lets go. A short move belongs to the suite; ``PYVIRTIO_GUESTS`` (``make interop-vhost``) adds more.
+lets go. With ``PYVIRTIO_GUESTS`` only (``make interop-vhost``): QEMU 7.2 without KVM itself may lose
+what a guest writes while it moves, see :mod:`support.vmm`.
 """
 
 from __future__ import annotations
@@ -123,11 +124,12 @@ def moves(guest: Guest, overlay: Path, *, packed: bool, cpus: int, times: int) -
         assert hosts.server.end() == 0
 
 
-def test_a_guest_moves_with_what_its_disk_put_into_its_memory(guest: Guest, overlay: Path) -> None:
-    moves(guest, overlay, packed=False, cpus=1, times=1)
-
-
 if LONG:
+
+    def test_a_guest_moves_with_what_its_disk_put_into_its_memory(
+        guest: Guest, overlay: Path
+    ) -> None:
+        moves(guest, overlay, packed=False, cpus=1, times=1)
 
     @pytest.mark.parametrize("packed", [False, True])
     def test_a_guest_moves_there_and_back_again(guest: Guest, overlay: Path, packed: bool) -> None:
