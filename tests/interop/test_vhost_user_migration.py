@@ -1,8 +1,8 @@
 """A Linux guest moves from one QEMU to another while its disk, ours over vhost-user, is in use.
 
 Each QEMU has a server of its own; both have the same image, and the second gets it when the first
-lets go. With ``PYVIRTIO_GUESTS`` only (``make interop-vhost``): QEMU 7.2 without KVM itself may lose
-what a guest writes while it moves, see :mod:`support.vmm`.
+lets go. With ``PYVIRTIO_GUESTS`` only (``make interop-vhost``): QEMU 7.2 without KVM may itself
+lose what a guest writes while it moves, see :mod:`support.vmm`.
 """
 
 from __future__ import annotations
