@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backend.disk import Disk, DiskInfo, Extent, Limits, Run
 from ..backend.references import FileReference
-from ..errors import BackendError
+from ..errors import BackendError, UnsupportedError
 from . import header_update, info, layout, opening, zeroing
 from .bitmaps import Bitmaps
 from .cleaner import CacheCleaner
@@ -253,15 +253,23 @@ class Qcow2Disk(Disk):
             self._write_zero_clusters(offset, length, unmap)
 
     def _write_zero_clusters(self, offset: int, length: int, unmap: bool) -> None:
-        zeroing.write_zero_clusters(
-            self._metadata,
-            offset,
-            length,
-            self.size,
-            unmap=unmap,
-            recording=self.bitmaps.recording,
-            write=self._write_zero_bytes,
-        )
+        # With subclusters the first and the last cluster may be there in part only.
+        backed = self._header.backing_file is not None
+        size, end = self._metadata.cluster_size, offset + length
+        while offset < end:
+            stop = end if end == self.size else max(end // size * size, offset)
+            if offset % size or stop == offset:
+                stop = min(end, (offset // size + 1) * size)
+            try:
+                with self.bitmaps.recording(offset, stop - offset):
+                    zeroing.write_zeroes(
+                        self._metadata, offset, stop - offset, unmap=unmap, backed=backed
+                    )
+            except UnsupportedError:
+                if self._header.version < 3:
+                    raise
+                self._write_zero_bytes(offset, stop - offset)
+            offset = stop
 
     def _write_zeroes_in_part(self, offset: int, length: int, unmap: bool) -> None:
         backed = self._header.backing_file is not None
@@ -543,7 +551,8 @@ class Qcow2Disk(Disk):
 
     @property
     def unflushed(self) -> tuple[str, ...]:
-        """The metadata caches, in QEMU's names, that a flush has to bring to stable storage."""
+        """The caches of metadata, as QEMU names them, that it could not bring to stable storage:
+        those that have changed, and both if the file has something to flush, as far as it knows."""
         metadata = self._metadata
         flushes = getattr(self._file, "flush_due", False)
         if flushes or metadata.tables.cache.dirty or metadata.tables.dirty_l1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 from ..errors import UnsupportedError
 from . import layout
@@ -16,11 +15,9 @@ from .reading import Reader
 from .subclusters import allocated_mask, zero_mask
 from .tables import entry_kind
 
-__all__ = ["discard", "write_zero_clusters", "write_zeroes", "write_zeroes_in_part"]
+__all__ = ["discard", "write_zeroes", "write_zeroes_in_part"]
 
 _LOW = (1 << 64) - 1
-_MAX_BOUNCE = 16 << 20
-"""Bytes of zeroes that QEMU writes in one piece where it cannot do without."""
 _ALL_ZEROES = layout.ALL_ZEROES << 64
 
 
@@ -47,54 +44,6 @@ def write_zeroes(
     _replace_entries(metadata, offset, length, zeroed)
 
 
-def write_zero_clusters(
-    metadata: Metadata,
-    offset: int,
-    length: int,
-    disk_size: int,
-    *,
-    unmap: bool,
-    recording: Callable[[int, int], AbstractContextManager[object]],
-    write: Callable[[int, int], None],
-) -> None:
-    """:meth:`write_zeroes` of any range in whole subclusters, however many clusters that is.
-
-    Where that does not go, zeroes are written by ``write``: instead of all of it, or of as much as
-    QEMU's block layer writes at once. ``recording`` is Bitmaps.recording.
-    """
-    end = offset + length
-    while offset < end:
-        try:
-            _zero_parts(metadata, offset, end, disk_size, unmap, recording)
-            return
-        except UnsupportedError:
-            if metadata.header.version < 3:
-                raise
-            part = min(end - offset, _MAX_BOUNCE)
-            write(offset, part)
-            offset += part
-
-
-def _zero_parts(
-    metadata: Metadata,
-    offset: int,
-    end: int,
-    disk_size: int,
-    unmap: bool,
-    recording: Callable[[int, int], AbstractContextManager[object]],
-) -> None:
-    # With subclusters the first and the last cluster may be there in part only.
-    backed = metadata.header.backing_file is not None
-    size = metadata.cluster_size
-    while offset < end:
-        stop = end if end == disk_size else max(end // size * size, offset)
-        if offset % size or stop == offset:
-            stop = min(end, (offset // size + 1) * size)
-        with recording(offset, stop - offset):
-            write_zeroes(metadata, offset, stop - offset, unmap=unmap, backed=backed)
-        offset = stop
-
-
 def _zeroed(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> Callable[[int], int]:
     """What an L2 entry of these guest bytes is to be replaced by."""
 
@@ -119,8 +68,7 @@ def _zeroed(metadata: Metadata, offset: int, length: int, *, unmap: bool) -> Cal
         return entry & ~allocated_mask(first, end) | zero_mask(first, end)
 
     if metadata.geometry.extended_l2:
-        # The end of the disk, where QEMU's block layer does not cut the request before it.
-        at_end = offset + length >= metadata.header.size and not (within + length) % (1 << bits)
+        at_end = offset + length >= metadata.header.size
         whole = not within and (at_end or end % layout.SUBCLUSTERS == 0)
         return replace_extended if whole else replace_part
     return replace
